@@ -73,6 +73,17 @@ def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return tuple(function(*each) for each in zip(leaves, *rest, strict=True))
 
 
+def placed_like(old: jax.Array, new: jax.Array) -> jax.Array:
+    """A fresh buffer with the values of `new` and the dtype and placement of `old`."""
+    new = jnp.asarray(new, old.dtype)
+    if is_traced(old) or is_traced(new):
+        return new
+    # An array that follows its neighbours must go on doing so, or the step recompiles.
+    if not old.committed:
+        return jnp.array(new, copy=True)
+    return jax.device_put(new, old.sharding, may_alias=False)
+
+
 def squared_norm(x: jax.Array) -> jax.Array:
     """Sum of squares in float32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)))

@@ -2,10 +2,12 @@
 
 Everything goes through the symmetric Gram matrix of the samples and `eigh`: an SVD of
 the samples does not always converge on rank-deficient activations. All functions are
-pure, run under jit, and keep every shape.
+pure, run under jit, and keep every shape. A Gram matrix squares the condition number,
+so outside jit the arithmetic is float64, on the host; inside it is float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,8 +24,10 @@ __all__ = [
     "truncate_subspace",
 ]
 
-# Energy below this share of the total is float32 noise of the Gram matrix.
-_FLOOR = 1e-6
+# Share of the energy that is rounding noise: of the Gram matrix in float32, of float32
+# samples in float64.
+_FLOOR = {"float32": 1e-6, "float64": 1e-12}
+_TOLERANCE = 1e-6  # of the comparison with the threshold
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -34,15 +38,19 @@ def _transpose(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, -1, -2)
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _to_columns(basis: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Storage shape -> (*batch, fan_in, r) and (*batch, r)."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
     order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
-    columns = basis.astype(jnp.float32).transpose(order)
+    columns = _wide(basis).transpose(order)
     columns = columns.reshape(*batch, how.fan_in, how.capacity)
-    return columns, weights.astype(jnp.float32).reshape(*batch, how.capacity)
+    return columns, _wide(weights).reshape(*batch, how.capacity)
 
 
 def _to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
@@ -96,39 +104,25 @@ def _extend(columns: jax.Array, samples: jax.Array, threshold: float) -> jax.Arr
     vectors = vectors[..., ::-1]
     have = 1.0 - jnp.sum(energy, axis=-1, keepdims=True)
     before = have + jnp.cumsum(energy, axis=-1) - energy
-    wanted = (before < threshold - _FLOOR) & (energy > _FLOOR)
+    short = before < threshold - (_TOLERANCE if threshold < 1 else 0.0)
+    wanted = short & (energy > _FLOOR[str(energy.dtype)])
     free = capacity - jnp.sum(_used(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted, axis=-1, dtype=jnp.int32), free)
 
     most = min(capacity, fan_in)
     chosen = _places(most, count.shape) < count[..., None]
     new = jnp.where(chosen[..., None, :], vectors[..., :most], 0.0)
-    # Twice is enough for float32; QR fills zero columns with anything: mask after it.
+    # Twice is enough; QR fills zero columns with anything: mask after it.
     for _ in range(2):
         new = jnp.linalg.qr(_residual(columns, new)).Q
         new = jnp.where(chosen[..., None, :], new, 0.0)
     return _append(columns, new, count)
 
 
-def _polish(basis: jax.Array, weights: jax.Array, before: jax.Array) -> jax.Array:
-    """A Newton-Schulz step in float64, on the host, for a basis that has grown.
-
-    What leaks through a projection is the basis's orthonormality error: float32
-    arithmetic leaves 5e-7 of it, rounding a float64 result 3e-8.
-    """
-    on_host = not _trees.is_traced(basis) and basis.is_fully_addressable
-    if not on_host or bool(jnp.all(basis == before)):
-        return basis
-    columns, lam = _to_columns(basis, weights)
-    u = np.asarray(columns, np.float64)
-    u = u @ (1.5 * np.eye(u.shape[-1]) - 0.5 * np.swapaxes(u, -1, -2) @ u)
-    return _to_storage(jnp.asarray(u, jnp.float32), lam, basis, weights)[0]
-
-
 @functools.partial(jax.jit, static_argnames=("threshold", "importance"))
 def _grow_leaf(basis, weights, samples, threshold, importance):
     columns, lam = _to_columns(basis, weights)
-    samples = samples.astype(jnp.float32)
+    samples = _wide(samples)
     peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True, initial=0.0)
     samples = samples / jnp.where(peak > 0, peak, 1.0)
     total = jnp.sum(jnp.square(samples), axis=(-1, -2), keepdims=True)
@@ -146,6 +140,28 @@ def _grow_leaf(basis, weights, samples, threshold, importance):
         lam_new = jnp.minimum(1.0, lam + _importance(energy, importance))
         lam_new = jnp.where(_used(grown) & usable[..., 0], lam_new, lam)
     return _to_storage(grown, lam_new, basis, weights)
+
+
+def _host() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+        return None
+
+
+def _on_host(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -> Any:
+    """`function` in float64 on the host; results in dtype and place of `arrays`.
+
+    Where that cannot be (under a trace, parts of an array elsewhere): as it is.
+    """
+    host = _host()
+    here = all(not _trees.is_traced(x) and x.is_fully_addressable for x in arrays)
+    if host is None or not here:
+        return function(*arrays, **options)
+    with jax.enable_x64(True), jax.default_device(host):
+        wide = [np.asarray(x, np.float64) for x in arrays]
+        results = [np.asarray(x) for x in function(*wide, **options)]
+    return tuple(map(_trees.placed_like, arrays, results))
 
 
 def _sample_rows(name, samples, basis, weights) -> jax.Array:
@@ -188,7 +204,10 @@ def grow_subspace(
 
     A full basis stays full: when room ends, the strongest directions are in. Samples
     that are zero change nothing; NaN raises outside jit and changes nothing inside.
-    Directions with less than 1e-6 of the energy count as float32 noise.
+    Directions with less than 1e-12 of the energy (1e-6 inside jit) count as noise. With
+    threshold = 1 what was sampled is protected to 1e-6 of ‖R‖ however badly it is
+    conditioned (`test_threshold_one_spans_badly_conditioned_samples`); inside jit, to
+    1e-6 times the condition number.
 
     Args:
       subspace: what is protected so far.
@@ -234,8 +253,8 @@ def grow_subspace(
             grown.append((basis, weights))
             continue
         rows = _sample_rows(name, jnp.asarray(x), basis, weights)
-        new, lam = _grow_leaf(basis, weights, rows, threshold, importance)
-        grown.append((_polish(new, lam, basis), lam))
+        options = dict(threshold=threshold, importance=importance)
+        grown.append(_on_host(_grow_leaf, basis, weights, rows, **options))
     return Subspace(*zip(*grown, strict=True))
 
 
@@ -292,7 +311,7 @@ def merge_subspaces(subspace: Subspace, other: Subspace) -> Subspace:
                 f"other has a basis of shape {guest.shape} at leaf {position}, "
                 f"expected {mine} up to the rank."
             )
-        return _merge_leaf(basis, weights, guest, guest_weights)
+        return _on_host(_merge_leaf, basis, weights, guest, guest_weights)
 
     positions = range(len(subspace.bases))
     return Subspace(*zip(*map(leaf, positions, *subspace, *other), strict=True))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _trees
+from adamr._trees import placed_like
 from adamr.protection import EigenbasisState
 from adamr.routing import FaithfulSecondMomentState
 from adamr.strength import OverlapState, StrengthState
@@ -40,17 +41,6 @@ def find_nodes(tree: Any, *types: type) -> list[Any]:
     """All nodes of the given types, in order."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types))
     return [node for node in leaves if isinstance(node, types)]
-
-
-def _like(old: jax.Array, new: jax.Array) -> jax.Array:
-    """A fresh buffer with the values of `new` and the dtype and placement of `old`."""
-    new = jnp.asarray(new, old.dtype)
-    if _trees.is_traced(old) or _trees.is_traced(new):
-        return new
-    # An array that follows its neighbours must go on doing so, or the step recompiles.
-    if not old.committed:
-        return jnp.array(new, copy=True)
-    return jax.device_put(new, old.sharding, may_alias=False)
 
 
 def _shapes(subspace: Subspace) -> list[tuple[int, ...] | None]:
@@ -140,7 +130,7 @@ def set_subspace(
     def swap(old):
         leaves, treedef = jax.tree.flatten(old)
         pairs = zip(leaves, jax.tree.leaves(subspace), strict=True)
-        return jax.tree.unflatten(treedef, [_like(o, n) for o, n in pairs])
+        return jax.tree.unflatten(treedef, [placed_like(o, n) for o, n in pairs])
 
     opt_state = _map_nodes(swap, opt_state, Subspace)
     if moments == "project":
@@ -160,7 +150,7 @@ def project_moments(opt_state: Any) -> Any:
             return reset_moments(node)
         if len(_trees.flatten(node.mu)[0]) != len(subspace.bases):
             return node
-        mu = jax.tree.map(_like, node.mu, project(subspace, node.mu))
+        mu = jax.tree.map(placed_like, node.mu, project(subspace, node.mu))
         return node._replace(mu=mu)
 
     return _map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
@@ -186,7 +176,7 @@ def reset_moments(opt_state: Any) -> Any:
     def reset(node):
         if not _has_moments(node):
             return node
-        return jax.tree.map(lambda x: _like(x, jnp.zeros_like(x)), node)
+        return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), node)
 
     return jax.tree.map(reset, opt_state, is_leaf=_has_moments)
 
@@ -195,8 +185,8 @@ def reset_overlap(opt_state: Any) -> Any:
     """Forgets the smoothed overlap, as the paper's code does at each new task."""
 
     def reset(node):
-        count = _like(node.count, jnp.zeros_like(node.count))
-        overlap = _like(node.overlap, jnp.zeros_like(node.overlap))
+        count = placed_like(node.count, jnp.zeros_like(node.count))
+        overlap = placed_like(node.overlap, jnp.zeros_like(node.overlap))
         return node._replace(count=count, overlap=overlap)
 
     return _map_nodes(reset, opt_state, OverlapState)

@@ -212,6 +212,22 @@ def test_a_full_basis_stays_full_and_lets_exactly_nothing_through():
     assert not np.any(adamr.project(s, jnp.ones((8, 2))))
 
 
+@pytest.mark.parametrize("condition", [1.0, 20.0, 300.0, 3e4])
+def test_threshold_one_spans_badly_conditioned_samples(condition):
+    """A layer's response to what was sampled does not move, to float32's rounding."""
+    rng, n, r = np.random.default_rng(0), 12, 5
+    scales = condition ** -np.linspace(0.0, 1.0, r)
+    x = (orthonormal(1, 40, r) * scales) @ orthonormal(2, n, r).T
+    x = x.astype(np.float32)
+    w = np.zeros((n, 3), np.float32)
+    s = adamr.grow_subspace(adamr.empty_subspace(w), x, threshold=1.0)
+    assert int(adamr.rank(s)[0]) == r
+    step = np.asarray(adamr.project(s, rng.normal(size=w.shape).astype(np.float32)))
+    assert np.linalg.norm(step) > 1.0
+    moved = np.linalg.norm(x.astype(np.float64) @ step)
+    assert moved < 1e-6 * np.linalg.norm(x) * np.linalg.norm(step)
+
+
 def test_rank_zero_changes_nothing():
     g = jnp.arange(6.0).reshape(3, 2)
     s = adamr.empty_subspace(g)
