@@ -3,6 +3,8 @@
     matrix    R[i, j]      accuracy on task j after learning task i          (T, T)
     anytime   A[i, h, j]   accuracy on task j at evaluation h of task i   (T, H, T)
 
+The functions of the former are here, those of the latter in `adamr.anytime`.
+
 Tasks are counted from 0 and every number is a plain mean, so fractions give fractions
 and percentages give percentages; the ranges below are for fractions. Every function
 takes NumPy or JAX arrays and runs under `jax.jit`. Entries that a definition does not
@@ -21,6 +23,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from adamr.anytime import (
+    average_anytime_accuracy,
+    check_tasks,
+    floating,
+    min_accuracy,
+    windowed_forgetting,
+    windowed_plasticity,
+    worst_case_accuracy,
+)
+
 __all__ = [
     "average_accuracy",
     "average_anytime_accuracy",
@@ -36,45 +48,21 @@ __all__ = [
 ]
 
 
-def _floating(x: ArrayLike) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _check_tasks(name: str, tasks: int, least: int) -> None:
-    if tasks < least:
-        raise ValueError(
-            f"{name} covers {tasks} task(s), expected at least {least}: the metric "
-            "is undefined for fewer."
-        )
-
-
 def _matrix(matrix: ArrayLike, least: int = 1) -> jax.Array:
-    r = _floating(matrix)
+    r = floating(matrix)
     if r.ndim != 2 or r.shape[0] != r.shape[1]:
         raise ValueError(
             f"matrix has shape {r.shape}, expected (tasks, tasks): one row after each "
             "task, one column per task."
         )
-    _check_tasks("matrix", r.shape[0], least)
+    check_tasks("matrix", r.shape[0], least)
     return r
-
-
-def _anytime(anytime: ArrayLike, least: int = 1) -> jax.Array:
-    a = _floating(anytime)
-    if a.ndim != 3 or a.shape[0] != a.shape[2] or a.shape[1] < 1:
-        raise ValueError(
-            f"anytime has shape {a.shape}, expected (tasks, evaluations, tasks): "
-            "[i, h, j] is the accuracy on task j at evaluation h of task i."
-        )
-    _check_tasks("anytime", a.shape[0], least)
-    return a
 
 
 def _per_task(
     name: str, x: ArrayLike, tasks: int, shapes: tuple[tuple[int, ...], ...]
 ) -> jax.Array:
-    x = _floating(x)
+    x = floating(x)
     if x.shape not in shapes:
         expected = " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {x.shape}, expected {expected}.")
@@ -245,173 +233,3 @@ def intransigence(matrix: ArrayLike, reference: ArrayLike) -> jax.Array:
     r = _matrix(matrix)
     tasks = r.shape[0]
     return _per_task("reference", reference, tasks, ((tasks,),)) - jnp.diagonal(r)
-
-
-def min_accuracy(anytime: ArrayLike) -> jax.Array:
-    """min-ACC: 1/(T−1) Σ_{j<T−1} min_{i>j, h} A[i, h, j]. In [0, 1].
-
-    The lowest accuracy that each old task had at any evaluation after it was learnt.
-
-    Trap: more frequent evaluations find lower minima; report how often you evaluate.
-
-    Args:
-      anytime: A, (T, H, T) with T ≥ 2; only entries with i > j are read, NaN there is
-        left out.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if anytime has another shape or T = 1.
-
-    >>> a = [[[0.6, 0.1], [0.9, 0.1]], [[0.5, 0.7], [0.8, 0.9]]]
-    >>> print(f"{min_accuracy(a):.2f}")
-    0.50
-
-    References:
-      De Lange, van de Ven and Tuytelaars, Continual evaluation for lifelong learning:
-      Identifying the stability gap, arXiv:2205.13452.
-    """
-    a = _anytime(anytime, least=2)
-    lowest = jnp.nanmin(a, axis=1)
-    later = jnp.tri(a.shape[0], k=-1, dtype=bool)
-    return jnp.mean(jnp.nanmin(jnp.where(later, lowest, jnp.inf), axis=0)[:-1])
-
-
-def worst_case_accuracy(anytime: ArrayLike) -> jax.Array:
-    """WC-ACC: 1/T · A[T−1, H−1, T−1] + (1 − 1/T) · min-ACC. In [0, 1], at most ACC.
-
-    The accuracy on the last task as it ends, with the worst of every older one.
-
-    Trap: as for min-ACC, it falls as evaluations become more frequent.
-
-    Args:
-      anytime: A, (T, H, T). With T = 1 there is no older task, and the accuracy on
-        the only one is returned.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if anytime has another shape.
-
-    >>> a = [[[0.6, 0.1], [0.9, 0.1]], [[0.5, 0.7], [0.8, 0.9]]]
-    >>> print(f"{worst_case_accuracy(a):.2f}")
-    0.70
-
-    References:
-      De Lange, van de Ven and Tuytelaars, Continual evaluation for lifelong learning:
-      Identifying the stability gap, arXiv:2205.13452.
-    """
-    a = _anytime(anytime)
-    share, current = 1 / a.shape[0], a[-1, -1, -1]
-    if a.shape[0] == 1:
-        return current
-    return share * current + (1 - share) * min_accuracy(a)
-
-
-def average_anytime_accuracy(anytime: ArrayLike) -> jax.Array:
-    """AAA: mean_{i, h} of mean_{j≤i} A[i, h, j]. In [0, 1].
-
-    The accuracy on all tasks seen so far, the current one included, averaged over
-    every evaluation of the stream.
-
-    Trap: papers that evaluate only at the ends of tasks give the same name to the mean
-    over task ends: pass H = 1 for it.
-
-    Args:
-      anytime: A, (T, H, T); only entries with j ≤ i are read.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if anytime has another shape.
-
-    >>> a = [[[0.6, 0.1], [0.8, 0.1]], [[0.4, 0.6], [0.7, 0.9]]]
-    >>> print(f"{average_anytime_accuracy(a):.3f}")
-    0.675
-
-    References:
-      Caccia et al., New Insights on Reducing Abrupt Representation Change in Online
-      Continual Learning, arXiv:2104.05025.
-    """
-    a = _anytime(anytime)
-    tasks = a.shape[0]
-    seen = jnp.tri(tasks, dtype=bool)
-    per_task = jnp.where(seen, jnp.mean(a, axis=1), 0.0)
-    return jnp.mean(jnp.sum(per_task, axis=1) / jnp.arange(1, tasks + 1))
-
-
-def windowed_forgetting(anytime: ArrayLike, window: int) -> jax.Array:
-    """WF^Δ: mean_j of the largest drop of task j within Δ evaluations. In [0, 1].
-
-    With S_j the accuracies on task j over the whole stream, one after each other,
-
-        WF^Δ = 1/T Σ_j max_n ( max_{n−Δ < m ≤ n} S_j[m] − S_j[n] )
-
-    Trap: Δ counts evaluations, not steps, so numbers compare only at one frequency of
-    evaluation; the authors report Δ = 10 and 100. A task that never drops counts 0.
-
-    Args:
-      anytime: A, (T, H, T), in the order in which it was measured; NaN is left out.
-      window: Δ ≥ 2, the number of consecutive evaluations, both ends included.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if anytime has another shape or window is below 2.
-
-    >>> a = [[[0.6, 0.1], [0.9, 0.1]], [[0.5, 0.7], [0.8, 0.9]]]
-    >>> print(f"{windowed_forgetting(a, 2):.2f}")
-    0.20
-
-    References:
-      De Lange, van de Ven and Tuytelaars, Continual evaluation for lifelong learning:
-      Identifying the stability gap, arXiv:2205.13452.
-    """
-    a = _anytime(anytime)
-    if window < 2:
-        raise ValueError(f"window is {window}, expected at least 2 evaluations.")
-    series = jnp.reshape(a, (-1, a.shape[2]))
-    measured = ~jnp.isnan(series)
-    highest = jax.lax.reduce_window(
-        jnp.where(measured, series, -jnp.inf),
-        jnp.array(-jnp.inf, series.dtype),
-        jax.lax.max,
-        window_dimensions=(window, 1),
-        window_strides=(1, 1),
-        padding=((window - 1, 0), (0, 0)),
-    )
-    drop = jnp.where(measured, highest - series, 0.0)
-    return jnp.mean(jnp.max(drop, axis=0))
-
-
-def windowed_plasticity(anytime: ArrayLike, window: int) -> jax.Array:
-    """WP^Δ: mean_j of the largest rise of task j within Δ evaluations. In [0, 1].
-
-        WP^Δ = 1/T Σ_j max_n ( S_j[n] − min_{n−Δ < m ≤ n} S_j[m] )
-
-    Trap: recovering what was just forgotten counts as a rise, so read it beside
-    `windowed_forgetting`, whose arguments and conventions it shares.
-
-    Args:
-      anytime: A, (T, H, T), in the order in which it was measured; NaN is left out.
-      window: Δ ≥ 2, the number of consecutive evaluations, both ends included.
-
-    Returns:
-      A scalar.
-
-    Raises:
-      ValueError: if anytime has another shape or window is below 2.
-
-    >>> a = [[[0.6, 0.1], [0.9, 0.1]], [[0.5, 0.7], [0.8, 0.9]]]
-    >>> print(f"{windowed_plasticity(a, 2):.2f}")
-    0.45
-
-    References:
-      De Lange, van de Ven and Tuytelaars, Continual evaluation for lifelong learning:
-      Identifying the stability gap, arXiv:2205.13452.
-    """
-    return windowed_forgetting(-_anytime(anytime), window)

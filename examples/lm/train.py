@@ -149,8 +149,9 @@ def _used_share(subspace: adamr.Subspace) -> float:
 @functools.cache
 def optimizer(method: Method, learning_rate: float, preset: Preset):
     """The optimizer and its empty subspace; cached, so seeds share a compilation."""
-    _, params = create(preset, 0)
-    subspace = adamr.empty_subspace(params, unprotected=UNPROTECTED)
+    graph, params = create(preset, 0)
+    axes = capture.kernel_axes(nnx.merge(graph, params))
+    subspace = adamr.empty_subspace(params, axes=axes, unprotected=UNPROTECTED)
     return method.build(learning_rate, subspace), subspace
 
 
