@@ -142,14 +142,14 @@ def _grow_leaf(basis, weights, samples, threshold, importance):
     return _to_storage(grown, lam_new, basis, weights)
 
 
-def _host() -> jax.Device | None:
+def _host() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
         return None
 
 
-def _on_host(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -> Any:
+def _on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """`function` in float64 on the host; results in dtype and place of `arrays`.
 
     Where that cannot be (under a trace, parts of an array elsewhere): as it is.
@@ -161,7 +161,8 @@ def _on_host(function: Callable[..., Any], *arrays: jax.Array, **options: Any) -
     with jax.enable_x64(True), jax.default_device(host):
         wide = [np.asarray(x, np.float64) for x in arrays]
         results = [np.asarray(x) for x in function(*wide, **options)]
-    return tuple(map(_trees.placed_like, arrays, results))
+    pairs = zip(arrays, results, strict=False)
+    return tuple(_trees.placed_like(old, jnp.asarray(new)) for old, new in pairs)
 
 
 def _sample_rows(name, samples, basis, weights) -> jax.Array:

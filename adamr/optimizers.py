@@ -6,6 +6,7 @@ import jax
 import optax
 
 from adamr import _trees
+from adamr.directions import Directions
 from adamr.routing import faithful_second_moment, route_first_moment
 from adamr.state import find_nodes
 from adamr.strength import constant_scale
@@ -59,7 +60,8 @@ def adamr(
     what the projection removes from the gradient is absent from the step, to rounding
     (`test_leak_of_exact_protections`), at less memory than Adam. Element-wise modifiers
     keep an element-wise v, guarded against coordinates where g = 0 and g̃ is not. P
-    projects the decay off the protected space: plain decay would shrink it.
+    projects the decay off the protected space: plain decay would shrink it. No v
+    per leaf commutes with whole-vector `Directions`: there the step is projected too.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -133,6 +135,8 @@ def adamr(
             for subspace in find_nodes(state.links, Subspace):
                 decayed = project(subspace, decayed)
             steps = optax.tree.add(steps, decayed)
+        for directions in find_nodes(state.links, Directions):
+            steps = project(directions, steps)
         steps, rate_state = rate.update(steps, state.learning_rate, params)
         return steps, AdamrState(links_state, rate_state)
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _trees
+from adamr.directions import Directions
 from adamr.modifiers.projection import (
     copy_subspace,
     project_out,
@@ -62,10 +63,12 @@ __all__ = [
 
 
 class ProtectUpdateState(NamedTuple):
-    subspace: Subspace
+    subspace: Subspace | Directions
 
 
-def protect_update(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
+def protect_update(
+    subspace: Subspace | Directions,
+) -> optax.GradientTransformationExtraArgs:
     """Update projection: Δ <- Δ − U diag(λ) UᵀΔ, after any preconditioner.
 
     Guarantee: UᵀΔ = 0 (for λ = 1) whatever came before. Not a descent guarantee: with
@@ -91,7 +94,9 @@ def protect_update(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
     return projection(subspace, "protect_update", ProtectUpdateState)
 
 
-def two_sided(subspace: Subspace, **kwargs) -> optax.GradientTransformationExtraArgs:
+def two_sided(
+    subspace: Subspace | Directions, **kwargs
+) -> optax.GradientTransformationExtraArgs:
     """Gradient and update projected: Δ = P D P m.
 
     Guarantee: UᵀΔ = 0 and ⟨g, Δ⟩ ≥ 0 on the first step, also with element-wise v.

@@ -187,7 +187,8 @@ def overlap_adaptive_scale(
       alpha_max: strength at zero overlap, in [0, 1].
       decay: of the average s̄, in [0, 1]; the paper says 0.99, its code 0.98.
       aggregate: "global": one α from the energies summed over all leaves; "mean": one
-        α from the mean of the leaves' ratios (the paper's code); "leaf": one α per
+        α from the mean of the ratios of all leaves, unprotected ones included (the
+          paper's code takes the mean over protected ones); "leaf": one α per
         leaf, each from its own ratio.
       rule: s̄ -> α in place of the falling rule; must be jittable, result clipped to
         [0, 1].

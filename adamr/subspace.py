@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _trees
+from adamr.directions import Directions, project_off
 
 __all__ = [
     "Subspace",
@@ -134,11 +135,12 @@ def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.A
     return kept.astype(leaf.dtype)
 
 
-def project(subspace: Subspace, tree: Any) -> Any:
+def project(subspace: Subspace | Directions, tree: Any) -> Any:
     """g − U diag(λ) Uᵀ g on every protected leaf, the others unchanged.
 
     Args:
-      subspace: from `make_subspace`, `empty_subspace` or `grow_subspace`.
+      subspace: from `make_subspace`, `empty_subspace` or `grow_subspace`; or
+        `Directions` of the whole vector, g − Σ ⟨g, v⟩ v.
       tree: a tree like the parameters the subspace was made for, any float dtype; the
         contraction runs in float32 at the highest precision.
 
@@ -155,6 +157,8 @@ def project(subspace: Subspace, tree: Any) -> Any:
     Array([[0., 0., 0.],
            [1., 1., 1.]], dtype=float32)
     """
+    if isinstance(subspace, Directions):
+        return project_off(subspace, tree)
     check_leaves(subspace, tree, "subspace")
 
     def leaf(g, basis, weights):

@@ -63,6 +63,15 @@ def task_gradients(gradient):
     return {"task_gradients": rows}
 
 
+def memory_gradient(gradient):
+    """Agrees in sign with some coordinates only."""
+    return {"memory_gradient": jax.tree.map(lambda x: 1 - x, gradient)}
+
+
+def retain_gradient(gradient):
+    return {"retain_gradient": memory_gradient(gradient)["memory_gradient"]}
+
+
 def orthonormal(seed, *shape):
     q = np.linalg.qr(np.random.default_rng(seed).normal(size=shape))[0]
     return q.astype(np.float32)
@@ -79,6 +88,15 @@ def bases(seed=0):
 
 def subspace(seed=0, max_rank=4):
     return adamr.make_subspace(params(), bases(seed), max_rank=max_rank)
+
+
+def directions(s):
+    """Of the whole vector, for the tree of `params` or, by its leaves, of nnx."""
+    small = {"bias": jnp.zeros(8), "kernel": jnp.zeros((6, 8))}
+    tree = params() if len(s.bases) == 5 else small
+    d = adamr.empty_directions(tree, 4)
+    samples = [gradients(seed, tree) for seed in (98, 99)]
+    return adamr.grow_directions(d, jax.tree.map(lambda *x: jnp.stack(x), *samples))
 
 
 def _merged(route, *strength):
@@ -154,6 +172,29 @@ CASES = [
         ),
     ),
     Case("two_sided", lambda s: lambda b1=0.9: adamr.two_sided(s, b1=b1)),
+    # Their task boundaries are in test_directions.py.
+    *[
+        Case(
+            f"{name}_directions",
+            lambda s, name=name: lambda: getattr(adamr, name)(directions(s)),
+            holds_subspace=False,
+        )
+        for name in ("project_out", "two_sided", "fopng")
+    ],
+    Case(
+        "fopng_as_published",
+        lambda s: lambda: adamr.fopng(directions(s), as_published=True),
+        holds_subspace=False,
+    ),
+    Case(
+        "ogd",
+        lambda s: (
+            lambda learning_rate=0.1, b1=0.9: adamr.ogd(
+                learning_rate, directions(s), b1=b1
+            )
+        ),
+        holds_subspace=False,
+    ),
     Case(
         "oblique_second_moment",
         lambda s: (
@@ -207,6 +248,24 @@ CASES = [
         holds_subspace=False,
     ),
     Case(
+        "gpm",
+        lambda s: lambda learning_rate=0.1, b1=0.9: adamr.gpm(learning_rate, s, b1=b1),
+    ),
+    Case("sgp", lambda s: lambda learning_rate=0.1: adamr.sgp(learning_rate, s)),
+    Case(
+        "adam_nscl",
+        lambda s: (
+            lambda learning_rate=0.1, b1=0.9: adamr.adam_nscl(learning_rate, s, b1)
+        ),
+    ),
+    Case(
+        "adam_nscl_as_in_code",
+        lambda s: (
+            lambda learning_rate=0.1: adamr.adam_nscl(learning_rate, s, as_in_code=True)
+        ),
+    ),
+    # trgp and rogo take {"params", "scales"}: tests/test_recipes_gpm.py.
+    Case(
         "gem_constraint",
         lambda s: lambda memory_strength=0.5: adamr.gem_constraint(memory_strength),
         holds_subspace=False,
@@ -250,6 +309,28 @@ CASES = [
         extra_args=memory_gradients,
     ),
     Case(
+        "gem",
+        lambda s: lambda learning_rate=0.1, eps=0.1: adamr.gem(learning_rate, eps=eps),
+        holds_subspace=False,
+        extra_args=memory_gradients,
+    ),
+    Case(
+        "agem",
+        lambda s: lambda learning_rate=0.1, eps=0.1: adamr.agem(learning_rate, eps=eps),
+        holds_subspace=False,
+        extra_args=lambda g: {"memory_gradient": jax.tree.map(lambda x: 1 - x, g)},
+    ),
+    Case(
+        "p_mgem",
+        lambda s: (
+            lambda learning_rate=0.1, eps=0.1: adamr.p_mgem(
+                learning_rate, eps=eps, solver="diagonal"
+            )
+        ),
+        holds_subspace=False,
+        extra_args=memory_gradients,
+    ),
+    Case(
         "pcgrad",
         lambda s: lambda: adamr.pcgrad(key=jax.random.key(0)),
         holds_subspace=False,
@@ -260,5 +341,174 @@ CASES = [
         lambda s: lambda c=0.5: adamr.cagrad(c),
         holds_subspace=False,
         extra_args=task_gradients,
+    ),
+    Case(
+        "quadratic_penalty",
+        lambda s: (
+            lambda strength=3.0: adamr.quadratic_penalty(strength, importance=0.5)
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "proximal_second_moment",
+        lambda s: (
+            lambda learning_rate=0.1, strength=3.0, b1=0.9: optax.chain(
+                adamr.route_first_moment(adamr.project_out(s)),
+                adamr.proximal_second_moment(
+                    learning_rate, strength, b1, importance=0.5, share="fan_in"
+                ),
+            )
+        ),
+    ),
+    Case(
+        "proximal_penalty",
+        lambda s: (
+            lambda learning_rate=0.1, strength=3.0: adamr.proximal_penalty(
+                learning_rate, strength, importance=0.5
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "l2_sp_additive",
+        lambda s: (
+            lambda learning_rate=0.1, strength=3.0: adamr.l2_sp(
+                learning_rate, strength, form="additive"
+            )
+        ),
+        holds_subspace=False,
+    ),
+    *[
+        Case(
+            make.__name__,
+            lambda s, make=make: (
+                lambda learning_rate=0.1, strength=3.0: make(learning_rate, strength)
+            ),
+            holds_subspace=False,
+        )
+        for make in (
+            adamr.l2_sp,
+            adamr.ewc,
+            adamr.online_ewc,
+            adamr.mas,
+            adamr.si,
+            adamr.rwalk,
+        )
+    ],
+    Case(
+        "track_path",
+        lambda s: (
+            lambda strength=3.0: adamr.track_path(
+                optax.chain(adamr.project_out(s), adamr.quadratic_penalty(strength))
+            )
+        ),
+    ),
+    Case(
+        "track_walk",
+        lambda s: (
+            lambda strength=3.0, alpha=0.9: adamr.track_walk(
+                adamr.quadratic_penalty(strength, importance=0.5), 2, alpha
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "mix_gradients",
+        lambda s: lambda weight=0.3: adamr.mix_gradients(weight),
+        holds_subspace=False,
+        extra_args=memory_gradient,
+    ),
+    Case(
+        "replay_routing",
+        lambda s: (
+            lambda weight=0.3, b1=0.9: optax.chain(
+                adamr.replay_routing(weight), adamr.faithful_second_moment(b1)
+            )
+        ),
+        holds_subspace=False,
+        extra_args=memory_gradient,
+    ),
+    Case(
+        "er",
+        lambda s: lambda learning_rate=0.1, weight=0.3: adamr.er(learning_rate, weight),
+        holds_subspace=False,
+        extra_args=memory_gradient,
+    ),
+    Case(
+        "disruption_mask",
+        lambda s: lambda decay=0.9: adamr.disruption_mask(decay),
+        holds_subspace=False,
+        extra_args=retain_gradient,
+    ),
+    Case(
+        "freeze_masked_decoupled",
+        lambda s: (
+            lambda decay=0.9, b1=0.9: optax.chain(
+                adamr.route_first_moment(adamr.disruption_mask(decay, normalize=False)),
+                adamr.freeze_masked(adamr.faithful_second_moment(b1)),
+            )
+        ),
+        holds_subspace=False,
+        extra_args=retain_gradient,
+    ),
+    Case(
+        "mudman",
+        lambda s: (
+            lambda learning_rate=0.1, decay=0.9, b2=0.99: adamr.mudman(
+                learning_rate, decay, b2=b2
+            )
+        ),
+        holds_subspace=False,
+        extra_args=retain_gradient,
+    ),
+    Case(
+        "half_fine_tuning",
+        lambda s: (
+            lambda learning_rate=0.1, b1=0.9: adamr.half_fine_tuning(
+                adamr.adamr(learning_rate, adamr.project_out(s), b1=b1),
+                jax.random.key(3),
+            )
+        ),
+    ),
+    Case(
+        "hft",
+        lambda s: (
+            lambda learning_rate=0.1, weight_decay=0.1: adamr.hft(
+                learning_rate, jax.random.key(3), weight_decay=weight_decay
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "normalize_and_project",
+        lambda s: (
+            lambda learning_rate=0.1: optax.chain(
+                optax.adam(learning_rate), adamr.normalize_and_project()
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "remove_radial",
+        lambda s: (
+            lambda b1=0.9, delta=0.5: adamr.remove_radial(
+                optax.scale_by_adam(b1), delta, weight_decay=0.1
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
+        "adamp",
+        lambda s: lambda learning_rate=0.1, b1=0.9: adamr.adamp(learning_rate, b1),
+        holds_subspace=False,
+    ),
+    Case(
+        "classp",
+        lambda s: (
+            lambda learning_rate=0.1, threshold=0.5, power=2.0: adamr.classp(
+                learning_rate, threshold, power
+            )
+        ),
+        holds_subspace=False,
     ),
 ]

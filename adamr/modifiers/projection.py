@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adamr import _trees
+from adamr.directions import Directions, check_directions
+from adamr.gram_schmidt import restrict
 from adamr.routing import require_plain
 from adamr.subspace import Subspace, check_leaves, project, squared_distances
 
@@ -13,7 +16,7 @@ __all__ = ["ProjectOutState", "project_out"]
 
 
 class ProjectOutState(NamedTuple):
-    subspace: Subspace
+    subspace: Subspace | Directions
 
 
 def require_subspace(subspace: Any, link: str) -> None:
@@ -24,19 +27,37 @@ def require_subspace(subspace: Any, link: str) -> None:
         )
 
 
-def copy_subspace(subspace: Subspace) -> Subspace:
+def _require_either(subspace: Any, link: str) -> None:
+    if not isinstance(subspace, Subspace | Directions):
+        raise TypeError(
+            f"{link}: subspace must be a Subspace, got {type(subspace).__name__}: make "
+            "one with make_subspace or empty_subspace, or Directions of the whole "
+            "parameter vector with empty_directions."
+        )
+
+
+def copy_subspace(subspace: Any) -> Any:
     """Fresh buffers: the optimizer's state may be donated, the argument may not."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), subspace)
 
 
-def projection(subspace: Subspace, link: str, state_type: type) -> Any:
+def projection(
+    subspace: Subspace | Directions, link: str, state_type: type
+) -> optax.GradientTransformationExtraArgs:
     """The transformation behind `project_out` and `protect_update`."""
-    require_subspace(subspace, link)
+    _require_either(subspace, link)
 
     def init_fn(params):
-        if jax.tree.leaves(params):
-            check_leaves(subspace, params, f"{link}(subspace)")
-        return state_type(copy_subspace(subspace))
+        here: Any = subspace
+        if isinstance(here, Directions):
+            if not jax.tree.leaves(params):  # their leaves depend on the parameters
+                return state_type(jnp.zeros([]))
+            if len(leaves := _trees.flatten(params)[0]) == len(here.rows):
+                here = restrict(here, leaves)
+            check_directions(here, params, f"{link}(subspace)")
+        elif jax.tree.leaves(params):
+            check_leaves(here, params, f"{link}(subspace)")
+        return state_type(copy_subspace(here))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -54,14 +75,18 @@ class _Projection(optax.GradientTransformationExtraArgs):
         return squared_distances(state.subspace, updates)
 
 
-def project_out(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
+def project_out(
+    subspace: Subspace | Directions,
+) -> optax.GradientTransformationExtraArgs:
     """The linear projection modifier: g̃ = g − U diag(λ) Uᵀ g on every protected leaf.
 
-    GPM, SGP, OGD per layer and Adam-NSCL differ only in how the subspace is built.
+    GPM, SGP, OGD, PCA-OGD and Adam-NSCL differ only in how the subspace is built.
 
     Args:
-      subspace: bases U and weights λ; held in the state, so that `set_subspace` can
-        replace it at a task boundary without recompiling.
+      subspace: bases U and weights λ; or `Directions`, for g̃ = g − Σ ⟨g, v⟩ v over all
+        leaves together. Held in the state, so that `set_subspace` can replace it at a
+        task boundary without recompiling. Where `optax.masked` hides leaves,
+        directions are restricted to the others and made orthonormal again.
 
     Returns:
       A modifier for a route, or a plain link. Contractions run in float32 at the
@@ -81,4 +106,6 @@ def project_out(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
 
     References: Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
-    return _Projection(*projection(subspace, "project_out", ProjectOutState))
+    tx = projection(subspace, "project_out", ProjectOutState)
+    # What directions take from one leaf needs a pass over memory.
+    return tx if isinstance(subspace, Directions) else _Projection(*tx)

@@ -190,19 +190,20 @@ def split_texts(texts: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def load_installed(
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None, sources: dict[str, Source] = SOURCES
 ) -> tuple[list[Domain], list[str]]:
     """Finds the default domains.
 
     Args:
-      names: domains to take, in the order to learn them; None: all eight.
+      names: domains to take, in the order to learn them; None: all.
+      sources: what domains there are.
 
     Returns:
       The domains, and a message for each one this installation has too little text of.
     """
     installed, domains, messages = package_files(), [], []
-    for name in choose(names, list(SOURCES), "the default data"):
-        source = SOURCES[name]
+    for name in choose(names, list(sources), "the default data"):
+        source = sources[name]
         own = {file: path for file, path in installed.items() if source.belongs(file)}
         parts = split_texts(read_files(own | source.more(), source.read))
         text = {part: as_bytes("\n".join(parts[part].values())) for part in parts}

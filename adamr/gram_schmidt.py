@@ -1,0 +1,237 @@
+"""Directions from samples: Gram-Schmidt over whole vectors, principal directions.
+
+Samples are whole gradients, trees like the parameters with a leading axis. All
+functions are pure, run under jit, and keep every shape. Sums over leaves, never a
+concatenation of leaves.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamr import _trees
+from adamr.directions import Directions, as_matrix, held, norm, residual
+from adamr.modifiers import rows as matrix
+
+__all__ = ["grow_directions", "principal_directions", "restrict"]
+
+# Below it, a share of the largest energy is float32 noise of the Gram matrix.
+_FLOOR = 1e-6
+
+
+def _unit(samples: list[jax.Array], i: jax.Array) -> list[jax.Array]:
+    """Sample i at length 1; 0 if it is zero or not finite."""
+    at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+    v = [at(x).astype(jnp.float32) for x in samples]
+    peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in v]
+    peak = functools.reduce(jnp.maximum, peaks)
+    usable = jnp.isfinite(peak) & (peak >= jnp.finfo(jnp.float32).tiny)
+    # First by the peak: squares of tiny or huge entries leave the range of float32.
+    v = [jnp.where(usable, x / jnp.where(usable, peak, 1.0), 0.0) for x in v]
+    length = norm(v)
+    return [x / jnp.where(length > 0, length, 1.0) for x in v]
+
+
+@jax.jit
+def orthonormalize(rows, used, samples, max_new, tolerance):
+    """Gram-Schmidt of the samples behind the used rows; rows, used, whether one did
+    not fit."""
+    capacity, total = rows[0].shape[0], samples[0].shape[0]
+
+    def more(carry):
+        i, _, now, overflow = carry
+        return (i < total) & (now - used < max_new) & ~overflow
+
+    def body(carry):
+        i, rows, now, _ = carry
+        r = _unit(samples, i)
+        for _ in range(2):  # twice is enough in float32
+            r = residual(rows, r)
+        length = norm(r)
+        new = length > tolerance
+        accept = new & (now < capacity)
+        slot = jnp.minimum(now, capacity - 1)
+        scale = 1.0 / jnp.where(new, length, 1.0)
+
+        def write(row, x):
+            old = jax.lax.dynamic_index_in_dim(row, slot, keepdims=False)
+            return row.at[slot].set(jnp.where(accept, x * scale, old))
+
+        rows = [write(row, x) for row, x in zip(rows, r, strict=True)]
+        return i + 1, rows, now + accept.astype(now.dtype), new & ~accept
+
+    start = (jnp.zeros([], jnp.int32), rows, used, jnp.zeros([], bool))
+    _, rows, used, overflow = jax.lax.while_loop(more, body, start)
+    return rows, used, overflow
+
+
+def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
+    """The arrays of `samples` where `like` has rows (all, without it)."""
+    names, leaves = _trees.flatten_with_names(samples)
+    if like is None:
+        like = [None if _trees.is_hole(x) else x for x in leaves]
+    if len(leaves) != len(like):
+        raise ValueError(
+            f"samples must have one entry per parameter leaf: got {len(leaves)} "
+            f"{names}, expected {len(like)}."
+        )
+    found = []
+    for name, x, row in zip(names, leaves, like, strict=True):
+        if row is None:
+            continue
+        shape = None if _trees.is_hole(x) else jnp.shape(x)
+        lead = found[0].shape[0] if found else shape[0] if shape else "num_samples"
+        wanted = (lead, *row.shape[1:])
+        if shape != wanted:
+            raise ValueError(
+                f"samples has shape {shape} at {name}, expected {wanted}: one whole "
+                "gradient per entry of axis 0."
+            )
+        found.append(jnp.asarray(x))
+    if found and not found[0].shape[0]:
+        raise ValueError("samples is empty: its axis 0 has length 0.")
+    return found
+
+
+def grow_directions(
+    directions: Directions,
+    samples: Any,
+    *,
+    max_new: int | None = None,
+    tolerance: float = 1e-5,
+) -> Directions:
+    """Gram-Schmidt: appends what is new in the samples, in their order.
+
+        r = x − Σ_i ⟨x, v_i⟩ v_i  (twice),    v_new = r / ‖r‖  if  ‖r‖ > tolerance ‖x‖
+
+    Samples may have any scale. Those that are zero, not finite, or already in the span
+    add nothing.
+
+    Args:
+      directions: what is protected so far.
+      samples: tree like the parameters (or a tuple in leaf order), arrays
+        (num_samples, *leaf.shape): whole gradients, such as `logit_gradients` gives.
+        Entries of leaves that are left out are ignored.
+      max_new: how many to add at most; None: as many as there are.
+      tolerance: the share of a sample's length that must be new.
+
+    Returns:
+      `Directions` of the same shapes. Under jit, what does not fit is dropped.
+
+    Raises:
+      ValueError: for samples of the wrong shape; outside jit, if they do not fit.
+
+    >>> from adamr import empty_directions
+    >>> d = empty_directions({"w": jnp.zeros(2), "b": jnp.zeros(1)}, 2)
+    >>> rows = jnp.array([[3.0, 0.0], [6.0, 0.0]])
+    >>> d = grow_directions(d, {"w": rows, "b": jnp.array([[4.0], [8.0]])})
+    >>> print(d.used, d.rows[0][0], d.rows[1][0])  # b, w: the order of the leaves
+    1 [0.8] [0.6 0. ]
+
+    References: Farajtabar, Azizan, Mott, Li, Orthogonal Gradient Descent for Continual
+      Learning, arXiv:1910.07104.
+    """
+    found = _check_samples(samples, directions.rows)
+    rows = held(directions.rows)
+    if not rows:
+        return directions
+    most = found[0].shape[0] if max_new is None else max_new
+    grown, used, overflow = orthonormalize(
+        rows, directions.used, found, most, tolerance
+    )
+    if not _trees.is_traced(overflow) and overflow:
+        raise ValueError(
+            f"samples hold more new directions than there is room for: capacity is "
+            f"{rows[0].shape[0]}, of which {directions.used} were used. Make more room "
+            "in empty_directions, bound the number with max_new, or pass the strongest "
+            "of them, principal_directions(samples, count)."
+        )
+    each = iter(grown)
+    return Directions(
+        tuple(None if r is None else next(each) for r in directions.rows), used
+    )
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _principal(samples, count):
+    samples = [x.astype(jnp.float32) for x in samples]
+    inner = [tuple(range(1, x.ndim)) for x in samples]
+    peaks = [jnp.max(jnp.abs(x), axis=a) for x, a in zip(samples, inner, strict=True)]
+    peak = functools.reduce(jnp.maximum, peaks)  # NaN stays NaN
+    usable = jnp.isfinite(peak)
+    top = jnp.max(jnp.where(usable, peak, 0.0))
+    top = jnp.where(top > 0, top, 1.0)
+
+    def scaled(x):
+        keep = usable.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(keep, x / top, 0.0)
+
+    samples = [scaled(x) for x in samples]
+    gram = matrix.gram(*as_matrix(samples))[0]
+    gram = gram / jnp.maximum(jnp.trace(gram), jnp.finfo(jnp.float32).tiny)
+    energy, vectors = jnp.linalg.eigh(gram)
+    energy, vectors = energy[::-1][:count], vectors[:, ::-1][:, :count]
+    real = energy > _FLOOR * energy[0]
+    highest = jax.lax.Precision.HIGHEST
+    out = [jnp.einsum("nk,n...->k...", vectors, x, precision=highest) for x in samples]
+    square = sum(jnp.sum(x * x, axis=a) for x, a in zip(out, inner, strict=True))
+    scale = jnp.where(real, jax.lax.rsqrt(jnp.where(real, square, 1.0)), 0.0)
+    return [x * scale.reshape(-1, *[1] * (x.ndim - 1)) for x in out]
+
+
+def principal_directions(samples: Any, count: int) -> Any:
+    """The `count` directions that hold most of the samples' energy, strongest first.
+
+    The leading right singular vectors of the matrix X whose rows are the samples, from
+    the eigenvectors of the Gram matrix X Xᵀ. Uncentred: a gradient that all samples
+    share is the direction to protect first, and centring would remove it
+    (`test_t2_principal_directions_hold_the_mean`).
+
+    Args:
+      samples: tree like the parameters, arrays (num_samples, *leaf.shape). Samples that
+        are not finite count as zero.
+      count: how many; at most num_samples are given.
+
+    Returns:
+      A tree like `samples`, float32 arrays (count, *leaf.shape): samples for
+      `grow_directions`. Directions with less than 1e-6 of the strongest one's energy
+      are float32 noise and zero.
+
+    Raises:
+      ValueError: for a count below 1, or arrays of different lengths.
+
+    >>> x = {"w": jnp.array([[2.0, 0.0], [2.0, 0.1]])}
+    >>> print(jnp.abs(principal_directions(x, 1)["w"]).round(1))
+    [[1. 0.]]
+
+    References: Doan, Bennani, Mazoure, Rabusseau, Alquier, A Theoretical Analysis of
+      Catastrophic Forgetting through the NTK Overlap Matrix, arXiv:2010.04003.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}.")
+    found = _check_samples(samples, None)
+    each = iter(_principal(found, min(count, found[0].shape[0])))
+    return _trees.map_positions(lambda x: next(each), samples)
+
+
+def restrict(directions: Directions, like: Sequence[Any]) -> Directions:
+    """The directions over fewer leaves: those that are no holes in `like`.
+
+    What remains is made orthonormal again, so that projecting it alone, as under
+    `optax.masked`, is a projection.
+
+    Args:
+      directions: over all leaves.
+      like: one entry per leaf; None or `MaskedNode` where it is to be left out.
+    """
+    pairs = zip(directions.rows, like, strict=True)
+    rows = tuple(None if _trees.is_hole(x) else r for r, x in pairs)
+    if len(held(rows)) == len(held(directions.rows)):
+        return directions
+    if not held(rows):
+        return Directions(rows, jnp.zeros_like(directions.used))
+    empty = jax.tree.map(jnp.zeros_like, Directions(rows, directions.used))
+    return grow_directions(empty, rows)

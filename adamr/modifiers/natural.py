@@ -1,0 +1,174 @@
+"""Natural gradients orthogonal to old tasks in the Fisher metric (FOPNG).
+
+With G the stored task gradients as columns and F, F' the diagonal Fisher matrices of
+the old tasks and of the new one (`fisher_old`, `fisher_new`), the stated problem is
+
+    min ⟨g, Δ⟩   subject to   Gᵀ F Δ = 0,   Δᵀ F' Δ ≤ 1
+
+    −Δ = F'⁻¹ p / √(pᵀ F'⁻¹ p),   p = g − C (Cᵀ F'⁻¹ C)⁻¹ Cᵀ F'⁻¹ g,   C = F G
+
+Only the span of F'^{−1/2} C matters. With Q an orthonormal basis of it and
+h = F'^{−1/2} g this is −Δ = F'^{−1/2} h̃ / ‖h̃‖, h̃ = h − Q Qᵀ h. Q changes at task
+boundaries only, so a step costs what OGD's does, and no ill-conditioned Gram matrix is
+solved.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamr import _trees
+from adamr.directions import Directions, check_directions, norm, residual
+from adamr.gram_schmidt import orthonormalize, restrict
+from adamr.routing import require_plain
+
+__all__ = ["FopngState", "average_fisher", "fopng"]
+
+# What is left of h below this share of its length is rounding.
+_ROUNDING = 1e-6
+
+
+class FopngState(NamedTuple):
+    """`set_subspace` and `set_fisher` change it, and keep `basis` in step.
+
+    Attributes:
+      directions: the span of the stored task gradients G.
+      fisher_old: F, a float32 tree like the parameters.
+      fisher_new: F' with its damping, likewise.
+      basis: Q, in leaf order, shaped like `directions.rows`.
+    """
+
+    directions: Directions
+    fisher_old: Any
+    fisher_new: Any
+    basis: tuple[jax.Array | None, ...]
+
+
+def metric_basis(directions: Directions, fisher_old: Any, fisher_new: Any) -> tuple:
+    """Q: an orthonormal basis of the span of F'^{−1/2} F G."""
+    leaves = zip(
+        directions.rows,
+        _trees.flatten(fisher_old)[0],
+        _trees.flatten(fisher_new)[0],
+        strict=True,
+    )
+    samples = [
+        r * (old * jax.lax.rsqrt(new))[None] for r, old, new in leaves if r is not None
+    ]
+    if not samples:
+        return directions.rows
+    zeros = [jnp.zeros_like(x) for x in samples]
+    none, room = jnp.zeros([], jnp.int32), samples[0].shape[0]
+    basis = iter(orthonormalize(zeros, none, samples, room, 1e-5)[0])
+    return tuple(None if r is None else next(basis) for r in directions.rows)
+
+
+def positive(fisher: list[jax.Array]) -> list[jax.Array]:
+    """In float32; entries that are negative or not finite count as 0."""
+    fisher = [f.astype(jnp.float32) for f in fisher]
+    return [jnp.where(jnp.isfinite(f) & (f > 0), f, 0.0) for f in fisher]
+
+
+def damped(fisher: list[jax.Array], damping: jax.typing.ArrayLike) -> list[jax.Array]:
+    """F + damping · mean(F), always > 0: where F is 0 everywhere, it is 1."""
+    fisher = positive(fisher)
+    mean = sum(jnp.sum(f) for f in fisher) / max(sum(f.size for f in fisher), 1)
+    return [jnp.where(mean > 0, f + damping * mean, 1.0) for f in fisher]
+
+
+def average_fisher(fisher: Any, task: Any, weight: float = 0.5) -> Any:
+    """FOPNG's moving average over tasks: F <- (1 − weight) F + weight F_task.
+
+    >>> average_fisher({"w": jnp.ones(1)}, {"w": jnp.zeros(1)})["w"]
+    Array([0.5], dtype=float32)
+    """
+    return jax.tree.map(lambda f, t: (1.0 - weight) * f + weight * t, fisher, task)
+
+
+def fopng(
+    directions: Directions, *, as_published: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Fisher-Orthogonal Projected Natural Gradient: a preconditioner of its own.
+
+    The steepest descent in the metric F' of the new task among the steps with
+    Gᵀ F Δ = 0, at length 1 in that metric. Guarantee: Gᵀ F Δ = 0 to rounding and
+    ⟨g, Δ⟩ ≥ 0 before the sign of the learning rate. Proven in `test_t9_fopng` and
+    `test_fopng_solves_the_stated_problem`. With both Fisher matrices 1 it is OGD with
+    a step of length 1.
+
+    Args:
+      directions: from `empty_directions`; the span of the task gradients G. It goes on
+        by `set_subspace(state, grow_directions(get_subspace(state), gradients))`.
+      as_published: the step of the paper and of its code at λ = 0, whose p ends in
+        Cᵀ g where the stated problem has Cᵀ F'⁻¹ g. It keeps neither guarantee: it may
+        move along protected directions, and may ascend.
+
+    Returns:
+      g -> unsigned step: follow it with `optax.scale_by_learning_rate`. The step has
+      length 1 however small g is, so the rate has to decay. F and F' start as 1:
+      `set_fisher` sets them, at a task's end and as often as F' is estimated anew.
+      Zero gradients, and gradients that lie in the protected space to rounding, give
+      zero steps; NaN in g reaches all leaves. State: 2 capacity + 2 float32 copies of
+      the parameters.
+
+    Raises:
+      TypeError: if `directions` are no `Directions`, or for a `Routed`.
+      ValueError: at init or update, for a tree they were not made for.
+
+    >>> from adamr import empty_directions, grow_directions
+    >>> d = empty_directions(jnp.zeros(2), 1)
+    >>> tx = fopng(grow_directions(d, jnp.array([[1.0, 1.0]])))
+    >>> print(tx.update(jnp.array([3.0, 1.0]), tx.init(jnp.zeros(2)))[0].round(4))
+    [ 0.7071 -0.7071]
+
+    References: Garg, Kolhe, Peng, Gopalam, Fisher-Orthogonal Projected Natural Gradient
+      Descent for Continual Learning, arXiv:2601.12816.
+    """
+    if not isinstance(directions, Directions):
+        raise TypeError(
+            f"fopng: directions must be Directions, got {type(directions).__name__}: "
+            "make them with empty_directions."
+        )
+
+    def init_fn(params) -> Any:
+        old, new = (optax.tree.ones_like(params, dtype=jnp.float32) for _ in range(2))
+        if not jax.tree.leaves(params):  # optax.tree.map_params looks at the structure
+            return FopngState(jnp.zeros([]), old, new, jnp.zeros([]))  # pyright: ignore
+        here = directions
+        if len(leaves := _trees.flatten(params)[0]) == len(here.rows):
+            here = restrict(here, leaves)
+        check_directions(here, params, "fopng(directions)")
+        here = jax.tree.map(lambda x: jnp.array(x, copy=True), here)
+        basis = metric_basis(here, old, new)
+        return FopngState(here, old, new, basis)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        require_plain(updates, "fopng")
+        check_directions(state.directions, updates, "fopng(directions)")
+        g = [x.astype(jnp.float32) for x in jax.tree.leaves(updates)]
+        roots = [jnp.sqrt(f) for f in jax.tree.leaves(state.fisher_new)]
+        visible = [not _trees.is_hole(x) for x in _trees.flatten(updates)[0]]
+        basis = [q for q, here in zip(state.basis, visible, strict=True) if here]
+
+        peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in g]
+        peak = jnp.max(jnp.stack(peaks)) if peaks else 0.0
+        g = [x / jnp.where(peak == 0, 1.0, peak) for x in g]
+        h = [x / root for x, root in zip(g, roots, strict=True)]
+        covered = [i for i, q in enumerate(basis) if q is not None]
+        kept = list(h)
+        if covered:
+            rows = [basis[i] for i in covered]
+            seen = [g[i] * roots[i] if as_published else h[i] for i in covered]
+            for i, s, r in zip(covered, seen, residual(rows, seen), strict=True):
+                kept[i] = r + (h[i] - s)
+        whole, length = norm(h), norm(kept)
+        nothing = length <= _ROUNDING * whole
+        scale = jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, length))
+        steps = iter(scale * x / root for x, root in zip(kept, roots, strict=True))
+        step = _trees.map_positions(lambda x: next(steps).astype(x.dtype), updates)
+        return step, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,207 @@
+"""Subspace methods by name: GPM, SGP, Adam-NSCL (TRGP and ROGO: `recipes.trgp`).
+
+    recipe      step of W                        what the task boundary does
+    gpm         Adam with v shared per output,   grow_subspace
+    sgp           first moment projected         grow_subspace(importance=α)
+    adam_nscl   plain Adam, update projected     update_covariance,
+                                                   null_space_complement
+    trgp        gpm, and Adam on the scales      grow_task_subspace, trust_region
+    rogo        gpm, and Adam on the scales      fold_scales, grow_subspace
+
+All start with `empty_subspace(params)`, with which they train the first task freely. A
+boundary changes values in the state, never shapes: the compiled step runs on. Heads,
+embeddings and biases that stay unprotected get plain Adam.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamr import _trees
+from adamr.modifiers.projection import copy_subspace, project_out, require_subspace
+from adamr.optimizers import adamr
+from adamr.protection import protect_update
+from adamr.recipes._signature import passes_on_to
+from adamr.routing import require_plain
+from adamr.subspace import Subspace, check_leaves, layout, project_leaf, used
+
+__all__ = ["NormalizedProtectionState", "adam_nscl", "gpm", "sgp"]
+
+
+@passes_on_to(adamr)
+def gpm(
+    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, **kwargs: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient Projection Memory under Adam: `adamr(learning_rate, project_out(...))`.
+
+    Guarantee: UᵀΔ = 0 for the step Δ of every protected kernel, to float32 rounding, so
+    its response to inputs in span U does not change
+    (`test_t3_response_to_a_protected_input_never_changes`): v is shared along the axis
+    that the projection mixes. Deeper layers keep their response only as far as their
+    inputs stay in the stored space. The authors train with plain SGD, which has the
+    same guarantee: `optax.chain(project_out(subspace), optax.sgd(learning_rate))`;
+    their own Adam is `adam_nscl`'s chain. Their code adds one direction fewer than
+    their equation 5, which `grow_subspace` follows.
+
+    Args:
+      learning_rate: a number or a schedule.
+      subspace: what is protected; for the first task `empty_subspace(params)`.
+      **kwargs: of `adamr`, such as `weight_decay` or `strength`.
+
+    Returns:
+      An optimizer.
+
+    >>> from adamr import empty_subspace, get_subspace, grow_subspace, set_subspace
+    >>> params = {"w": jnp.zeros((3, 1))}
+    >>> tx = gpm(0.1, empty_subspace(params))
+    >>> state = tx.init(params)
+    >>> # ... train task 1; then capture layer inputs of some of its samples:
+    >>> inputs = {"w": jnp.array([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])}
+    >>> grown = grow_subspace(get_subspace(state), inputs, threshold=0.97)
+    >>> state = set_subspace(state, grown)  # ... and train task 2
+    >>> step, state = tx.update({"w": jnp.ones((3, 1))}, state, params)
+    >>> print(step["w"][:, 0].round(3) + 0.0)
+    [ 0.  -0.1 -0.1]
+
+    With Flax, `capture.capture_inputs(model, x)` gives the inputs.
+
+    References:
+      Saha, Garg, Roy, Gradient Projection Memory for Continual Learning,
+      arXiv:2103.09762.
+    """
+    return adamr(learning_rate, project_out(subspace), **kwargs)
+
+
+@passes_on_to(adamr)
+def sgp(
+    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, **kwargs: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Scaled Gradient Projection: GPM in which direction i keeps the share 1 − λ_i.
+
+    Guarantee: u_iᵀΔ is (1 − λ_i) times that of the same optimizer without protection,
+    as long as λ does not change, since v, shared along the projected axis and fed by
+    the raw gradient, cannot undo the scaling (`test_t5_step_is_scaled_by_importance`).
+    Under shared routing Adam would cancel most of it. λ = 1 is `gpm`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      subspace: grown with `importance`; for the first task `empty_subspace(params)`.
+      **kwargs: of `adamr`.
+
+    Returns:
+      An optimizer; the boundary is that of `gpm` with `importance` = α (the authors
+      use 10, 3 and 25).
+
+    >>> from adamr import empty_subspace, grow_subspace
+    >>> params = {"w": jnp.zeros((3, 1))}
+    >>> inputs = {"w": jnp.diag(jnp.array([10.0, 5.0, 1.0]))}
+    >>> s = empty_subspace(params)
+    >>> s = grow_subspace(s, inputs, threshold=1.0, importance=10.0)
+    >>> print((1 - s.weights[0][0, 0]).round(2))
+    [0.   0.08 0.45]
+    >>> tx = sgp(0.1, s)
+    >>> step, _ = tx.update({"w": jnp.eye(3)[:, 2:]}, tx.init(params), params)
+    >>> plain = gpm(0.1, empty_subspace(params))
+    >>> free, _ = plain.update({"w": jnp.eye(3)[:, 2:]}, plain.init(params), params)
+    >>> print((step["w"] / free["w"])[2, 0].round(2))
+    0.45
+
+    References:
+      Saha, Roy, Continual Learning with Scaled Gradient Projection, arXiv:2302.01386.
+    """
+    return adamr(learning_rate, project_out(subspace), **kwargs)
+
+
+class NormalizedProtectionState(NamedTuple):
+    subspace: Subspace
+
+
+def _normalized_leaf(basis, weights, step):
+    """P Δ / ‖P‖_F; a slice with an empty basis is left alone, as in a first task."""
+    on = used(basis, weights)
+    rank = jnp.sum(on, axis=-1)
+    square = layout(basis, weights).fan_in - rank
+    square = square + jnp.sum(on * jnp.square(1.0 - weights), axis=-1)
+    norm = jnp.sqrt(jnp.where((rank > 0) & (square > 0), square, 1.0))
+    projected = project_leaf(basis, weights, step.astype(jnp.float32))
+    return (projected / norm).astype(step.dtype)
+
+
+def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
+    require_subspace(subspace, "adam_nscl")
+
+    def init_fn(params) -> Any:
+        if jax.tree.leaves(params):
+            check_leaves(subspace, params, "adam_nscl(subspace)")
+        return NormalizedProtectionState(copy_subspace(subspace))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        require_plain(updates, "adam_nscl")
+        check_leaves(state.subspace, updates, "adam_nscl(subspace)")
+
+        def leaf(step, basis, weights):
+            return step if basis is None else _normalized_leaf(basis, weights, step)
+
+        return _trees.map_positions(leaf, updates, *state.subspace), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adam_nscl(
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    as_in_code: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam-NSCL: the raw gradient in both moments, Adam's update in the null space.
+
+        Δ = P m̂ / (√v̂ + eps),   P = U2 U2ᵀ = I − U1 U1ᵀ
+
+    with U2 the eigenvectors of the feature covariance of (almost) no energy. Guarantee:
+    the moments are plain Adam's bit for bit (`test_t8_moments_are_those_of_plain_adam`)
+    and U1ᵀΔ = 0. It is no descent guarantee: P D g can point uphill (`two_sided` has
+    one). The authors' L2 penalty is `optax.add_decayed_weights` before this one.
+
+    Args:
+      learning_rate: a number or a schedule.
+      subspace: from `null_space_complement`; `empty_subspace(params)` for the first
+        task, with room for the fan-in (`max_rank=None`).
+      b1, b2, eps, mu_dtype: as for `optax.adam`.
+      as_in_code: divide P by its Frobenius norm, as the authors' code does and their
+        paper does not: each layer's learning rate shrinks by √(fan-in − rank). Layers
+        with an empty basis keep theirs.
+
+    Returns:
+      An optimizer.
+
+    >>> import adamr as lib
+    >>> params = {"w": jnp.zeros((4, 1))}
+    >>> tx = adam_nscl(1.0, lib.empty_subspace(params))
+    >>> state = tx.init(params)
+    >>> covariance = lib.empty_covariance(lib.get_subspace(state))
+    >>> # ... train task 1; then pass its layer inputs, batch by batch:
+    >>> inputs = {"w": jnp.diag(jnp.array([4.0, 2.0, 0.0, 0.0]))}
+    >>> covariance = lib.update_covariance(covariance, inputs)
+    >>> s = lib.null_space_complement(covariance, lib.get_subspace(state), ratio=10.0)
+    >>> state = lib.set_subspace(state, s)  # ... and train task 2
+    >>> step, state = tx.update({"w": jnp.ones((4, 1))}, state, params)
+    >>> print(step["w"][:, 0].round(3) + 0.0)
+    [ 0.  0. -1. -1.]
+
+    References:
+      Wang, Li, Sun, Xu, Training Networks in Null Space of Feature Covariance for
+      Continual Learning, arXiv:2103.07113.
+    """
+    protect = _protect_normalized if as_in_code else protect_update
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        protect(subspace),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,291 @@
+"""Penalty methods by the names users know: whole optimizers, one call each.
+
+    recipe       penalty                                 at a task boundary
+    l2_sp        (strength/2) Σ (θ − θ_0)²               nothing
+    ewc          (strength/2) Σ_k Σ F_k (θ − θ_k)²       consolidate(…, fisher)
+    online_ewc   (strength/2) Σ γ F̃ (θ − θ*)²            consolidate(…, rule="online",
+                                                                     decay=γ)
+    mas          (strength/2) Σ Ω (θ − θ*)²              consolidate(…, rule="online")
+    si           c Σ Ω (θ − θ*)²                         consolidate_path
+    rwalk        (strength/2) Σ ([F] + [s]) (θ − θ*)²    consolidate_walk
+
+All take the moments' b1, b2, eps, eps_root, share, mu_dtype, nu_dtype, and `form`:
+
+    "proximal"   Adam on the task's gradient, then the proximal point of the penalty in
+                 Adam's metric: θ stays between Adam's point and θ*, for any strength
+                 (`proximal_second_moment`). The default.
+    "additive"   Adam on the penalised loss, as in the papers' code: bounded steps, but
+                 a large penalty fills both moments and drowns the new task.
+
+All work under `optax.inject_hyperparams`, so that the strength can change in a run.
+"""
+
+from typing import Any, Literal
+
+import jax
+import optax
+
+from adamr.modifiers.penalty import quadratic_penalty
+from adamr.modifiers.proximal import proximal_second_moment
+from adamr.path_integral import track_path, track_walk
+from adamr.routing import (
+    faithful_second_moment,
+    route_both_moments,
+    route_first_moment,
+)
+
+__all__ = ["ewc", "l2_sp", "mas", "online_ewc", "rwalk", "si"]
+
+Form = Literal["proximal", "additive"]
+
+
+def _penalised(learning_rate, strength, form, importance=0.0, **moments):
+    if form == "proximal":
+        route = route_first_moment(optax.identity())
+        merge = proximal_second_moment(
+            learning_rate, strength, importance=importance, **moments
+        )
+    elif form == "additive":
+        route = route_both_moments(quadratic_penalty(strength, importance=importance))
+        merge = faithful_second_moment(**moments)
+    else:
+        raise ValueError(f"form is {form!r}, expected 'proximal' or 'additive'.")
+    return optax.chain(route, merge, optax.scale_by_learning_rate(learning_rate))
+
+
+def l2_sp(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    importance: Any = 1.0,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam that is pulled to where it started: (strength/2) Σ Ω (θ − θ_0)².
+
+    θ_0 are the parameters given to `init`: the pretrained weights. For plain L2 to the
+    last task's solution, `set_anchor` at each boundary.
+
+    Args:
+      learning_rate: a number or a schedule.
+      strength: λ ≥ 0 in the convention with 1/2.
+      b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
+      importance: Ω, a number or a tree like params of arrays, numbers and None (0),
+        such as {"backbone": 1.0, "head": 0.0} when these are leaves.
+      form: see `adamr.recipes.penalty`.
+
+    Returns:
+      An optimizer that needs `params` in `update`.
+
+    Raises:
+      ValueError: for an unknown form or a negative number; at update, without `params`.
+
+    >>> import jax.numpy as jnp
+    >>> tx = l2_sp(0.1, 1e9)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> step, state = tx.update(jnp.ones(1), state, jnp.array([0.5]))
+    >>> print(step.round(4))
+    [-0.5]
+
+    References:
+      Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional
+      Networks, arXiv:1802.01483.
+    """
+    return _penalised(
+        learning_rate, strength, form, importance, b1=b1, b2=b2, eps=eps,
+        eps_root=eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+
+
+def ewc(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Elastic Weight Consolidation: (strength/2) Σ_k Σ F_k (θ − θ_k)² over past tasks.
+
+    At a boundary `consolidate(opt_state, params, fisher)` with a `fisher_information`
+    of the finished task. The tasks are merged exactly, in the memory of one.
+
+    Args:
+      learning_rate: a number or a schedule.
+      strength: λ ≥ 0 in the convention with 1/2. There is no universal value: the
+        product λ F sets the scale, and F goes with the size of the gradients.
+      b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
+      form: see `adamr.recipes.penalty`.
+
+    Returns, Raises: as `l2_sp`.
+
+    >>> import jax.numpy as jnp
+    >>> from adamr import consolidate, fisher_information
+    >>> logits = lambda w, x: jnp.array([0.0, 1.0]) * w * x
+    >>> w, tx = jnp.zeros([]), ewc(0.1, strength=1e9)
+    >>> state = tx.init(w)
+    >>> state = consolidate(state, w, fisher_information(logits, w, jnp.ones([4])))
+    >>> step, state = tx.update(jnp.ones([]), state, w)
+    >>> print(abs(step) < 1e-6)
+    True
+
+    References:
+      Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks,
+      arXiv:1612.00796.
+    """
+    return _penalised(
+        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+
+
+def online_ewc(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Online EWC: (strength/2) Σ γ F̃ (θ − θ*)², F̃ <- γ F̃ + F, θ* the latest solution.
+
+    The optimizer is that of `ewc`; γ enters at the boundary:
+    `consolidate(opt_state, params, fisher, rule="online", decay=γ)`. γ = 1 is not EWC,
+    since the anchor moves. Arguments, returns and errors as `ewc`.
+
+    References: Schwarz et al., Progress & Compress, arXiv:1805.06370.
+    """
+    return _penalised(
+        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+
+
+def mas(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike = 2.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Memory Aware Synapses: (strength/2) Σ Ω (θ − θ*)², Ω summed over tasks.
+
+    At a boundary `consolidate(opt_state, params, omega, rule="online")` with a
+    `memory_aware_importance`. The authors' λ has no 1/2, so the default is their λ = 1.
+    Arguments, returns and errors as `ewc`.
+
+    References: Aljundi et al., Memory Aware Synapses, arXiv:1711.09601.
+    """
+    return _penalised(
+        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+
+
+def si(
+    learning_rate: optax.ScalarOrSchedule,
+    c: jax.typing.ArrayLike = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the path that training took.
+
+    No 1/2 here: the gradient is 2 c Ω (θ − θ*), that is strength = 2 c. At a boundary
+    `consolidate_path(opt_state, params)`. The gradient that comes in must be the task's
+    own, which it is, unless the loss has more terms (then pass `task_gradient`).
+
+    Args:
+      learning_rate: a number or a schedule.
+      c: ≥ 0; the authors use 0.1 on permuted MNIST and split CIFAR.
+      b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
+      form: see `adamr.recipes.penalty`.
+
+    Returns, Raises: as `l2_sp`.
+
+    >>> import jax.numpy as jnp
+    >>> from adamr import consolidate_path, get_anchor
+    >>> theta, tx = jnp.array([1.0]), si(0.1)
+    >>> state = tx.init(theta)
+    >>> step, state = tx.update(theta, state, theta)
+    >>> state = consolidate_path(state, theta + step)
+    >>> print(get_anchor(state).importance > 0.9)
+    [ True]
+
+    References:
+      Zenke, Poole, Ganguli, Continual Learning Through Synaptic Intelligence,
+      arXiv:1703.04200.
+    """
+    inner = _penalised(
+        learning_rate, 2 * c, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+    return track_path(inner)
+
+
+def rwalk(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike = 2.0,
+    interval: int = 10,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    alpha: float = 0.9,
+    damping: float = 1e-3,
+    form: Form = "proximal",
+    share: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """RWalk: (strength/2) Σ ([F] + [s]) (θ − θ*)², F and s gathered while training.
+
+    At a boundary `consolidate_walk(opt_state, params)`. The authors' λ has no 1/2, so
+    the default is their λ = 1; F and s are scaled to [0, 1].
+
+    Args:
+      learning_rate: a number or a schedule.
+      strength: λ ≥ 0 in the convention with 1/2.
+      interval, alpha, damping: as for `track_walk`.
+      b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
+      form: see `adamr.recipes.penalty`.
+
+    Returns, Raises: as `l2_sp`.
+
+    References: Chaudhry et al., Riemannian Walk for Incremental Learning,
+      arXiv:1801.10112.
+    """
+    inner = _penalised(
+        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
+        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+    )  # fmt: skip
+    return track_walk(inner, interval, alpha, damping)

@@ -1,0 +1,174 @@
+"""Recipes that train scales beside the weights: TRGP and ROGO.
+
+Both train {"params": W, "scales": Q} of a loss on `scaled_params(W, subspaces, Q)`: W
+by `gpm`, Q freely. They differ in which subspaces are scaled and in what becomes of Q
+when the task ends. Where W and Q do not live in one tree (`nnx.Optimizer`), use `gpm`
+for the one and any optimizer for the other.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from adamr.optimizers import adamr
+from adamr.recipes._signature import passes_on_to
+from adamr.recipes.gpm import gpm
+from adamr.subspace import Subspace
+
+__all__ = ["ScaledState", "rogo", "trgp"]
+
+
+class ScaledState(NamedTuple):
+    params: Any
+    scales: Any
+
+
+def _with_scales(weights, scales, name) -> optax.GradientTransformationExtraArgs:
+    """One optimizer for each entry of {"params": ..., "scales": ...}."""
+    # Not optax.partition: its branches see the whole tree with holes, and a subspace
+    # made for the parameters would no longer fit.
+    weights = optax.with_extra_args_support(weights)
+    scales = optax.with_extra_args_support(scales)
+
+    def parts(tree) -> Any:
+        if not isinstance(tree, dict) or set(tree) != {"params", "scales"}:
+            found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+            raise ValueError(
+                f"{name} trains a dict {{'params': ..., 'scales': ...}}, got {found}."
+            )
+        return tree["params"], tree["scales"]
+
+    def init_fn(params) -> Any:
+        if not jax.tree.leaves(params):  # optax.tree.map_params
+            return ScaledState(weights.init(params), scales.init(params))
+        w, q = parts(params)
+        return ScaledState(weights.init(w), scales.init(q))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        w, q = parts(updates)
+        w_params, q_params = (None, None) if params is None else parts(params)
+        w, w_state = weights.update(w, state.params, w_params, **extra_args)
+        q, q_state = scales.update(q, state.scales, q_params, **extra_args)
+        return {"params": w, "scales": q}, ScaledState(w_state, q_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@passes_on_to(adamr)
+def trgp(
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    *,
+    scale_optimizer: optax.GradientTransformation | None = None,
+    **kwargs: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Trust Region Gradient Projection: W under `gpm`, the scales Q trained freely.
+
+    Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, trusted, Q)`.
+    Guarantee: with its own scales a past task keeps its function on inputs in its own
+    subspace, whatever W and the other scales do (`test_old_tasks_are_unchanged`). Task
+    identity is needed at test time, and (trusted subspaces, Q) must be kept per task.
+
+    Args:
+      learning_rate: of W, and of Q unless `scale_optimizer` is given.
+      subspace: the frozen space M of all tasks.
+      scale_optimizer: for Q; None: `optax.adam(learning_rate)`.
+      **kwargs: of `adamr`, for W.
+
+    Returns:
+      An optimizer for a tree with the entries "params" and "scales".
+
+    Raises:
+      ValueError: for a tree without these two entries.
+
+    >>> import adamr
+    >>> import jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 1))}
+    >>> memory = adamr.empty_subspace(params)
+    >>> tasks = [memory, memory]  # one per task to come
+    >>> region = adamr.trust_region(tasks, params)
+    >>> variables = {"params": params, "scales": adamr.init_scales(region.subspaces)}
+    >>> tx = trgp(0.1, memory)
+    >>> state = tx.init(variables)
+    >>> # ... train task 1 and capture its inputs; then, at the boundary:
+    >>> x = jnp.array([[1.0, 0.0, 0.0]])
+    >>> tasks[0], memory = adamr.grow_task_subspace(memory, {"w": x})
+    >>> state = adamr.set_subspace(state, memory, moments="reset")
+    >>> loss = lambda p: jnp.sum((x + 0.1) @ p["w"])  # of task 2, on a batch
+    >>> region = adamr.trust_region(tasks, jax.grad(loss)(params))
+    >>> variables["scales"] = adamr.init_scales(region.subspaces)
+    >>> # ... and each step of task 2:
+    >>> def scaled_loss(v):
+    ...     return loss(adamr.scaled_params(v["params"], region.subspaces, v["scales"]))
+    >>> step, state = tx.update(jax.grad(scaled_loss)(variables), state, variables)
+    >>> print(step["params"]["w"][:, 0].round(3) + 0.0)
+    [ 0.    -0.016 -0.016]
+    >>> print(step["scales"][0][0][0, 0, 0].round(3) + 0.0)
+    [-0.1  0.   0. ]
+
+    References:
+      Lin, Yang, Fan, Zhang, TRGP: Trust Region Gradient Projection for Continual
+      Learning, arXiv:2202.02931.
+    """
+    if scale_optimizer is None:
+        scale_optimizer = optax.adam(learning_rate)
+    return _with_scales(gpm(learning_rate, subspace, **kwargs), scale_optimizer, "trgp")
+
+
+@passes_on_to(adamr)
+def rogo(
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    *,
+    scale_optimizer: optax.GradientTransformation | None = None,
+    **kwargs: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Restricted Orthogonal Gradient Projection: GPM that opens part of what it froze.
+
+    Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, relaxed, Q)` plus
+    `scale_penalty(Q)`, as `trgp` does, but with one subspace inside M, searched anew
+    when the learning rate has decayed, and folded into W at the end of each task, so
+    that nothing is stored. Guarantee: with Q = I it is `gpm`
+    (`test_t7_with_identity_scales_rogo_is_gpm`); what folding changes for old tasks is
+    bounded by ‖Q − I‖, not zero.
+
+    Args:
+      learning_rate: of W, and of Q unless `scale_optimizer` is given.
+      subspace: the frozen space M.
+      scale_optimizer: for Q; None: `optax.adam(learning_rate)`.
+      **kwargs: of `adamr`, for W.
+
+    Returns:
+      An optimizer for a tree with the entries "params" and "scales".
+
+    Raises:
+      ValueError: for a tree without these two entries.
+
+    >>> import adamr
+    >>> import jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 1))}
+    >>> memory = adamr.make_subspace(params, {"w": jnp.eye(3)[:, :2]})
+    >>> loss = lambda p: jnp.sum(p["w"][0] ** 2)  # task 2
+    >>> relaxed = adamr.relaxing_subspace(memory, jax.grad(loss)(params))
+    >>> variables = {"params": params, "scales": adamr.init_scales(relaxed)}
+    >>> tx = rogo(0.1, memory)
+    >>> state = tx.init(variables)
+    >>> def scaled_loss(v):
+    ...     weights = adamr.scaled_params(v["params"], relaxed, v["scales"])
+    ...     return loss(weights) + adamr.scale_penalty(v["scales"])
+    >>> step, state = tx.update(jax.grad(scaled_loss)(variables), state, variables)
+    >>> variables = optax.apply_updates(variables, step)
+    >>> folded, scales = adamr.fold_scales(
+    ...     variables["params"], relaxed, variables["scales"]
+    ... )
+    >>> print(f"{folded['w'][0, 0]:.3f} {folded['w'][1, 0]:.3f}")
+    0.900 1.000
+
+    References:
+      Yang et al., Restricted Orthogonal Gradient Projection for Continual Learning,
+      arXiv:2301.12131.
+    """
+    if scale_optimizer is None:
+        scale_optimizer = optax.adam(learning_rate)
+    return _with_scales(gpm(learning_rate, subspace, **kwargs), scale_optimizer, "rogo")

@@ -1,0 +1,218 @@
+"""Scaled weights: what is learnt inside a protected space without moving the weights.
+
+    W_eff = W + Σ_j B_j (Q_j − I) B_jᵀ W        (Flax layout: fan-in first)
+
+with B_j a basis inside the frozen space and Q_j a small trainable matrix, I to begin
+with. Q is stored like the weights of a subspace, with one axis more: (*small, r, r),
+`small` being 1 except along batch axes, so that shapes alone still give the layout.
+Where a basis has zero columns Q has no effect and gets no gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamr import _trees
+from adamr.subspace import (
+    Subspace,
+    _einsum,
+    check_leaves,
+    coordinates,
+    layout,
+    reconstruct,
+)
+
+__all__ = [
+    "fold_scales",
+    "init_scales",
+    "scale_penalty",
+    "scaled_params",
+    "scaled_weight",
+]
+
+
+def _several(subspaces: Subspace | Sequence[Subspace]) -> tuple[Subspace, ...]:
+    # A Subspace is a tuple too.
+    return (subspaces,) if isinstance(subspaces, Subspace) else tuple(subspaces)
+
+
+def _identity_like(scale: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(scale.shape[-1]), scale.shape)
+
+
+def init_scales(subspaces: Subspace | Sequence[Subspace]) -> tuple:
+    """Q = I for every basis: trainable, and without effect to begin with.
+
+    Args:
+      subspaces: one or several; r in Q (r, r) is their capacity, so make them with a
+        `max_rank`.
+
+    Returns:
+      A tuple with one entry per subspace: in leaf order, float32 (*small, r, r), such
+      as (1, 1, r, r) for a dense kernel, (layers, 1, 1, r, r) for stacked ones; or
+      None.
+
+    >>> from adamr import empty_subspace
+    >>> s = empty_subspace({"w": jnp.zeros((6, 2))}, max_rank=3)
+    >>> init_scales(s)[0][0].shape
+    (1, 1, 3, 3)
+    """
+
+    def leaf(weights):
+        if weights is None:
+            return None
+        return _identity_like(jnp.zeros((*weights.shape, weights.shape[-1])))
+
+    return tuple(tuple(map(leaf, s.weights)) for s in _several(subspaces))
+
+
+def _change(kernel, basis, scale) -> jax.Array:
+    """B (Q − I) Bᵀ W in float32."""
+    weights = scale[..., 0]
+    fits = (
+        basis.ndim == kernel.ndim + 1
+        and scale.ndim == basis.ndim + 1
+        and scale.shape[-2:] == (basis.shape[-1],) * 2
+        and all(b in (1, n) for b, n in zip(basis.shape, kernel.shape, strict=False))
+    )
+    if not fits:
+        raise ValueError(
+            f"scale has shape {scale.shape}, basis {basis.shape} and kernel "
+            f"{kernel.shape}: expected a basis of a Subspace made for this kernel and "
+            "its entry of init_scales."
+        )
+    batch = [basis.shape[d] for d in layout(basis, weights).batch]
+    q = scale.astype(jnp.float32) - _identity_like(scale)
+    coords = coordinates(basis, weights, kernel)
+    stack = "abcdef"[: len(batch)]
+    outputs = "mnopqrst"[: coords.ndim - len(batch) - 1]
+    coords = _einsum(
+        f"{stack}yz,{stack}z{outputs}->{stack}y{outputs}",
+        q.reshape(*batch, *q.shape[-2:]),
+        coords,
+    )
+    return reconstruct(basis, weights, coords)
+
+
+def scaled_weight(kernel: jax.Array, basis: jax.Array, scale: jax.Array) -> jax.Array:
+    """W_eff = W − B Bᵀ W + B Q Bᵀ W for one kernel.
+
+    Args:
+      kernel: W, in any layout that a `Subspace` knows.
+      basis: B, an entry of `Subspace.bases`.
+      scale: Q, the entry of `init_scales` beside it. The authors' Q, for kernels
+        (out, in), is the transpose of this one.
+
+    Returns:
+      An array like `kernel`, computed in float32; exactly W where Q = I.
+
+    >>> from adamr import make_subspace
+    >>> kernel = jnp.array([[1.0], [2.0]])
+    >>> s = make_subspace(kernel, jnp.array([[1.0], [0.0]]), max_rank=1)
+    >>> scaled_weight(kernel, s.bases[0], 2.0 * init_scales(s)[0][0])[:, 0]
+    Array([2., 2.], dtype=float32)
+    """
+    kernel = jnp.asarray(kernel)
+    change = _change(kernel, basis, scale)
+    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+
+
+def scaled_params(
+    params: Any, subspaces: Subspace | Sequence[Subspace], scales: Sequence[Any]
+) -> Any:
+    """W + Σ_j B_j (Q_j − I) B_jᵀ W on every protected leaf: call it in the loss.
+
+    Differentiable in `params` and `scales`.
+
+    Args:
+      params: W.
+      subspaces: one or several, such as `trust_region(...).subspaces`.
+      scales: one tuple per subspace, from `init_scales(subspaces)`.
+
+    Returns:
+      A tree like `params`, same dtypes; bit for bit `params` where every Q = I.
+
+    Raises:
+      ValueError: if the three do not fit.
+
+    >>> from adamr import make_subspace
+    >>> params = {"w": jnp.array([[1.0], [2.0]]), "b": jnp.ones(1)}
+    >>> s = make_subspace(params, {"w": jnp.array([[1.0], [0.0]]), "b": None})
+    >>> scales = init_scales(s)
+    >>> loss = lambda scales: jnp.sum(scaled_params(params, s, scales)["w"])
+    >>> jax.grad(loss)(scales)[0][1][0, 0, 0, 0]
+    Array(1., dtype=float32)
+    """
+    subspaces = _several(subspaces)
+    if len(subspaces) != len(scales):
+        raise ValueError(
+            f"scales has entries for {len(scales)} subspaces, expected "
+            f"{len(subspaces)}: make them with init_scales(subspaces)."
+        )
+    total: list[Any] = [None] * len(_trees.flatten(params)[0])
+    for subspace, each in zip(subspaces, scales, strict=True):
+        check_leaves(subspace, params, "subspaces")
+        if len(each) != len(subspace.bases):
+            raise ValueError(
+                f"scales has {len(each)} leaves, expected {len(subspace.bases)}."
+            )
+        for i, leaf in enumerate(_trees.flatten(params)[0]):
+            basis, scale = subspace.bases[i], each[i]
+            if basis is None or scale is None or _trees.is_hole(leaf):
+                continue
+            change = _change(leaf, basis, scale)
+            total[i] = change if total[i] is None else total[i] + change
+
+    def leaf(w, change):
+        if change is None:
+            return w
+        return (w.astype(jnp.float32) + change).astype(w.dtype)
+
+    return _trees.map_positions(leaf, params, total)
+
+
+def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
+    """β Σ ‖Q − I‖²: add it to the loss, so that old tasks keep most of their function.
+
+    Args:
+      scales: from `init_scales`, any nesting.
+      beta: β; the authors use 1.
+
+    >>> from adamr import make_subspace
+    >>> s = make_subspace(jnp.zeros((3, 2)), jnp.eye(3)[:, :1], max_rank=1)
+    >>> scale_penalty(jax.tree.map(lambda q: 3 * q, init_scales(s)))
+    Array(4., dtype=float32)
+    """
+
+    def leaf(q):
+        return _trees.squared_norm(q.astype(jnp.float32) - _identity_like(q))
+
+    return beta * sum(map(leaf, jax.tree.leaves(scales)), jnp.zeros([]))
+
+
+def fold_scales(
+    params: Any, subspace: Subspace | Sequence[Subspace], scales: Sequence[Any]
+) -> tuple[Any, tuple]:
+    """Makes the scaling permanent: (W_eff, Q = I), the same network function.
+
+    `scaled_params` of the result equals `scaled_params` of the arguments bit for bit
+    (`test_t7_folding_leaves_the_function_unchanged`). Nothing more needs to be kept.
+
+    Args:
+      params: W.
+      subspace: the relaxing subspace.
+      scales: from `init_scales(subspace)`, trained.
+
+    Returns:
+      (params, scales) of the same shapes and dtypes.
+
+    >>> from adamr import make_subspace
+    >>> w = jnp.array([[1.0], [2.0]])
+    >>> s = make_subspace(w, jnp.array([[1.0], [0.0]]), max_rank=1)
+    >>> params, scales = fold_scales(w, s, [[2.0 * init_scales(s)[0][0]]])
+    >>> print(params[:, 0], scales[0][0].item())
+    [2. 2.] 1.0
+    """
+    return scaled_params(params, subspace, scales), init_scales(subspace)

@@ -1,0 +1,106 @@
+"""Pictures of accuracies: what is left of each task, and how it went on the way."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples.results import by_method, interval
+
+# Okabe and Ito's colours, told apart by the colour-blind; markers help in print.
+COLOURS = (
+    "#000000", "#E69F00", "#56B4E9", "#CC79A7",
+    "#009E73", "#D55E00", "#0072B2", "#999999",
+)  # fmt: skip
+MARKERS = "osv^DPX*"
+
+
+def _mean_acc(own: list[dict]) -> float:
+    return float(np.mean([row["metrics"]["ACC"] for row in own]))
+
+
+def matrices(rows: list[dict], tasks: list[str]) -> Figure:
+    """One heat map per method: accuracy on every task after learning each."""
+    groups = by_method(rows)
+    names = sorted(groups, key=lambda name: -_mean_acc(groups[name]))
+    columns = min(len(names), 4)
+    lines = -(-len(names) // columns)
+    figure = Figure(
+        figsize=(3.2 * columns + 1, 3.4 * lines + 0.8), layout="constrained"
+    )
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    image = None
+    for axes, name in zip(grid.flat, names, strict=False):
+        matrix = np.mean([row["matrix"] for row in groups[name]], axis=0)
+        seen = np.tri(len(matrix), dtype=bool)
+        shown = np.where(seen, matrix, np.nan)
+        image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=1)
+        if len(matrix) <= 10:
+            for i, j in np.argwhere(seen):
+                colour = "black" if matrix[i, j] > 0.6 else "white"
+                text = f"{100 * matrix[i, j]:.0f}"
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=7, color=colour
+                )
+        axes.set_title(f"{name}: {_mean_acc(groups[name]):.3f} at the end", fontsize=10)
+        axes.set_xlabel("accuracy (%) on task", fontsize=8)
+        axes.set_ylabel("after learning task", fontsize=8)
+        axes.tick_params(labelsize=7)
+    best, worst = names[0], names[-1]
+    figure.suptitle(
+        f"{best} ends at {_mean_acc(groups[best]):.3f}"
+        + (f", {worst} at {_mean_acc(groups[worst]):.3f}" if worst != best else "")
+        + f", over {len(tasks)} tasks"
+    )
+    figure.colorbar(image, ax=grid, pad=0.01, aspect=40)
+    return figure
+
+
+def anytime(rows: list[dict], tasks: list[str]) -> Figure:
+    """Accuracy over the tasks seen so far at every evaluation, with intervals."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, own) in enumerate(by_method(rows).items()):
+        curves = []
+        for row in own:
+            tensor = np.asarray(row["anytime"], float)
+            curves.append(
+                [tensor[t, h, : t + 1].mean() for t, h in np.ndindex(tensor.shape[:2])]
+            )
+        each = [interval(values) for values in zip(*curves, strict=True)]
+        middle, half = map(np.array, zip(*each, strict=True))
+        evaluations = len(middle) // len(tasks)
+        x = (np.arange(len(middle)) + 1) / evaluations
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(
+            x, middle, label=name, color=colour, linewidth=1.5, markersize=5,
+            marker=MARKERS[i // len(COLOURS) % len(MARKERS)],
+            markevery=max(1, evaluations),
+        )  # fmt: skip
+        if not math.isnan(half[0]):
+            axes.fill_between(
+                x, middle - half, middle + half, color=colour, alpha=0.12, linewidth=0
+            )
+    for task in range(1, len(tasks)):
+        axes.axvline(task, color="0.85", linewidth=0.8, zorder=0)
+    axes.set_xlim(0, len(tasks))
+    axes.set_xlabel("tasks learnt")
+    axes.set_ylabel("accuracy on the tasks seen so far")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def draw(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """Draws both pictures beside `results.json`."""
+    paths = []
+    for make in (matrices, anytime):
+        paths.append(folder / f"{make.__name__}.png")
+        make(results["runs"], results["tasks"]).savefig(paths[-1], dpi=130)
+    return paths

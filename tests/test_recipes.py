@@ -1,0 +1,82 @@
+"""Recipes as users meet them: by name, with visible parameters, under injection."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamr
+
+PARAMS = {"w": jnp.ones((3, 2))}
+EVIDENCE = {
+    "agem": {"memory_gradient": PARAMS},
+    "gem": {"memory_gradients": {"w": jnp.ones((2, 3, 2))}},
+    "p_mgem": {"memory_gradients": {"w": jnp.ones((2, 3, 2))}},
+    "d_mgem": {"memory_gradients": {"w": jnp.ones((2, 2, 3, 2))}},
+    "er": {"memory_gradient": PARAMS},
+    "mudman": {"retain_gradient": PARAMS},
+}
+
+
+def arguments(name):
+    subspace = adamr.empty_subspace(PARAMS)
+    more = {
+        "gpm": {"subspace": subspace},
+        "sgp": {"subspace": subspace},
+        "adam_nscl": {"subspace": subspace},
+        "ogd": {"directions": adamr.empty_directions(PARAMS, 2)},
+        "ewc": {"strength": 1.0},
+        "online_ewc": {"strength": 1.0},
+        "hft": {"key": jax.random.key(0)},
+    }
+    return {"learning_rate": 0.1, **more.get(name, {})}
+
+
+RECIPES = [
+    "adam_nscl", "agem", "er", "ewc", "gem", "gpm", "hft", "l2_sp", "mas", "mudman",
+    "ogd", "online_ewc", "p_mgem", "rwalk", "sgp", "si",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_works_under_inject_hyperparams(name):
+    recipe, given = getattr(adamr, name), arguments(name)
+    extra = EVIDENCE.get(name, {})
+    static = [n for n in ("key",) if n in given]
+    injected = optax.inject_hyperparams(recipe, static_args=static)(**given)
+    plain = recipe(**given)
+    steps = []
+    for tx in (plain, injected):
+        state = tx.init(PARAMS)
+        step, state = tx.update(PARAMS, state, PARAMS, **extra)
+        steps.append(step["w"])
+    np.testing.assert_allclose(*steps, rtol=1e-5)  # 1 - b2 in float32
+    once, _ = injected.update(PARAMS, state, PARAMS, **extra)
+    state.hyperparams["learning_rate"] = jnp.asarray(0.2)
+    twice, _ = injected.update(PARAMS, state, PARAMS, **extra)
+    np.testing.assert_allclose(
+        twice["w"], 2 * once["w"], rtol=0.02
+    )  # a proximal step: nearly
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "d_mgem", "trgp", "rogo"])
+def test_steps_descend_and_parameters_are_visible(name):
+    recipe = getattr(adamr, name)
+    kinds = [p.kind for p in inspect.signature(recipe).parameters.values()]
+    if name != "d_mgem":
+        assert inspect.Parameter.VAR_KEYWORD not in kinds
+        assert {"b1", "b2", "eps"} <= set(inspect.signature(recipe).parameters)
+    if name in ("trgp", "rogo"):
+        return
+    tx = recipe(**arguments(name))
+    extra = EVIDENCE.get(name, {})
+    step, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+    assert float(optax.tree.vdot(step, PARAMS)) < 0
+
+
+def test_unknown_parameters_are_refused_by_name():
+    with pytest.raises(TypeError, match="b3"):
+        adamr.gpm(0.1, adamr.empty_subspace(PARAMS), b3=0.5)
