@@ -13,12 +13,17 @@ towards the raw gradient. The *merging* link ends the carrier and applies the mo
         optax.scale_by_learning_rate(1e-3),
     )
 
-    modifiers/      g -> g̃                       strength.py        strength links
-    subspace.py     what a projection protects   second_moments.py  estimators of v
-    bases.py        making a subspace            protection.py      exact protections
-    growth.py       learning one, sketch.py      state.py           task boundaries
-    capture.py      layer inputs (Flax)          diagnostics.py     leaks, statistics
-    optimizers.py   `adamr` and the recipes      metrics.py         forgetting and kin
+    modifiers/       g -> g̃, one family a file
+    strength.py      strength links               second_moments.py  estimators of v
+    recipes/         gpm, ewc, agem, …            optimizers.py      the alias `adamr`
+    protection.py    exact protections            state.py           task boundaries
+    subspace.py      protected per leaf           directions.py      as whole vectors
+    bases.py, growth.py, sketch.py, covariance.py, gram_schmidt.py   learning these
+    trust_region.py, scales.py, relaxation.py     learning inside them: TRGP, ROGO
+    importance.py, path_integral.py, consolidation.py     a penalty's weights and anchor
+    capture.py       layer inputs (Flax)          logits.py          logit gradients
+    memory.py        stored examples              checkpoint.py      exact resume
+    diagnostics.py   leaks, statistics            metrics.py         forgetting and kin
 
 Equations of the merging link, per leaf, with its argument names:
 

@@ -1,0 +1,162 @@
+"""What is in a checkpoint: the state, and what the run was made with.
+
+Both are compared with what a run has now, by text, so that a message can list every
+difference.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from adamr import _leaves
+
+__all__ = ["Restored", "differences", "orbax", "plain", "read", "text", "write"]
+
+_SETTINGS = (  # of JAX, those that change bits
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+
+
+def plain(value: Any, name: str) -> Any:
+    """A copy, as JSON gives it back: equal, but for tuples, which become lists.
+
+    Raises:
+      TypeError: naming the entry that JSON cannot hold.
+    """
+
+    def check(value, name):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"{name} has the key {key!r}, expected a str.")
+                check(item, f"{name}/{key}")
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                check(item, f"{name}/{i}")
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, expected what JSON can hold: "
+                "numbers, text, None, lists and dicts of them."
+            )
+
+    check(value, name)
+    return json.loads(json.dumps(value))
+
+
+def _origin(config: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters, the versions and the settings of JAX."""
+    import jaxlib
+    import optax
+
+    import adamr
+
+    modules = (adamr, jax, jaxlib, optax)
+    return {
+        "config": config,
+        "version": {m.__name__: m.__version__ for m in modules},
+        "setting": {name: getattr(jax.config, name) for name in _SETTINGS},
+    }
+
+
+def _devices() -> str:
+    """Such as `8 cpu`."""
+    kinds = [device.device_kind for device in jax.devices()]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted({*kinds}))
+
+
+def _flat(value: Any, name: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not value:
+        return {name: json.dumps(value)}
+    parts = [_flat(item, f"{name}/{key}") for key, item in value.items()]
+    return {key: text for part in parts for key, text in part.items()}
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A line for each entry that differs, as text: `config/rate: 0.1, 0.2`."""
+    saved, now = [
+        {k: v for name, part in whole.items() for k, v in _flat(part, name).items()}
+        for whole in (there, here)
+    ]
+    return [
+        f"{key}: {saved.get(key, 'absent')}, {now.get(key, 'absent')}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    metrics: Any
+
+
+def orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "adamr.checkpoint needs orbax: python -m pip install 'adamr[examples]'."
+        ) from error
+    return orbax.checkpoint
+
+
+def text(step: int, config: dict[str, Any], metrics: Any, records: list) -> str:
+    """All of a checkpoint but its arrays."""
+    contents = {
+        "step": step,
+        "origin": _origin(config),
+        "devices": _devices(),
+        "metrics": plain(metrics, "metrics"),
+        "leaves": records,
+    }
+    return json.dumps(contents, indent=1)
+
+
+def write(folder: Path, text: str, arrays: dict[str, np.ndarray]) -> None:
+    """Fills an empty folder."""
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    if arrays:
+        ocp = orbax()
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+            writer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
+
+
+def read(path: Path, like: Any, config: dict[str, Any] | None) -> Restored:
+    """The undamaged checkpoint at `path`; with a config, only if all of it agrees."""
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    lines = []
+    if config is not None:
+        lines = differences(saved["origin"], _origin(config))
+    here = _leaves.described(like)
+    held = _leaves.signature(saved["leaves"])
+    lines += differences({"state": held}, {"state": here})
+    if lines:
+        raise ValueError(
+            f"{path} is from another run (there, here):\n  "
+            + "\n  ".join(lines)
+            + "\nGo on with what it was made with, or take another directory; "
+            "adamr.checkpoint.load reads it without comparing hyperparameters and "
+            "versions."
+        )
+    if config is not None and saved["devices"] != _devices():
+        warnings.warn(
+            f"{path} was saved on {saved['devices']}, this is {_devices()}: the "
+            "run goes on, but its last bits may differ.",
+            stacklevel=3,
+        )
+    arrays = _leaves.placeholders(saved["leaves"], like)
+    if arrays:
+        ocp = orbax()
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            how = ocp.args.StandardRestore(arrays)
+            arrays = reader.restore(path.absolute() / "arrays", args=how)
+    state = _leaves.restored(saved["leaves"], arrays, like)
+    return Restored(saved["step"], state, saved["metrics"])

@@ -1,0 +1,143 @@
+"""Folders on disk that are whole or absent, and that tell when they are damaged.
+
+A folder is written under a temporary name, gets a list of SHA-256 sums of its files,
+is flushed to disk, and only then takes its name by one rename. What a crash leaves
+behind has a temporary name and is removed by the next process that holds the lock.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not a Unix system
+    fcntl = None
+
+__all__ = ["commit", "damage", "locked", "remove", "temporary"]
+
+SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
+_TEMPORARY = ".adamr-partial-"
+
+
+def _sum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(lines: list[str]) -> str:
+    """The lines and a last one that covers them, so that no cut goes unseen."""
+    text = "".join(f"{line}\n" for line in lines)
+    return f"{text}# sum of the above {hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def damage(folder: Path) -> str | None:
+    """Why the folder is not what was committed; None if it is, to the last bit.
+
+    Files that were not there at the commit are not looked at.
+    """
+    try:
+        written = (folder / SUMS).read_bytes().decode()
+        lines = written.split("\n")[:-2]
+        if written != _sealed(lines):
+            return f"{SUMS} is damaged"
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            if _sum(folder / name) != digest:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unused(directory: Path) -> Path:
+    return directory / f"{_TEMPORARY}{secrets.token_hex(8)}"
+
+
+def temporary(directory: Path) -> Path:
+    """A new empty folder in the directory, for `commit` or to be removed."""
+    folder = _unused(directory)
+    folder.mkdir()
+    return folder
+
+
+def commit(folder: Path, final: Path) -> None:
+    """Gives a temporary folder its sums and its name, in one step and for good.
+
+    Args:
+      folder: from `temporary`, complete.
+      final: a name that does not exist, in the same directory.
+    """
+    inside = sorted(folder.rglob("*"))
+    files = [path for path in inside if path.is_file()]
+    lines = [f"{_sum(path)}  {path.relative_to(folder).as_posix()}" for path in files]
+    (folder / SUMS).write_bytes(_sealed(lines).encode())
+    for path in [*inside, folder / SUMS, folder]:
+        _flush(path)
+    os.rename(folder, final)
+    _flush(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder; a crash half-way leaves a temporary name, not a damaged one."""
+    grave = _unused(folder.parent)
+    os.rename(folder, grave)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether this process holds the lock now; ends with the process, however it ends.
+
+    Record locks, unlike flock, are not inherited by forked workers that outlive it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise RuntimeError(
+            f"{Path(file.name).parent} is in use: another process saves there. Wait "
+            "for it to end, or take another directory."
+        ) from error
+    except OSError:  # a file system without locks
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Makes the directory and keeps other processes out for the length of the block.
+
+    Raises:
+      OSError: if the directory cannot be made or written.
+      RuntimeError: if another process has it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".adamr-lock", "a")
+    except FileExistsError as error:
+        raise NotADirectoryError(f"{directory} is a file, not a directory.") from error
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"cannot write into the directory: {error.strerror}", directory
+        ) from error
+    with file:
+        if _lock(file):
+            for left in directory.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
