@@ -2,21 +2,24 @@
 
 All functions are pure and run under jit, vmap and scan, so they serve a logger and a
 property test alike (tests/test_moment_properties.py). Results hold one number for the
-whole tree (`total`) and one per leaf in leaf order (`per_leaf`, None where nothing is
-protected). Degenerate input has a defined result: where the whole is 0, a share is 0.
+whole tree (`total`) and one per leaf in leaf order (`per_leaf`). A ratio 0 / 0 is 0,
+anything else by 0 is inf, and NaN stays NaN: a broken step never looks like a good one.
+Proven against float64 twins in tests/test_diagnostics.py.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adamr import _trees
-from adamr.protection import EigenbasisState
-from adamr.routing import FaithfulSecondMomentState
-from adamr.state import find_nodes
-from adamr.subspace import Subspace, check_leaves, coordinates, used
+from adamr.modifiers.projection import require_subspace
+from adamr.protection import EigenbasisState, Rotated
+from adamr.second_moments import ESTIMATORS, AmsgradMoments, FactoredMoments
+from adamr.state import find_nodes, get_subspace
+from adamr.subspace import Subspace, check_leaves, coordinates, used, weighted
 
 __all__ = [
     "Measured",
@@ -34,32 +37,35 @@ class Measured(NamedTuple):
     per_leaf: tuple[jax.Array | None, ...]
 
 
-def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+def _ratio(pair: Any) -> jax.Array:
+    part, whole = pair
+    nothing = (part == 0) & (whole == 0)
+    return jnp.where(nothing, 0.0, part / jnp.where(nothing, 1.0, whole))
 
 
-def _ratios(parts: Sequence, wholes: Sequence, *, root: bool = False) -> Measured:
-    """part / whole per leaf and summed over leaves; entries of None are skipped."""
-    shape = jnp.sqrt if root else (lambda x: x)
-    there = [(p, w) for p, w in zip(parts, wholes, strict=True) if p is not None]
-    part = sum((p for p, _ in there), start=jnp.zeros([]))
-    whole = sum((w for _, w in there), start=jnp.zeros([]))
-    per_leaf = tuple(
-        None if p is None else shape(_ratio(p, w))
-        for p, w in zip(parts, wholes, strict=True)
-    )
-    return Measured(shape(_ratio(part, whole)), per_leaf)
+def _measure(leaves, function, combine=jnp.add, finish=lambda x: x) -> Measured:
+    """`finish` of what `function` gives for the parts of each leaf, combined."""
+    reduce = functools.partial(functools.reduce, combine)
+    per_leaf = [reduce(map(function, parts)) if parts else None for parts in leaves]
+    there = [x for x in per_leaf if x is not None]
+    total = finish(reduce(there)) if there else jnp.zeros([])
+    return Measured(total, tuple(None if x is None else finish(x) for x in per_leaf))
 
 
-def _inside(tree: Any, subspace: Subspace) -> list[jax.Array | None]:
-    """‖Uᵀ x‖² per leaf."""
-    check_leaves(subspace, tree, "subspace")
-    return [
-        None
-        if basis is None or weights is None or _trees.is_hole(x)
-        else _trees.squared_norm(coordinates(basis, weights, x))
-        for x, basis, weights in zip(_trees.flatten(tree)[0], *subspace, strict=True)
-    ]
+def _lengths(name: str, subspace: Subspace, *trees: Any) -> Measured:
+    """‖UᵀΔ‖ / ‖Uᵀf‖ of two trees, ‖UᵀΔ‖ / ‖Δ‖ of one."""
+    require_subspace(subspace, name)
+    for tree in trees:
+        check_leaves(subspace, tree, "subspace")
+
+    def pair(basis, weights, *leaves):
+        if basis is None or any(map(_trees.is_hole, leaves)):
+            return []
+        inside = [coordinates(basis, weights, x) for x in leaves]
+        return [jnp.stack(list(map(_trees.squared_norm, (*inside, *leaves)[:2])))]
+
+    leaves = list(map(pair, *subspace, *(_trees.flatten(tree)[0] for tree in trees)))
+    return _measure(leaves, lambda x: x, finish=lambda x: jnp.sqrt(_ratio(x)))
 
 
 def update_leak(updates: Any, subspace: Subspace) -> Measured:
@@ -70,7 +76,8 @@ def update_leak(updates: Any, subspace: Subspace) -> Measured:
       subspace: U; every direction counts in full, whatever its weight λ.
 
     Returns:
-      `Measured` over the protected leaves, in [0, 1]; 0 for a zero step.
+      `Measured` over the protected leaves, in [0, 1] to rounding; 0 for a zero step,
+      NaN for one that is not finite.
 
     >>> from adamr import make_subspace
     >>> step = {"w": jnp.array([[3.0], [4.0]])}
@@ -78,27 +85,30 @@ def update_leak(updates: Any, subspace: Subspace) -> Measured:
     >>> print(update_leak(step, u).total.round(3))
     0.6
     """
-    inside = _inside(updates, subspace)
-    leaves = _trees.flatten(updates)[0]
-    whole = [
-        None if i is None else _trees.squared_norm(x)
-        for i, x in zip(inside, leaves, strict=True)
-    ]
-    return _ratios(inside, whole, root=True)
+    return _lengths("update_leak", subspace, updates)
 
 
 def effective_learning_rate(first: Any, updates: Any, subspace: Subspace) -> Measured:
     """‖UᵀΔ‖ / ‖Uᵀf‖, measured: how far a unit of f moves along old directions.
 
     Under shared routing it is 1/(1 − α) times what it is under decoupled routing
-    (Proposition 1), where the coordinates are those in which Adam divides.
+    (Proposition 1), where the coordinates are those in which Adam divides; proven in
+    `test_proposition_1_along_one_coordinate`.
 
     Args:
-      first: f, the gradient that entered the first moment.
-      updates: the step Δ.
-      subspace: U.
+      first, updates: f, the gradient that entered the first moment, and the step Δ.
+      subspace: U; every direction counts in full, whatever its weight λ.
+
+    Returns:
+      `Measured` over the protected leaves; inf where the step leaks and f does not.
+
+    >>> from adamr import make_subspace
+    >>> f = {"w": jnp.array([[2.0], [1.0]])}
+    >>> u = make_subspace(f, {"w": jnp.array([[1.0], [0.0]])})
+    >>> print(effective_learning_rate(f, {"w": -0.05 * f["w"]}, u).total.round(3))
+    0.05
     """
-    return _ratios(_inside(updates, subspace), _inside(first, subspace), root=True)
+    return _lengths("effective_learning_rate", subspace, updates, first)
 
 
 class MomentStatistics(NamedTuple):
@@ -115,52 +125,85 @@ class MomentStatistics(NamedTuple):
     base_learning_rate: Measured | None
 
 
-def _find_moments(opt_state: Any) -> Any:
-    """The one state with count, mu and nu; ours or optax's."""
-    if find_nodes(opt_state, EigenbasisState):
-        raise ValueError(
-            "opt_state keeps its moments in an eigenbasis, where they have other "
-            "coordinates than the parameters: pass state.inner of the EigenbasisState "
-            "for its own statistics."
-        )
+def _find_moments(opt_state: Any) -> list[tuple[Any, Subspace | None]]:
+    """States with count, mu and nu, ours or optax's, and the basis they are kept in."""
 
-    def holds(node):
-        return {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))
+    def stops(node):
+        fields = {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))
+        return fields or isinstance(node, EigenbasisState)
 
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=holds) if holds(x)]
-    ours = [x for x in found if isinstance(x, FaithfulSecondMomentState)]
-    found = ours or found
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} states with count, mu and nu, expected 1: "
-            "pass the part that has the moments."
-        )
-    return found[0]
+    found = []
+    for node in jax.tree.leaves(opt_state, is_leaf=stops):
+        if isinstance(node, EigenbasisState):
+            inner = _find_moments(node.inner)
+            found += [(state, node.subspace) for state, _ in inner]
+        elif stops(node):
+            found.append((node, None))
+    return found
 
 
-def _second_moments(state: Any) -> list[jax.Array]:
-    """v per leaf as stored: (1, out) where it is shared."""
-    nu = state.nu
-    if hasattr(nu, "row"):
-        raise ValueError("opt_state has adafactor's factored v, which has no entries.")
-    return jax.tree.leaves(nu.nu if hasattr(nu, "nu_max") else nu)
+class _Entries(NamedTuple):
+    """Moments of a leaf, or of half a rotated one; shares that broadcast to them."""
+
+    m: jax.Array
+    v: jax.Array
+    ratio: jax.Array  # |m̂| / √v̂
+    d: jax.Array  # 1 / (√(v̂ + eps_root) + eps)
+    there: jax.typing.ArrayLike = 1.0  # 0: a zero column of the basis
+    inside: jax.typing.ArrayLike | None = None  # share along U; None: not protected
+    trace: jax.typing.ArrayLike = 1.0  # share in the trace of the step's operator
 
 
-def _all(values: list[jax.Array], combine) -> Measured:
-    whole = combine(jnp.stack(values)) if values else jnp.zeros([])
-    return Measured(whole, tuple(values))
+def _entries(state: Any, b1, b2, eps, eps_root) -> Iterator[_Entries]:
+    """Of the leaves of mu in order; what is shared or factored is spread out."""
+    count, m = jax.tree.leaves(state.count)[0], jax.tree.leaves(state.mu)
+    steps = jnp.maximum(count, 1).astype(jnp.float32)
+    correction = 1.0 if b2 is None else 1.0 - b2**steps
+    nu, nu_max = state.nu, getattr(state, "nu_max", None)
+    if isinstance(nu, AmsgradMoments):
+        nu, nu_max = nu
+    if isinstance(nu, FactoredMoments):
+        kind = ESTIMATORS["adafactor"]
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in kind.shapes(nu, m)]
+        # With b2 = 1 and t = ∞ nothing is blended in: v̂ of the state as it is.
+        nu = kind.update(zeros, nu, 1.0, jnp.inf)[0]
+        nu_max = nu = [jnp.where(count > 0, x, 0.0) for x in nu]
+    # Amsgrad and adafactor keep a v̂ that needs no correction.
+    hats, correction = (nu, correction) if nu_max is None else (nu_max, 1.0)
+    for each in zip(m, jax.tree.leaves(nu), jax.tree.leaves(hats), strict=True):
+        x, v, hat = (y.astype(jnp.float32) for y in jnp.broadcast_arrays(*each))
+        root, m_hat = jnp.sqrt(hat / correction), jnp.abs(x) / (1.0 - b1**steps)
+        d = 1.0 / (jnp.sqrt(hat / correction + eps_root) + eps)
+        yield _Entries(x, v, _ratio((m_hat, root)), d)
 
 
-def _old_directions(basis, weights, v, d):
-    """(part, whole) of the energy of v, of D along U, and of D in all."""
-    length = jnp.sum(jnp.square(basis.astype(jnp.float32)), axis=-1)
-    along = jnp.broadcast_to(length, v.shape)  # Σ_k U_ik²
-    outputs = v.size // max(1, length.size)
-    return [
-        (jnp.sum(along * v), jnp.sum(v)),
-        (jnp.sum(along * d), jnp.sum(used(basis, weights)) * outputs),
-        (jnp.sum(d), jnp.asarray(float(d.size))),
-    ]
+def _along(basis: Any, weights: Any, *halves: _Entries) -> tuple[_Entries, ...]:
+    """The entries of one leaf with their shares along U."""
+    length = jnp.sum(jnp.square(basis.astype(jnp.float32)), axis=-1)  # Σ_k U_ik²
+    *along, rest = halves
+    if not along:
+        return (rest._replace(inside=length),)
+    there = weighted(used(basis, weights), jnp.ones_like(along[0].m))
+    # The rest is kept off U on the way out: none of a coordinate that lies in U.
+    outside = jnp.where(length < 1.0 - 1e-6, 1.0 - length, 0.0)
+    ratio = jnp.where(there > 0, along[0].ratio, 0.0)
+    along = along[0]._replace(ratio=ratio, there=there, inside=there, trace=there)
+    return along, rest._replace(inside=0.0, trace=outside)
+
+
+def _sum(share: Any, x: jax.Array) -> jax.Array:
+    """Σ share · x; 0 · inf is 0."""
+    return jnp.sum(jnp.where(share > 0, share * x, 0.0))
+
+
+def _mean(share: Any, x: jax.Array) -> jax.Array:
+    share = jnp.asarray(share, jnp.float32)
+    return jnp.stack([_sum(share, x), jnp.sum(share) * (x.size / share.size)])
+
+
+def _extreme(reduce: Any, x: jax.Array) -> jax.Array:
+    """XLA's maximum of a long array on a CPU passes over NaN."""
+    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, reduce(x))
 
 
 def moment_statistics(
@@ -168,13 +211,14 @@ def moment_statistics(
     subspace: Subspace | None = None,
     *,
     b1: float = 0.9,
-    b2: float = 0.999,
+    b2: float | None = 0.999,
     eps: float = 1e-8,
+    eps_root: float = 0.0,
 ) -> MomentStatistics:
-    """Statistics of m and v, found inside any wrapper; a pytree of float32 scalars.
+    """Statistics of m and v, found inside any wrapper; a pytree of scalars.
 
-    With m̂ = m / (1 − b1^count), v̂ = v / (1 − b2^count), D = 1 / (√v̂ + eps), per leaf
-    and in all:
+    With m̂ = m / (1 − b1^count), v̂ = v / (1 − b2^count) (amsgrad: the largest so far;
+    adafactor: v), D = 1 / (√(v̂ + eps_root) + eps), per leaf and in all:
 
         mu_norm             ‖m‖
         nu_mean, nu_min, nu_max
@@ -182,20 +226,25 @@ def moment_statistics(
         old_energy          Σ_k Σ_i U_ik² v_i / Σ_i v_i, the share of v along old
                             directions; rank / fan-in if v is isotropic
         old_learning_rate   mean over directions and outputs of u_kᵀ D u_k: what the
-                            step multiplies the first moment by along old directions
-        base_learning_rate  mean of D over the protected leaves
+                            merging link multiplies m̂ by along old directions
+        base_learning_rate  mean of D over the protected leaves, tr D / size
+
+    In an eigenbasis v is kept along U and off it: there v_k stands for Σ_i U_ik² v_i,
+    D_k for u_kᵀ D u_k, and D for the operator rotated back. Where v = 0, as before the
+    first step, D = 1 / (√eps_root + eps).
 
     Args:
-      opt_state: of a routed chain, of `adamr`, or of an optax Adam.
-      subspace: U; None: the one that `opt_state` holds, if any; without one the last
-        three are None.
-      b1: decay of m, for bias correction.
-      b2: decay of v, for bias correction.
-      eps: of the denominator.
+      opt_state: of a routed chain, of `adamr`, or of an optax Adam or AMSGrad, in any
+        wrapper; of a partition, the leaves of all its optimizers.
+      subspace: U; every direction counts in full, whatever its weight λ. None: the one
+        that `opt_state` holds; without one the last three are None. Moments in an
+        eigenbasis are measured along their own.
+      b1, b2: decays, for bias correction; b2 None: v̂ = v, as in rmsprop and adagrad.
+      eps, eps_root: outside and inside the root.
 
     Raises:
-      ValueError: if `opt_state` has no moments, several, or moments that are not one
-        number per parameter (adafactor, an eigenbasis).
+      ValueError: if `opt_state` has no moments, or several of one leaf; if it holds
+        subspaces of different shapes and none is given.
 
     >>> import optax
     >>> tx = optax.adam(0.1)
@@ -203,53 +252,48 @@ def moment_statistics(
     >>> print(moment_statistics(state).largest_ratio.total.round(3))
     1.0
     """
-    state = _find_moments(opt_state)
-    count = jnp.asarray(state.count)
-    steps = jnp.maximum(count, 1).astype(jnp.float32)
-    m = [x.astype(jnp.float32) for x in jax.tree.leaves(state.mu)]
-    v = [x.astype(jnp.float32) for x in _second_moments(state)]
-    root = [jnp.sqrt(x / (1.0 - b2**steps)) for x in v]
-
-    def ratio(x, r):
-        x = jnp.abs(x) / (1.0 - b1**steps)
-        r = jnp.broadcast_to(r, x.shape)
-        return jnp.max(jnp.where(x > 0, x / r, 0.0), initial=0.0)
-
-    sizes = jnp.array([x.size for x in m], jnp.float32)
-    means = [jnp.mean(x) for x in v]
-    weighted = jnp.sum(jnp.stack(means) * sizes) / jnp.sum(sizes) if means else 0.0
-    norms = [jnp.sqrt(_trees.squared_norm(x)) for x in m]
-    statistics = MomentStatistics(
-        count=count,
-        mu_norm=_all(norms, lambda n: jnp.sqrt(jnp.sum(jnp.square(n)))),
-        nu_mean=Measured(jnp.asarray(weighted), tuple(means)),
-        nu_min=_all([jnp.min(x) for x in v], jnp.min),
-        nu_max=_all([jnp.max(x) for x in v], jnp.max),
-        largest_ratio=_all(list(map(ratio, m, root)), jnp.max),
-        old_energy=None,
-        old_learning_rate=None,
-        base_learning_rate=None,
+    if subspace is None and find_nodes(opt_state, Subspace):
+        subspace = get_subspace(opt_state)
+    elif subspace is not None:
+        require_subspace(subspace, "moment_statistics")
+    found = _find_moments(opt_state)
+    if not found:
+        raise ValueError("opt_state holds no state with count, mu and nu.")
+    leaves: dict[int, tuple[_Entries, ...]] = {}
+    for state, own in found:
+        u = own or subspace
+        if own is None and u is not None:
+            check_leaves(u, state.mu, "subspace")
+        rotated = lambda x: _trees.is_hole(x) or isinstance(x, Rotated)  # noqa: E731
+        entries = _entries(state, b1, b2, eps, eps_root)
+        for i, x in enumerate(jax.tree.leaves(state.mu, is_leaf=rotated)):
+            parts = tuple(next(entries) for _ in jax.tree.leaves(x))
+            if len(parts) == 2 and own is None:
+                raise ValueError(
+                    "opt_state lacks the basis: pass the whole EigenbasisState."
+                )
+            if parts and leaves.get(i):
+                raise ValueError(
+                    "opt_state holds several moments of one leaf: pass a part of it."
+                )
+            if parts and u is not None and u.bases[i] is not None:
+                parts = _along(u.bases[i], u.weights[i], *parts)
+            leaves[i] = leaves.get(i, ()) + tuple(e for e in parts if e.m.size)
+    every = list(leaves.values())
+    protected = [e if e and e[0].inside is not None else () for e in every]
+    pairs = (
+        lambda e: jnp.stack([_sum(e.inside, e.v), _sum(e.there, e.v)]),
+        lambda e: _mean(e.inside, e.d),
+        lambda e: _mean(e.trace, e.d),
     )
-    held = find_nodes(opt_state, Subspace) if subspace is None else [subspace]
-    if not held:
-        return statistics
-    check_leaves(held[0], state.mu, "subspace")
-    each = iter(zip(m, v, root, strict=True))
-    found = []
-    for x, basis, weights in zip(_trees.flatten(state.mu)[0], *held[0], strict=True):
-        parts: list = [(None, None)] * 3
-        if not _trees.is_hole(x):
-            moment, nu, r = next(each)
-            if basis is not None:
-                d = jnp.broadcast_to(1.0 / (r + eps), moment.shape)
-                nu = jnp.broadcast_to(nu, moment.shape)
-                parts = _old_directions(basis, weights, nu, d)
-        found.append(parts)
-    old_energy, old_rate, base_rate = (
-        _ratios(*zip(*pairs, strict=True)) for pairs in zip(*found, strict=True)
-    )
-    return statistics._replace(
-        old_energy=old_energy,
-        old_learning_rate=old_rate,
-        base_learning_rate=base_rate,
+    old = [_measure(protected, p, finish=_ratio) if subspace else None for p in pairs]
+    used_v = lambda e, other: jnp.where(e.there > 0, e.v, other)  # noqa: E731
+    return MomentStatistics(
+        functools.reduce(jnp.maximum, [jax.tree.leaves(s.count)[0] for s, _ in found]),
+        _measure(every, lambda e: _sum(e.there, jnp.square(e.m)), finish=jnp.sqrt),
+        _measure(every, lambda e: _mean(e.there, e.v), finish=_ratio),
+        _measure(every, lambda e: _extreme(jnp.min, used_v(e, jnp.inf)), jnp.minimum),
+        _measure(every, lambda e: _extreme(jnp.max, used_v(e, 0.0)), jnp.maximum),
+        _measure(every, lambda e: _extreme(jnp.max, e.ratio), jnp.maximum),
+        *old,
     )

@@ -91,17 +91,25 @@ def directions() -> adamr.Directions:
 
 
 def one_memory(g: Any) -> dict:
-    """A memory in conflict with the gradient."""
-    other = gradient(2007)
-    return {"memory_gradient": jax.tree.map(lambda x, y: y - x, g, other)}
+    """A memory in slight conflict with g, and in more with what Adam makes of it.
+
+    r = k g − sign g: ⟨g, r⟩ is just below 0, and ⟨sign g, r⟩ far below it, since the
+    entries of g are of different size (Cauchy and Schwarz).
+    """
+    share = 0.99 * optax.tree.sum(jax.tree.map(jnp.abs, g)) / optax.tree.vdot(g, g)
+    return {"memory_gradient": jax.tree.map(lambda x: share * x - jnp.sign(x), g)}
 
 
 def memories(g: Any) -> dict:
-    rows = [
-        jax.tree.map(lambda x, y: y - x, g, gradient(2000 + 10 * i))
-        for i in range(TASKS)
-    ]
-    return {"memory_gradients": jax.tree.map(lambda *x: jnp.stack(x), *rows)}
+    """Several such memories."""
+    (one,) = one_memory(g).values()
+    rng = np.random.default_rng(5)
+
+    def stack(x):
+        noise = rng.normal(size=(TASKS, *x.shape))
+        return x[None] + jnp.asarray(0.1 * noise, jnp.float32)
+
+    return {"memory_gradients": jax.tree.map(stack, one)}
 
 
 def retained(g: Any) -> dict:
@@ -234,16 +242,17 @@ METHODS: dict[str, Method] = {
         parity=("fopng",),
     ),
     "gem": Method(
-        "1706.08840", lambda: adamr.gem(RATE), adamr.gem_constraint, conflict,
-        memories, closed_forms=(10,), parity=("gem",),
+        "1706.08840", lambda: adamr.gem(RATE, 0.0),
+        lambda: adamr.gem_constraint(0.0), conflict, memories,
+        closed_forms=(10,), parity=("gem",),
     ),
     "agem": Method(
         "1812.00420", lambda: adamr.agem(RATE), adamr.agem_constraint, conflict,
         one_memory, closed_forms=(11,), parity=("agem",),
     ),
     "p_mgem": Method(
-        "2410.00868", lambda: adamr.p_mgem(RATE),
-        lambda: adamr.gem_constraint(partition="leaf"), conflict, memories,
+        "2410.00868", lambda: adamr.p_mgem(RATE, 0.0),
+        lambda: adamr.gem_constraint(0.0, partition="leaf"), conflict, memories,
         closed_forms=(12,),
     ),
     "pcgrad": Method(
@@ -441,9 +450,9 @@ Written by `python -m docs.methods` from the code and the tests; do not edit.
   recipe. Projection: no step in the protected space; constraint: no memory loss grows
   along the step; penalty: stable at strength · importance 10³; mask: no step where
   masked. Decoupled routing has its guard on. "broken" has the order of magnitude of
-  the worst of 40 steps on random
-  gradients of uneven scale. `sgp` is shown at λ = 1, of `trgp` and `rogo` the part
-  that trains the weights.
+  the worst of 40 steps on random gradients of uneven scale. `sgp` is shown at λ = 1,
+  GEM and its kin at memory strength 0, of `trgp` and `rogo` the part that trains the
+  weights.
 - **verified against**: from the tests in the last column, all of which passed when this
   page was written. Parity data and how it was made: `tests/golden/README.md`.
 

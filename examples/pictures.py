@@ -1,6 +1,5 @@
 """Pictures of accuracies: what is left of each task, and how it went on the way."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,9 @@ def matrices(rows: list[dict], tasks: list[str]) -> Figure:
         axes.set_title(f"{name}: {_mean_acc(groups[name]):.3f} at the end", fontsize=10)
         axes.set_xlabel("accuracy (%) on task", fontsize=8)
         axes.set_ylabel("after learning task", fontsize=8)
+        places = range(0, len(matrix), 1 + len(matrix) // 11)
+        axes.set_xticks(places)
+        axes.set_yticks(places)
         axes.tick_params(labelsize=7)
     best, worst = names[0], names[-1]
     figure.suptitle(
@@ -79,15 +81,20 @@ def anytime(rows: list[dict], tasks: list[str]) -> Figure:
         axes.plot(
             x, middle, label=name, color=colour, linewidth=1.5, markersize=5,
             marker=MARKERS[i // len(COLOURS) % len(MARKERS)],
-            markevery=max(1, evaluations),
+            markevery=(evaluations - 1, evaluations),
         )  # fmt: skip
-        if not math.isnan(half[0]):
+        if len(own) > 2:  # the interval of two seeds is wider than the axis
             axes.fill_between(
                 x, middle - half, middle + half, color=colour, alpha=0.12, linewidth=0
             )
     for task in range(1, len(tasks)):
         axes.axvline(task, color="0.85", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, len(tasks))
+    axes.set_xlim(0, len(tasks) + 0.05)
+    axes.set_ylim(0, 1.02)
+    axes.set_xticks(range(0, len(tasks) + 1, 1 + len(tasks) // 21))
+    seeds = max(len(own) for own in by_method(rows).values())
+    band = ", 95 % intervals" if seeds > 2 else ""
+    axes.set_title(f"Accuracy while the tasks are learnt ({seeds} seed(s){band})")
     axes.set_xlabel("tasks learnt")
     axes.set_ylabel("accuracy on the tasks seen so far")
     axes.spines[["top", "right"]].set_visible(False)

@@ -512,3 +512,14 @@ CASES = [
         holds_subspace=False,
     ),
 ]
+
+# Rows made of links that have rows of their own, and their variants: these meet jit,
+# scan, donation, map_params and checkpoints in every run, wrappers and devices nightly.
+COMPOSED = frozenset(
+    """
+    route_both_moments route_second_moment overlap_mean_debiased overlap_leaf_rising
+    faithful_rmsprop faithful_adagrad faithful_yogi faithful_shared_amsgrad
+    adamr_elementwise gpm adam_nscl ogd gem agem p_mgem gem_exact_by_leaf
+    l2_sp_additive l2_sp ewc online_ewc mas er mudman hft adamp fopng_as_published
+    """.split()
+)

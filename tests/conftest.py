@@ -1,4 +1,7 @@
-"""Eight CPU devices, strict promotion of ranks: set before the backend starts."""
+"""Eight CPU devices, strict promotion of ranks: set before the backend starts.
+
+A worker drops its compiled programs now and then.
+"""
 
 import os
 
@@ -13,3 +16,13 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("adamr", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("adamr")
+
+_finished = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs hold memory maps, of which a process may have 65 530."""
+    global _finished
+    _finished += 1
+    if _finished % 150 == 0:
+        jax.clear_caches()

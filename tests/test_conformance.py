@@ -8,12 +8,20 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from cases import CASES, gradients, params, subspace
+from cases import CASES, COMPOSED, gradients, params, subspace
 from jax.sharding import NamedSharding, PartitionSpec
 
 import adamr
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_link = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case.name in COMPOSED))
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
 
 
 def make(case, seed=0):
@@ -56,7 +64,7 @@ def test_jit_equals_no_jit_and_unknown_extra_args_pass(case):
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step))
 
 
-@each_case
+@each_link
 def test_vmap_over_seeds_equals_loop(case):
     tx, p = make(case), params()
     gs = [gradients(seed) for seed in range(3)]
@@ -109,7 +117,7 @@ def test_donation(case):
     jax.block_until_ready((p, state, s))
 
 
-@each_case
+@each_link
 def test_multi_steps_sees_the_mean_gradient(case):
     tx, p = make(case), params()
     a, b = gradients(1), gradients(2)
@@ -124,7 +132,7 @@ def test_multi_steps_sees_the_mean_gradient(case):
     assert_close(loud, expected, atol=1e-5)
 
 
-@each_case
+@each_link
 @pytest.mark.parametrize(
     "wrapper", ["masked", "partition", "apply_if_finite", "multi_steps"]
 )
@@ -161,7 +169,7 @@ def test_leaf_wise_wrappers(case, wrapper):
         assert jax.tree.structure(grown) == jax.tree.structure(state)
 
 
-@each_case
+@each_link
 def test_inject_hyperparams(case):
     p, g, s = params(), gradients(3), subspace()
     factory = case.build(s)
@@ -193,7 +201,7 @@ def test_map_params_touches_only_parameter_shaped_state(case):
     assert_close(mapped, state)
 
 
-@each_case
+@each_link
 @pytest.mark.parametrize("explicit", [True, False])
 def test_sharding_on_eight_devices(case, explicit):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
@@ -258,7 +266,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-@each_case
+@each_link
 @pytest.mark.parametrize("committed", [True, False])
 def test_no_recompilation_across_tasks(case, committed):
     if not case.holds_subspace:
@@ -287,7 +295,7 @@ def test_no_recompilation_across_tasks(case, committed):
     assert len(traces) == 1
 
 
-@each_case
+@each_link
 def test_nnx_optimizer(case):
     nnx = pytest.importorskip("flax.nnx")
 
