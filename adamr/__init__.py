@@ -20,6 +20,7 @@ from adamr.covariance import Covariance as Covariance
 from adamr.covariance import empty_covariance as empty_covariance
 from adamr.covariance import null_space_complement as null_space_complement
 from adamr.covariance import update_covariance as update_covariance
+from adamr.diagnostics import effective_learning_rate as effective_learning_rate
 from adamr.diagnostics import moment_statistics as moment_statistics
 from adamr.diagnostics import update_leak as update_leak
 from adamr.directions import Directions as Directions

@@ -84,6 +84,13 @@ def placed_like(old: jax.Array, new: jax.Array) -> jax.Array:
     return jax.device_put(new, old.sharding, may_alias=False)
 
 
+def largest(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
+    """max |x|, NaN if an entry is: XLA's passes over NaN in long arrays on a CPU."""
+    top = jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0.0)
+    broken = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(broken, jnp.nan, top)
+
+
 def squared_norm(x: jax.Array) -> jax.Array:
     """Sum of squares in float32."""
     return jnp.sum(jnp.square(x.astype(jnp.float32)))

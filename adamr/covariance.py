@@ -138,7 +138,7 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
 def _complement(basis, weights, moment, ratio, floor):
     columns, lam = _to_columns(basis, weights)
     moment = moment.astype(columns.dtype)
-    peak = jnp.max(jnp.abs(moment), axis=(-1, -2), keepdims=True)
+    peak = _trees.largest(moment, (-1, -2), keepdims=True)
     usable = jnp.isfinite(peak)
     # NaN must not reach `eigh`, which may not return.
     moment = jnp.where(usable, moment / jnp.where(peak > 0, peak, 1.0), 0.0)

@@ -26,7 +26,7 @@ def _unit(samples: list[jax.Array], i: jax.Array) -> list[jax.Array]:
     """Sample i at length 1; 0 if it is zero or not finite."""
     at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
     v = [at(x).astype(jnp.float32) for x in samples]
-    peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in v]
+    peaks = [_trees.largest(x) for x in v]
     peak = functools.reduce(jnp.maximum, peaks)
     usable = jnp.isfinite(peak) & (peak >= jnp.finfo(jnp.float32).tiny)
     # First by the peak: squares of tiny or huge entries leave the range of float32.
@@ -159,7 +159,7 @@ def grow_directions(
 def _principal(samples, count):
     samples = [x.astype(jnp.float32) for x in samples]
     inner = [tuple(range(1, x.ndim)) for x in samples]
-    peaks = [jnp.max(jnp.abs(x), axis=a) for x, a in zip(samples, inner, strict=True)]
+    peaks = [_trees.largest(x, a) for x, a in zip(samples, inner, strict=True)]
     peak = functools.reduce(jnp.maximum, peaks)  # NaN stays NaN
     usable = jnp.isfinite(peak)
     top = jnp.max(jnp.where(usable, peak, 0.0))

@@ -221,6 +221,14 @@ def test_bad_samples_raise_outside_jit_and_change_nothing_inside():
     np.testing.assert_array_equal(kept.bases[0], s.bases[0])
 
 
+def test_one_nan_in_a_large_moment_protects_as_before():
+    s = adamr.empty_subspace({"w": jnp.zeros((80, 2))})
+    c = learnt(s, {"w": np.eye(80, dtype=np.float32)[:5]})
+    broken = c._replace(moments=(c.moments[0].at[40, 40].set(jnp.nan),))
+    kept = adamr.null_space_complement(broken, s)
+    np.testing.assert_array_equal(kept.bases[0], s.bases[0])
+
+
 def test_the_count_saturates():
     s = adamr.empty_subspace(kernel(2))
     c = learnt(s, np.ones((1, 2), np.float32))

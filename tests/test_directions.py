@@ -240,6 +240,17 @@ def test_grow_drops_duplicates_zeros_and_nan():
         assert not np.any(flat(d.rows, lead=1)[2:])
 
 
+def test_one_nan_in_a_long_leaf_is_seen():
+    """The compiler's maximum passes over it."""
+    samples = np.random.default_rng(0).normal(size=(3, 6000)).astype(np.float32)
+    samples[1, 3000] = np.nan
+    d = adamr.empty_directions(jnp.zeros(6000), 3)
+    d = jax.jit(adamr.grow_directions)(d, samples)
+    assert d.used == 2 and np.isfinite(d.rows[0]).all()
+    top = jax.jit(lambda x: adamr.principal_directions(x, 2))(samples)
+    assert np.isfinite(top).all() and np.linalg.norm(top[0]) > 0.9
+
+
 @pytest.mark.parametrize("scale", [1e-33, 1e-25, 1e20, 1e36])
 def test_grow_takes_samples_of_any_scale(scale):
     v = normal(0, 3, SIZE)
