@@ -147,5 +147,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "optax": optax.__version__,
         "commit": _commit(),
-        "command": " ".join(["python -m benchmarks.step_time", *sys.argv[1:]]),
+        "command": " ".join(
+            [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
     }

@@ -125,12 +125,16 @@ def _stream(config: Config) -> streams.Stream:
     )
 
 
-def _setting(config: Config, made: Any, axes: Any, tasks: int, name: str) -> Any:
+def _setting(
+    config: Config, made: Any, axes: Any, stream: streams.Stream, name: str
+) -> Any:
     params = jax.eval_shape(made.init, jax.random.key(0))
     return setting_for(
         params,
         axes,
-        tasks=tasks,
+        tasks=len(stream.task_names),
+        # Tasks that share their outputs share the head, too.
+        unprotected=() if stream.scenario == "domain" else ("head",),
         threshold=config.threshold,
         samples=config.samples,
         new_directions=config.directions if name == "ogd" else 0,
@@ -161,7 +165,7 @@ def tune(config: Config, name: str, stream: streams.Stream, grid: list[float]) -
     made, axes = problem(
         config.model, first.train.x.shape[2:], stream.class_mask.shape[1]
     )
-    setting = _setting(config, made, axes, len(first.task_names), name)
+    setting = _setting(config, made, axes, first, name)
     options = _options(config, name, grid, [TUNING_SEED] * len(grid))
     chunks = loop.learn(
         made, METHODS[name], setting, feed(first, config.batch), **options
@@ -218,7 +222,7 @@ def run(config: Config, name: str, stream, rate: float, advance, log) -> list[di
     made, axes = problem(
         config.model, stream.train.x.shape[2:], stream.class_mask.shape[1]
     )
-    setting = _setting(config, made, axes, tasks, name)
+    setting = _setting(config, made, axes, stream, name)
     source = feed(stream, config.batch)
     options = _options(config, name, [rate] * len(seeds), seeds)
     chunk = config.steps // config.evaluations

@@ -22,7 +22,11 @@ __all__ = ["MODELS", "AlexNet", "LinenMLP", "MLP", "ResNet18"]
 
 
 class MLP(nnx.Module):
-    """Flat images to logits through hidden layers of ReLUs."""
+    """Flat images to logits through hidden layers of ReLUs, no biases.
+
+    Subspace methods protect kernels; a bias would move freely, so GPM's authors and
+    these networks have none.
+    """
 
     def __init__(
         self,
@@ -33,9 +37,10 @@ class MLP(nnx.Module):
     ):
         sizes = [_count(shape), *hidden]
         self.layers = nnx.List(
-            nnx.Linear(n, m, rngs=rngs) for n, m in zip(sizes, sizes[1:], strict=False)
+            nnx.Linear(n, m, use_bias=False, rngs=rngs)
+            for n, m in zip(sizes, sizes[1:], strict=False)
         )
-        self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
+        self.head = nnx.Linear(sizes[-1], classes, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
@@ -54,8 +59,8 @@ class LinenMLP(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
-            x = linen.relu(linen.Dense(width)(x))
-        return linen.Dense(self.classes, name="head")(x)
+            x = linen.relu(linen.Dense(width, use_bias=False)(x))
+        return linen.Dense(self.classes, use_bias=False, name="head")(x)
 
 
 class ResidualBlock(nnx.Module):
@@ -95,7 +100,7 @@ class ResNet18(nnx.Module):
             blocks.append(ResidualBlock(width, width, 1, rngs))
             before = width
         self.blocks = nnx.List(blocks)
-        self.head = nnx.Linear(before, classes, rngs=rngs)
+        self.head = nnx.Linear(before, classes, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.relu(self.norm(self.conv(x)))
