@@ -119,18 +119,26 @@ def _extend(columns: jax.Array, samples: jax.Array, threshold: float) -> jax.Arr
     return _append(columns, new, count)
 
 
-@functools.partial(jax.jit, static_argnames=("threshold", "importance"))
-def _grow_leaf(basis, weights, samples, threshold, importance):
-    columns, lam = _to_columns(basis, weights)
+def _normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Samples (…, num_samples, n) of energy 1, and (…, 1, 1) whether they are evidence.
+
+    Zeros, or what is not finite, is none and becomes zeros: NaN must not reach `eigh`,
+    which may not return.
+    """
     samples = _wide(samples)
+    # First by the peak: squares of tiny or huge entries leave the range of float32.
     peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True, initial=0.0)
     samples = samples / jnp.where(peak > 0, peak, 1.0)
     total = jnp.sum(jnp.square(samples), axis=(-1, -2), keepdims=True)
-    # Not finite: no evidence. NaN must not reach `eigh`, which may not return.
     usable = jnp.isfinite(total) & jnp.isfinite(peak) & (total > 0)
     safe = jnp.sqrt(jnp.where(usable, total, 1.0))
-    samples = jnp.where(usable, samples / safe, 0.0)
+    return jnp.where(usable, samples / safe, 0.0), usable
 
+
+@functools.partial(jax.jit, static_argnames=("threshold", "importance"))
+def _grow_leaf(basis, weights, samples, threshold, importance):
+    columns, lam = _to_columns(basis, weights)
+    samples, usable = _normalized(samples)
     grown = _extend(columns, samples, threshold)
     grown = jnp.where(usable, grown, columns)
     if importance is None:

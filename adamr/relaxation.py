@@ -20,12 +20,12 @@ from adamr.growth import (
     _append,
     _extend,
     _matmul,
+    _normalized,
     _on_host,
     _to_columns,
     _to_storage,
     _transpose,
     _used,
-    _wide,
     gradient_samples,
 )
 from adamr.subspace import Subspace, check_leaves
@@ -38,14 +38,7 @@ def _search(start, start_weights, basis, weights, rows, energy, threshold):
     columns, _ = _to_columns(basis, weights)
     opened, _ = _to_columns(start, start_weights)
     fan_in = columns.shape[-2]
-    rows = _wide(rows)
-    peak = jnp.max(jnp.abs(rows), axis=(-1, -2), keepdims=True)
-    rows = rows / jnp.where(peak > 0, peak, 1.0)
-    total = jnp.sum(jnp.square(rows), axis=(-1, -2), keepdims=True)
-    # NaN must not reach `eigh`, which may not return.
-    usable = jnp.isfinite(total) & jnp.isfinite(peak) & (total > 0)
-    rows = jnp.where(usable, rows / jnp.sqrt(jnp.where(usable, total, 1.0)), 0.0)
-
+    rows, usable = _normalized(rows)
     empty = jnp.zeros((*columns.shape[:-1], fan_in), columns.dtype)
     gradient = _extend(empty, rows, energy)
     inside = _matmul(_transpose(columns), gradient)

@@ -25,6 +25,7 @@ from adamr.growth import (
     _TOLERANCE,
     _append,
     _matmul,
+    _normalized,
     _on_host,
     _places,
     _residual,
@@ -33,7 +34,6 @@ from adamr.growth import (
     _to_storage,
     _transpose,
     _used,
-    _wide,
 )
 from adamr.subspace import Subspace, check_leaves, coordinates, layout
 
@@ -163,14 +163,7 @@ def trust_region(
 @functools.partial(jax.jit, static_argnames="threshold")
 def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
     columns, lam = _to_columns(basis, weights)
-    samples = _wide(samples)
-    peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True)
-    samples = samples / jnp.where(peak > 0, peak, 1.0)
-    total = jnp.sum(jnp.square(samples), axis=(-1, -2), keepdims=True)
-    # NaN must not reach `eigh`, which may not return.
-    usable = jnp.isfinite(total) & jnp.isfinite(peak) & (total > 0)
-    samples = jnp.where(usable, samples / jnp.sqrt(jnp.where(usable, total, 1.0)), 0.0)
-
+    samples, usable = _normalized(samples)
     capacity = columns.shape[-1]
     old = jnp.sum(jnp.square(_matmul(samples, columns)), axis=-2)
     residual = _residual(columns, _transpose(samples))

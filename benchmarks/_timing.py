@@ -7,7 +7,6 @@ rounds is reported with a bootstrap interval.
 
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+
+from examples.results import commit
 
 __all__ = [
     "Compiled",
@@ -122,16 +123,6 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
-
-
 def machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
@@ -146,7 +137,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "optax": optax.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(
             [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
         ),

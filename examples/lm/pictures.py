@@ -9,14 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from examples.lm.report import by_method, mean_of
-
-# Okabe and Ito's colours, told apart by the colour-blind; markers help in print.
-COLOURS = (
-    "#000000", "#E69F00", "#56B4E9", "#CC79A7",
-    "#009E73", "#D55E00", "#0072B2", "#999999",
-)  # fmt: skip
-MARKERS = "osv^DPX*"
+from examples.lm.report import mean_of
+from examples.pictures import COLOURS, MARKERS
+from examples.results import by_method
 
 
 def _numbers(value: Any) -> Any:

@@ -1,21 +1,17 @@
 """Numbers: what is computed from a run, the table, and `results.json`."""
 
-import json
-import math
-import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from examples import results
 from examples.lm.data import Domain
 from examples.lm.methods import METHODS
 from examples.lm.train import Run
+from examples.results import by_method
 
 DEFINITIONS = {
     "loss_matrix": "L[i][j]: mean negative log likelihood, in nats per byte, of domain "
@@ -68,19 +64,8 @@ def summarize(name: str, seed: int, learning_rate: float, run: Run) -> dict[str,
     }
 
 
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
 def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any]:
     """All of `results.json` but its rows: settings, data, versions, definitions."""
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
     return {
         "config": config,
         "domains": [
@@ -94,39 +79,16 @@ def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any
             }
             for d in domains
         ],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-            "git_commit": _commit(),
-        },
+        "versions": results.versions(),
         "definitions": DEFINITIONS,
     }
 
 
-def _finite(value: Any) -> Any:
-    """The same structure with None where a number is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_results(out: Path, about: dict[str, Any], rows: list[dict]) -> Path:
     """Writes `results.json` so that a reader never meets half a file."""
-    path, draft = out / "results.json", out / "results.json.part"
-    text = json.dumps(_finite({**about, "methods": rows}), indent=1, allow_nan=False)
-    draft.write_text(text + "\n")
-    os.replace(draft, path)
+    path = out / "results.json"
+    results.write(path, {**about, "methods": rows})
     return path
-
-
-def by_method(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows grouped by method, in the order of their first run."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["method"], []).append(row)
-    return groups
 
 
 def mean_of(rows: list[dict], key: str) -> np.ndarray:
