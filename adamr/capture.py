@@ -187,6 +187,6 @@ def kernel_axes(model: Any) -> Any:
         found = _nnx_kernel(layer, name)
         if found is not None:
             variable, kernel = found
-            shape = variable[...].shape
+            shape = variable.shape
             axes[id(variable)] = _layers.stacked_axes(kernel, shape, name)
     return _like_params(model, lambda variable: axes.get(id(variable)))

@@ -38,7 +38,7 @@ class Config:
     """Domains to learn, in this order, separated by commas. Default: all."""
     methods: Annotated[str, tyro.conf.arg(help=_METHODS_HELP)] = ",".join(DEFAULT)
     preset: Literal["tiny", "default", "256m"] = "default"
-    """Size of model and run; 256m (12 layers, width 768) is for accelerators."""
+    """Size of model and run; 256m (16 layers, width 1152) is for accelerators."""
     steps: int | None = None
     """Steps per domain. Default: the preset's."""
     seeds: int = 1

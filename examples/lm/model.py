@@ -39,7 +39,7 @@ PRESETS = {
     "tiny": Preset(16, 16, 1, 2, steps=10, batch=4, eval_windows=8),
     "default": Preset(64, 64, 2, 4, steps=160, batch=16, eval_windows=128),
     "256m": Preset(
-        512, 768, 12, 12, steps=1000, batch=32, eval_windows=128, dtype="bfloat16"
+        512, 1152, 16, 18, steps=1000, batch=32, eval_windows=128, dtype="bfloat16"
     ),
 }
 

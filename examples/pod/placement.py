@@ -1,0 +1,160 @@
+"""Where things lie: the mesh, and rules for parameters, optimizer state and batches.
+
+    data     copies of the model, each with its part of the batch
+    fsdp     the batch is split, and so are parameters and state: gathered for use
+    tensor   the features inside a block are split
+
+A kernel's spec names a mesh axis per axis of the kernel. State follows its parameter:
+on every axis where it is as long as the parameter, it is split the same way; on the
+others (the rank of a basis, the axis along which v is shared) it is whole.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# Part of a kernel's name -> spec of (in, out); the first that fits.
+RULES = {
+    "qkv": P("fsdp", "tensor"),
+    "attention/out": P("tensor", "fsdp"),
+    "up/": P("fsdp", "tensor"),
+    "down/": P("tensor", "fsdp"),
+    "head": P("fsdp", "tensor"),
+    "embedding": P(None, "fsdp"),
+}
+
+
+class PlacementError(ValueError):
+    """A mesh that cannot be used; the message is meant for the user."""
+
+
+def parse_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that `data=4,fsdp=2` names; axes that are not named have size 1.
+
+    Raises:
+      PlacementError: for another axis, a size that is no positive number, or sizes
+        whose product is not the number of devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise PlacementError(
+                f"--mesh: got {part!r} in {text!r}, expected <axis>=<size> with an "
+                f"axis out of {', '.join(AXES)}, each once, and a size of at least 1."
+            )
+        sizes[axis] = int(size)
+    product = math.prod(sizes.values())
+    if product != len(devices):
+        raise PlacementError(
+            f"--mesh: {text!r} needs {product} devices, but there are {len(devices)}: "
+            "the sizes must multiply to that number."
+        )
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def spec_of(name: str, shape: tuple[int, ...]) -> P:
+    """The spec of a parameter: by rule for kernels, whole for the rest."""
+    found = [spec for part, spec in RULES.items() if part in name]
+    return found[0] if found and len(shape) == 2 else P(*[None] * len(shape))
+
+
+def param_specs(params: Any) -> Any:
+    """A tree like `params` of specs."""
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return spec_of(name, x.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def check_fit(params: Any, specs: Any, mesh: Mesh) -> None:
+    """Raises a PlacementError for a parameter that its axes do not divide."""
+    for (path, x), spec in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True
+    ):
+        for size, axis in zip(x.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise PlacementError(
+                    f"--mesh: {axis}={mesh.shape[axis]} does not divide an axis of "
+                    f"{name}, whose shape is {x.shape}."
+                )
+
+
+def _following(x: Any, leaf: Any, spec: P) -> P:
+    """The spec of an array of state that belongs to the parameter `leaf`."""
+    shared = zip(x.shape, leaf.shape, spec, strict=False)
+    axes = [axis if here == there else None for here, there, axis in shared]
+    return P(*axes, *[None] * (x.ndim - len(axes)))
+
+
+def state_specs(opt_state: Any, params: Any, specs: Any) -> Any:
+    """A tree like `opt_state` of specs.
+
+    Inside the state, a tree like the parameters belongs to them leaf by leaf, and so
+    does a tuple with an array or None per leaf. Everything else is whole everywhere.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    wanted = jax.tree.leaves(specs)
+
+    def in_leaf_order(node):
+        plain = isinstance(node, tuple) and len(node) == len(leaves)
+        return plain and all(x is None or hasattr(x, "shape") for x in node)
+
+    def belongs(node):
+        return jax.tree.structure(node) == structure or in_leaf_order(node)
+
+    def place(node):
+        if not belongs(node):
+            return P()
+        own, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is None)
+        each = zip(own, leaves, wanted, strict=True)
+        placed = [None if x is None else _following(x, p, s) for x, p, s in each]
+        return jax.tree.unflatten(treedef, placed)
+
+    return jax.tree.map(place, opt_state, is_leaf=belongs)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def gathered(specs: Any) -> Any:
+    """The specs while the parameters are in use: whole along `fsdp`."""
+
+    def leaf(spec):
+        return P(*(None if axis == "fsdp" else axis for axis in spec))
+
+    return jax.tree.map(leaf, specs)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of the largest part of every array that a device holds."""
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    ]
+    return sum(sizes)
+
+
+def put_batch(batch: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """The batch, which every process has whole, split along `axis`."""
+    spec = P(*[None] * axis, BATCH)
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(batch.shape, sharding, lambda at: batch[at])
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)

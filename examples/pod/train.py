@@ -1,0 +1,230 @@
+"""The stream on a mesh: learn a domain, protect its layer inputs, learn the next one.
+
+Four programs are compiled once each and serve every task: what a boundary changes are
+values, never shapes or placements.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import adamr
+from adamr.capture import kernel_axes
+from adamr.checkpoint import Checkpoints, Restored
+from examples.lm.data import Domain, sample_windows, spaced_windows
+from examples.lm.model import Preset, Transformer
+from examples.pod import placement
+
+UNPROTECTED = ("embedding", "norm", "head")
+CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+
+
+class Programs(NamedTuple):
+    """What runs on the mesh.
+
+    Attributes:
+      init: `() -> State`.
+      train: `(state, windows) -> (state, loss)`; donates the state.
+      protect: `(state, windows) -> state` with the windows' layer inputs protected;
+        donates the state.
+      evaluate: `(params, windows (domains, count, context + 1)) -> losses (domains,)`.
+      like: shapes and placements of the state.
+    """
+
+    init: Callable
+    train: Callable
+    protect: Callable
+    evaluate: Callable
+    like: State
+
+
+def _split(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    windows = windows.astype(jnp.int32)
+    return windows[..., :-1], windows[..., 1:]
+
+
+class _Noting(nnx.Linear):
+    def __call__(self, inputs):
+        self.noted.append(inputs)
+        return super().__call__(inputs)
+
+
+def layer_inputs(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Any:
+    """Inputs of every Linear kernel, (samples, fan-in); None for other leaves.
+
+    Where `adamr.capture.capture_inputs` needs values, this works inside a program.
+    """
+    model = nnx.merge(graph, params)
+    layers = {
+        path: layer
+        for path, layer in nnx.iter_modules(model)
+        if isinstance(layer, nnx.Linear)
+    }
+    noted = {path: [] for path in layers}
+    for path, layer in layers.items():
+        layer.__class__ = _Noting
+        object.__setattr__(layer, "noted", noted[path])
+    model(tokens)
+
+    def leaf(path, _):
+        *layer, name = (key.key for key in path if hasattr(key, "key"))
+        if name != "kernel" or tuple(layer) not in noted:
+            return None
+        rows = [x.reshape(-1, x.shape[-1]) for x in noted[tuple(layer)]]
+        return jnp.concatenate(rows).astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def optimizer(learning_rate: float, subspace: adamr.Subspace):
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        adamr.adamr(learning_rate, adamr.project_out(subspace)),
+    )
+
+
+def programs(
+    preset: Preset,
+    mesh: Mesh,
+    *,
+    seed: int,
+    learning_rate: float,
+    max_rank: int,
+    threshold: float,
+) -> Programs:
+    """Builds and places everything; nothing is computed yet.
+
+    Args:
+      preset: sizes.
+      mesh: see `placement`.
+      seed: of the initial parameters.
+      learning_rate: constant over the stream.
+      max_rank: directions that a kernel can protect.
+      threshold: energy share of a domain's layer inputs that is protected.
+    """
+    abstract = nnx.eval_shape(lambda: Transformer(preset, nnx.Rngs(seed)))
+    graph, params = nnx.split(abstract, nnx.Param)
+    axes = kernel_axes(abstract)
+
+    def empty(params):
+        return adamr.empty_subspace(
+            params, axes=axes, max_rank=max_rank, unprotected=UNPROTECTED
+        )
+
+    def init():
+        params = nnx.state(Transformer(preset, nnx.Rngs(seed)), nnx.Param)
+        return State(params, optimizer(learning_rate, empty(params)).init(params))
+
+    # `update` reads the subspace from the state: shapes are enough to build it.
+    tx = optimizer(learning_rate, jax.eval_shape(empty, params))
+    specs = placement.param_specs(params)
+    placement.check_fit(params, specs, mesh)
+    shapes = jax.eval_shape(init)
+    state_specs = placement.state_specs(shapes.opt_state, shapes.params, specs)
+    placed = placement.shardings(mesh, State(specs, state_specs))
+    in_use = placement.shardings(mesh, placement.gathered(specs))
+    whole = NamedSharding(mesh, P())
+
+    def loss_fn(params, windows):
+        params = jax.lax.with_sharding_constraint(params, in_use)
+        inputs, targets = _split(windows)
+        logits = nnx.merge(graph, params)(inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return losses.mean()
+
+    def train(state, windows):
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, windows)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), opt_state), loss
+
+    def protect(state, windows):
+        inputs, _ = _split(windows)
+        samples = layer_inputs(graph, state.params, inputs)
+        subspace = adamr.get_subspace(state.opt_state)
+        subspace = adamr.grow_subspace(subspace, samples, threshold=threshold)
+        return State(state.params, adamr.set_subspace(state.opt_state, subspace))
+
+    def evaluate(params, windows):
+        return jax.lax.map(lambda domain: loss_fn(params, domain), windows)
+
+    def abstract_array(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return Programs(
+        init=jax.jit(init, out_shardings=placed),
+        train=jax.jit(train, donate_argnums=0, out_shardings=(placed, whole)),
+        protect=jax.jit(protect, donate_argnums=0, out_shardings=placed),
+        evaluate=jax.jit(evaluate, out_shardings=whole),
+        like=jax.tree.map(abstract_array, shapes, placed),
+    )
+
+
+def _rounded_up(count: int, parts: int) -> int:
+    return parts * -(-count // parts)
+
+
+def learn_stream(
+    made: Programs,
+    domains: Sequence[Domain],
+    preset: Preset,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    *,
+    seed: int,
+    report: Callable[[int, float, float], None],
+) -> dict[str, Any]:
+    """Trains on the domains, one after the other, from the newest checkpoint on.
+
+    Args:
+      made: from `programs`.
+      domains: the stream; batches are a function of seed and step.
+      preset: sizes.
+      mesh: see `placement`.
+      checkpoints: open; saves when it is due.
+      seed: of the order of windows.
+      report: called after every step with the steps done, loss and seconds.
+
+    Returns:
+      `losses`: one per step; `matrix`: L[i, j], nats per byte on domain j's held-out
+      text after learning domain i; `state`: the final one.
+    """
+    parts = placement.batch_parts(mesh)
+    count = _rounded_up(preset.eval_windows, parts)
+    held_out = [spaced_windows(d.valid, count, preset.context) for d in domains]
+    held_out = placement.put_batch(np.stack(held_out), mesh, axis=1)
+
+    def windows(task, count, *key):
+        rng = np.random.default_rng([seed, *key])
+        text = domains[task].train
+        drawn = sample_windows(text, (count,), preset.context, rng)
+        return placement.put_batch(drawn, mesh)
+
+    restored = checkpoints.restore(made.like)
+    empty = {"losses": [], "matrix": []}
+    step, state, seen = restored or Restored(0, made.init(), empty)
+    while step < len(domains) * preset.steps and not checkpoints.stopping:
+        start, task = time.perf_counter(), step // preset.steps
+        state, loss = made.train(state, windows(task, preset.batch, step))
+        step += 1
+        seen["losses"].append(float(loss))
+        report(step, seen["losses"][-1], time.perf_counter() - start)
+        if step % preset.steps == 0:
+            losses = made.evaluate(state.params, held_out)
+            seen["matrix"].append(np.asarray(losses).tolist())
+            rows = _rounded_up(-(-CAPTURED // preset.context), parts)
+            state = made.protect(state, windows(task, rows, step, 1))
+        checkpoints.save(step, state, seen)
+    return {**seen, "step": step, "state": state}
