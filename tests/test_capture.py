@@ -188,6 +188,13 @@ def test_attention_layers_and_their_axes():
     assert any(int(r) > 0 for r in adamr.rank(s) if r is not None)
 
 
+def test_axes_of_a_model_of_shapes_alone():
+    model = nnx.eval_shape(lambda: attention()[0])
+    assert jax.tree.leaves(kernel_axes(model)) == jax.tree.leaves(
+        kernel_axes(attention()[0])
+    )
+
+
 class Shared(nnx.Module):
     def __init__(self):
         self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
