@@ -84,7 +84,7 @@ def _shaped(name, leaf, axes: Axes, basis, weight, max_rank):
             f"{(*batch, fan_in, 'r')} for {axes} of a leaf of shape {leaf.shape}."
         )
     u = u.reshape(*batch, fan_in, u.shape[-1])
-    given, capacity = u.shape[-1], fan_in if max_rank is None else min(max_rank, fan_in)
+    given, capacity = u.shape[-1], _capacity(max_rank, fan_in)
     if given > capacity:
         raise ValueError(
             f"bases has {given} directions at {name}, expected at most {capacity} "
@@ -108,10 +108,26 @@ def _shaped(name, leaf, axes: Axes, basis, weight, max_rank):
     order = sorted(range(len(inner)), key=lambda i: inner[i])
     u = u.reshape(*batch, *(leaf.shape[d] for d in axes.protected), capacity)
     u = u.transpose(*order, len(inner))
-    shape = [n if d in inner else 1 for d, n in enumerate(leaf.shape)]
-    small = [n if d in axes.batch else 1 for d, n in enumerate(leaf.shape)]
-    u, lam = u.reshape(*shape, capacity), lam.reshape(*small, capacity)
+    of_basis, of_weights = _stored_shapes(leaf.shape, axes, capacity)
+    u, lam = u.reshape(of_basis), lam.reshape(of_weights)
     return jnp.asarray(u, jnp.float32), jnp.asarray(lam, jnp.float32)
+
+
+def _stored_shapes(shape: tuple[int, ...], axes: Axes, capacity: int):
+    """Shapes of a leaf's basis and of its weights."""
+    inner = axes.batch + axes.protected
+    basis = [n if d in inner else 1 for d, n in enumerate(shape)]
+    weights = [n if d in axes.batch else 1 for d, n in enumerate(shape)]
+    return (*basis, capacity), (*weights, capacity)
+
+
+def _capacity(max_rank: int | None, fan_in: int) -> int:
+    return fan_in if max_rank is None else min(max_rank, fan_in)
+
+
+def _check_room(max_rank: int | None) -> None:
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1, got {max_rank}.")
 
 
 def make_subspace(
@@ -148,8 +164,7 @@ def make_subspace(
     >>> [r if r is None else int(r) for r in rank(s)]
     [None, 1]
     """
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank must be at least 1, got {max_rank}.")
+    _check_room(max_rank)
     names, leaves = _trees.flatten_with_names(params)
     given = _trees.flatten_like(bases, "bases", params)
     nothing = [None] * len(leaves)
@@ -219,18 +234,15 @@ def empty_subspace(
             raise ValueError(
                 f"unprotected names {part!r}, which no leaf of {names} has."
             )
+    _check_room(max_rank)
     how = flatten_axes(default_axes if axes is None else axes, params)
-    bases = []
-    for i, (name, leaf, spec) in enumerate(zip(names, leaves, how, strict=True)):
+    entries = []
+    for name, leaf, spec in zip(names, leaves, how, strict=True):
         if spec is None or any(part in name for part in unprotected):
-            bases.append(None)
+            entries.append((None, None))
             continue
-        how[i] = spec = Axes(*spec).normalized(leaf.ndim)
-        bases.append(np.zeros((*basis_shapes(spec, leaf.shape)[0], 0)))
-    treedef = _trees.flatten(params)[1]
-    return make_subspace(
-        params,
-        jax.tree.unflatten(treedef, bases),
-        max_rank=max_rank,
-        axes=jax.tree.unflatten(treedef, how),
-    )
+        spec = Axes(*spec).normalized(leaf.ndim)
+        fan_in = math.prod(leaf.shape[d] for d in spec.protected)
+        shapes = _stored_shapes(leaf.shape, spec, _capacity(max_rank, fan_in))
+        entries.append(tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    return Subspace(*zip(*entries, strict=True)) if entries else Subspace((), ())

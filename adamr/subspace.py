@@ -131,7 +131,9 @@ def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.A
     then blow up to full-size steps.
     """
     kept = leaf.astype(jnp.float32) - removed(basis, weights, leaf)
-    kept = jnp.where(_lets_nothing_through(basis, weights), 0.0, kept)
+    how = layout(basis, weights)
+    if how.capacity >= how.fan_in:
+        kept = jnp.where(_lets_nothing_through(basis, weights), 0.0, kept)
     return kept.astype(leaf.dtype)
 
 
