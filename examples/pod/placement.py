@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# Part of a kernel's name -> spec of (in, out); the first that fits.
+# Part of a kernel's name -> spec of its last two axes (in, out); the first that fits.
 RULES = {
     "qkv": P("fsdp", "tensor"),
     "attention/out": P("tensor", "fsdp"),
@@ -63,9 +63,13 @@ def parse_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def spec_of(name: str, shape: tuple[int, ...]) -> P:
-    """The spec of a parameter: by rule for kernels, whole for the rest."""
+    """The spec of a parameter: by rule for kernels, whole for the rest.
+
+    Axes before the last two stack layers and stay whole.
+    """
     found = [spec for part, spec in RULES.items() if part in name]
-    return found[0] if found and len(shape) == 2 else P(*[None] * len(shape))
+    whole = [None] * len(shape)
+    return P(*whole[:-2], *found[0]) if found and len(shape) > 1 else P(*whole)
 
 
 def param_specs(params: Any) -> Any:

@@ -137,6 +137,7 @@ def programs(
     placed = placement.shardings(mesh, State(specs, state_specs))
     in_use = placement.shardings(mesh, placement.gathered(specs))
     whole = NamedSharding(mesh, P())
+    rows = NamedSharding(mesh, P(placement.BATCH))
 
     def loss_fn(params, windows):
         params = jax.lax.with_sharding_constraint(params, in_use)
@@ -152,8 +153,13 @@ def programs(
 
     def protect(state, windows):
         inputs, _ = _split(windows)
-        samples = layer_inputs(graph, state.params, inputs)
+        params = jax.lax.with_sharding_constraint(state.params, in_use)
+        samples = layer_inputs(graph, params, inputs)
         subspace = adamr.get_subspace(state.opt_state)
+        # Rows stay where they are and bases, which are small, come to them: what is
+        # summed over the devices is a Gram matrix per kernel.
+        samples = jax.lax.with_sharding_constraint(samples, rows)
+        subspace = jax.lax.with_sharding_constraint(subspace, whole)
         subspace = adamr.grow_subspace(subspace, samples, threshold=threshold)
         return State(state.params, adamr.set_subspace(state.opt_state, subspace))
 
