@@ -1,4 +1,4 @@
-"""The picture of `step_time`: ratios against parameters, one panel per comparison."""
+"""Pictures of `step_time` and `scaling`."""
 
 from pathlib import Path
 from typing import Any
@@ -67,4 +67,53 @@ def draw_step_time(results: dict[str, Any], path: Path) -> None:
         f"{machine['cores']} cores, jax {machine['jax']}"
     )
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+QUANTITIES = {
+    "milliseconds": "milliseconds",
+    "state_bytes": "bytes of state",
+    "compile_s": "seconds to trace and compile",
+}
+
+
+def draw_scaling(results: dict[str, Any], path: Path) -> None:
+    """A column per sweep, a row per quantity, both axes logarithmic."""
+    figure, grid = plt.subplots(
+        len(QUANTITIES),
+        len(results),
+        figsize=(3.4 * len(results), 8),
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, (sweep, found) in zip(grid.T, results.items(), strict=True):
+        for axis, (quantity, label) in zip(column, QUANTITIES.items(), strict=True):
+            rivals = [r for r, of in found["points"][0].items() if quantity in of]
+            for rival, colour, marker in zip(rivals, COLOURS, "osv^", strict=False):
+                fit = found["fits"].get(f"{rival} {quantity}", {"exponent": 0.0})
+                axis.plot(
+                    found["x"],
+                    [point[rival][quantity] for point in found["points"]],
+                    marker=marker,
+                    color=colour,
+                    label=f"{rival}, p = {fit['exponent']:.2f}",
+                )
+            if not rivals:
+                axis.set_visible(False)
+                continue
+            axis.set(xscale="log", yscale="log", ylabel=label)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False, fontsize=8)
+        column[0].set_title(sweep)
+        shown = [axis for axis in column if axis.get_visible()]
+        shown[-1].set_xlabel(sweep)
+        shown[-1].tick_params(labelbottom=True)
+    machine = next(iter(results.values()))["machine"]
+    figure.suptitle(
+        f"Growth of one update, y = c xᵖ, on {machine['device'].split(':')[0]}, "
+        f"{machine['cores']} cores, jax {machine['jax']}"
+    )
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -31,7 +31,7 @@ __all__ = [
 
 
 class Compiled(NamedTuple):
-    """One optimizer step, `(params, state, gradient) -> (params, state)`, donated."""
+    """One optimizer step, `(params, state, input) -> (params, state)`, donated."""
 
     step: Callable
     trace_s: float
@@ -42,30 +42,50 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_step(tx: optax.GradientTransformation, params: Any) -> Compiled:
-    """`update` and `apply_updates` in one program; params and state are donated."""
+def compile_step(
+    tx: optax.GradientTransformation,
+    params: Any,
+    batch: Any = None,
+    gradient: Callable[[Any, Any], Any] = lambda params, batch: batch,
+) -> Compiled:
+    """`update` and `apply_updates` in one program; params and state are donated.
 
-    def step(params, state, gradient):
-        updates, state = tx.update(gradient, state, params)
+    Args:
+      tx: the optimizer.
+      params: parameters, or their shapes.
+      batch: input of the step, or its shapes; None: a gradient.
+      gradient: (params, batch) -> gradient.
+    """
+
+    def step(params, state, batch):
+        updates, state = tx.update(gradient(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
     state = jax.eval_shape(tx.init, params)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    batch = params if batch is None else batch
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
     traced = time.perf_counter()
     compiled = lowered.compile()
     return Compiled(compiled, traced - start, time.perf_counter() - traced)
 
 
-def stepper(step: Callable, params: Any, state: Any) -> Callable[[Any], float]:
-    """`gradient -> seconds` of one blocking step; parameters and state live inside."""
+def stepper(
+    step: Callable, params: Any, state: Any, steps: int = 1
+) -> Callable[[Any], float]:
+    """`gradient -> seconds` of a step, the mean over `steps` of them and one wait.
+
+    Parameters and state live inside.
+    """
     carry = jax.tree.map(lambda x: x.copy(), (params, state))
 
     def run(gradient):
         nonlocal carry
         start = time.perf_counter()
-        carry = jax.block_until_ready(step(*carry, gradient))
-        return time.perf_counter() - start
+        for _ in range(steps):
+            carry = step(*carry, gradient)
+        jax.block_until_ready(carry)
+        return (time.perf_counter() - start) / steps
 
     return run
 

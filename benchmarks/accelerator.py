@@ -1,0 +1,326 @@
+"""How near to the machine's limits the update, the projection and a training step are.
+
+    python -m benchmarks.accelerator [--quick] [--width 1152 --layers 16 ...]
+
+Under 8 minutes on a GPU with the defaults: a language model of 256 million parameters,
+8192 tokens a step, rank 64. Measured first: the rate at which the device copies and the
+rate at which it multiplies matrices. Then, interleaved round by round,
+
+    update      bytes that must be moved / time, as a share of the copy rate
+    projection  operations / time, as a share of the matmul rate at the same precision
+    training    whole steps with `optax.adam`, and with adamr in its place
+
+The parts that are not in `--parts` are left out. Writes accelerator_<device>.json.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from optax import contrib
+
+import adamr
+from adamr.capture import kernel_axes
+from adamr.state import find_nodes
+from benchmarks import _timing
+from benchmarks._limits import measure_limits, seconds_per_call
+from benchmarks.step_time import LEARNING_RATE, gradients_like, optimizers_by_size
+from examples.lm.model import BYTES, Preset, Transformer
+from examples.results import write
+
+UNPROTECTED = ("embedding", "norm", "head")
+
+# comparison -> (part, numerator, denominator, target)
+RATIOS = {
+    "shared v / optax.adam": ("update", "shared", "adam", 0.75),
+    "alias / optax.adam": ("update", "alias", "adam", None),
+    "adaptive alias / optax.adam": ("update", "adaptive", "adam", None),
+    "alias / optax.contrib.muon": ("update", "alias", "muon", None),
+    "training with the alias": ("training", "alias", "adam", 1.05),
+    "training with the adaptive alias": ("training", "adaptive", "adam", 1.05),
+}
+COPY_TARGET, COMPILE_TARGET = 0.85, 1.3
+
+
+@dataclasses.dataclass
+class Config:
+    """The update, the projection and a training step against the machine's limits."""
+
+    width: int = 1152
+    """Of the transformer; a multiple of 64, the size of its heads."""
+    layers: int = 16
+    """Of the transformer."""
+    context: int = 512
+    """Tokens in a window."""
+    tokens: int = 8192
+    """Per training step."""
+    rank: int = 64
+    """Protected directions per kernel."""
+    steps: int = 10
+    """Steps between two waits for the device."""
+    seconds: float = 45.0
+    """Time per group of rivals, after which no further round starts."""
+    rounds: int = 100
+    """Per group, at most; at least 11 are run."""
+    copied: int = 2**28
+    """Numbers that are copied to measure the bandwidth."""
+    matmul: int = 8192
+    """Size of the matrices that are multiplied to measure the rate."""
+    parts: tuple[str, ...] = ("update", "projection", "training")
+    """What is measured."""
+    seed: int = 0
+    quick: bool = False
+    """Small sizes: does it run at all?"""
+    out: Path = Path("benchmarks/results")
+
+
+QUICK = {
+    "width": 64, "layers": 1, "context": 32, "tokens": 256, "rank": 8, "steps": 2,
+    "seconds": 0.5, "rounds": 11, "copied": 2**20, "matmul": 256,
+}  # fmt: skip
+
+
+def model(config: Config) -> tuple[Preset, Any, Any, Any]:
+    """Preset, graph, parameters, and a random subspace of the kernels of all blocks."""
+    preset = Preset(
+        config.context, config.width, config.layers, max(1, config.width // 64),
+        steps=0, batch=max(1, config.tokens // config.context), eval_windows=0,
+        dtype="float32" if jax.default_backend() == "cpu" else "bfloat16",
+    )  # fmt: skip
+    net = Transformer(preset, nnx.Rngs(config.seed))
+    graph, params = nnx.split(net, nnx.Param)
+    empty = adamr.empty_subspace(
+        params, axes=kernel_axes(net), max_rank=config.rank, unprotected=UNPROTECTED
+    )
+    keys = iter(jax.random.split(jax.random.key(config.seed), len(empty.bases)))
+
+    @jax.jit
+    def fill(key, like):
+        flat = like.reshape(-1, like.shape[-1])
+        basis = jnp.linalg.qr(jax.random.normal(key, flat.shape)).Q
+        return basis.reshape(like.shape)
+
+    bases = tuple(b if b is None else fill(next(keys), b) for b in empty.bases)
+    weights = tuple(w if w is None else jnp.ones_like(w) for w in empty.weights)
+    return preset, graph, params, adamr.Subspace(bases, weights)
+
+
+def rivals(subspace: adamr.Subspace) -> dict[str, optax.GradientTransformation]:
+    project = adamr.project_out(subspace)
+    adaptive = adamr.overlap_adaptive_scale()
+    return {
+        **optimizers_by_size(),  # adam, elementwise, shared
+        "muon": contrib.muon(LEARNING_RATE),
+        "alias": adamr.adamr(LEARNING_RATE, project),
+        "adaptive": adamr.adamr(LEARNING_RATE, project, strength=adaptive),
+    }
+
+
+def moved_bytes(params: Any, state: Any) -> int:
+    """What an update must read and write: bases and the gradient are only read."""
+    bases = _timing.nbytes(find_nodes(state, adamr.Subspace))
+    changed = _timing.nbytes(params) + _timing.nbytes(state) - bases
+    return 2 * changed + _timing.nbytes(params) + bases
+
+
+def torch_adam(params: Any, steps: int) -> Callable[[Any], float] | None:
+    """The same as `_timing.stepper`, of PyTorch's fused Adam; None without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    if place == "cpu" and jax.default_backend() != "cpu":
+        return None
+    leaves = [torch.zeros(x.shape, device=place) for x in jax.tree.leaves(params)]
+    for leaf in leaves:
+        leaf.grad = torch.full_like(leaf, 1e-2)
+    adam = torch.optim.Adam(leaves, lr=LEARNING_RATE, fused=True)
+    wait = torch.cuda.synchronize if place == "cuda" else lambda: None
+
+    def run(gradient):
+        del gradient
+        wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            adam.step()
+        wait()
+        return (time.perf_counter() - start) / steps
+
+    return run
+
+
+def race(
+    optimizers: dict, params: Any, inputs: list, gradient: Callable, config: Config
+) -> tuple[dict[str, Callable], dict[str, dict]]:
+    """Per optimizer, what runs its steps on the inputs, and what compilation tells."""
+    runs, about = {}, {}
+    for name, tx in optimizers.items():
+        compiled = _timing.compile_step(tx, params, inputs[0], gradient)
+        state, memory = tx.init(params), compiled.step.memory_analysis()
+        runs[name] = _timing.stepper(compiled.step, params, state, config.steps)
+        about[name] = {
+            "trace_s": compiled.trace_s,
+            "compile_s": compiled.compile_s,
+            "state_bytes": _timing.nbytes(state),
+            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            "moved_bytes": moved_bytes(params, state),
+        }
+    return runs, about
+
+
+def timed(runs: dict, about: dict, inputs: list, config: Config):
+    """Seconds per round and rival; their medians go into `about`."""
+    times = _timing.time_rounds(
+        runs, inputs, rounds=config.rounds, seconds=config.seconds, seed=config.seed
+    )
+    for name, each in about.items():
+        each["milliseconds"] = 1e3 * float(np.median(times[name]))
+    return times, about
+
+
+def update(config: Config, params: Any, subspace: Any, copy_rate: float):
+    """The update alone, on given gradients."""
+    rng = np.random.default_rng(config.seed)
+    gradients = [gradients_like(params, rng) for _ in range(2)]
+    given = lambda params, gradient: gradient  # noqa: E731
+    runs, about = race(rivals(subspace), params, gradients, given, config)
+    fused = torch_adam(params, config.steps)
+    if fused is not None:
+        runs["torch fused adam"] = fused
+        about["torch fused adam"] = {"moved_bytes": about["adam"]["moved_bytes"]}
+    times, about = timed(runs, about, gradients, config)
+    for name, each in about.items():
+        rate = each["moved_bytes"] / (1e-3 * each["milliseconds"])
+        each["share_of_copy_rate"] = rate / copy_rate
+        print(
+            f"  update {name:17} {each['milliseconds']:9.3f} ms, "
+            f"{rate / copy_rate:.2f} of the copy rate"
+        )
+    return times, about
+
+
+def projection(config: Config, params: Any, subspace: Any, found: dict) -> dict:
+    """The projection alone, against both limits."""
+    gradient = gradients_like(params, np.random.default_rng(config.seed))
+    leaves = jax.tree.leaves(params)
+    pairs = zip(leaves, subspace.bases, strict=True)
+    protected = [x for x, basis in pairs if basis is not None]
+    size = sum(x.size for x in protected)
+    operations = 4 * config.rank * size
+
+    @jax.jit
+    def project(subspace, gradient):  # what passes through unchanged would be copied
+        projected = jax.tree.leaves(adamr.project(subspace, gradient))
+        pairs = zip(projected, subspace.bases, strict=True)
+        return [x for x, basis in pairs if basis is not None]
+
+    seconds = seconds_per_call(project, subspace, gradient, calls=config.steps)
+    by_matmul = operations / found["matmul_float32_highest_flop_per_s"]
+    by_copy = 2 * 4 * size / found["copy_bytes_per_s"]
+    told = {
+        "milliseconds": 1e3 * seconds,
+        "operations": operations,
+        "share_of_matmul_rate": by_matmul / seconds,
+        "share_of_the_nearer_limit": max(by_matmul, by_copy) / seconds,
+    }
+    print(
+        f"  projection {1e3 * seconds:.3f} ms, {told['share_of_matmul_rate']:.2f} of "
+        f"the matmul rate, {told['share_of_the_nearer_limit']:.2f} of the nearer limit"
+    )
+    return told
+
+
+def training(config: Config, preset: Preset, graph: Any, params: Any, subspace: Any):
+    """Whole training steps on random windows."""
+
+    def loss_fn(params, windows):
+        logits = nnx.merge(graph, params)(windows[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+        return losses.mean()
+
+    rng = np.random.default_rng(config.seed)
+    shape = (preset.batch, config.context + 1)
+    batches = [jnp.asarray(rng.integers(0, BYTES, shape, np.int32)) for _ in range(2)]
+    known = rivals(subspace)
+    optimizers = {name: known[name] for name in ("adam", "alias", "adaptive")}
+    runs, about = race(optimizers, params, batches, jax.grad(loss_fn), config)
+    times, about = timed(runs, about, batches, config)
+    tokens = preset.batch * config.context
+    for name, each in about.items():
+        each["tokens_per_s"] = 1e3 * tokens / each["milliseconds"]
+        print(f"  training {name:9} {each['milliseconds']:9.2f} ms")
+    return times, about
+
+
+def run(config: Config) -> dict[str, Any]:
+    start, device = time.perf_counter(), jax.devices()[0]
+    print(f"{device.platform}: {device.device_kind}")
+    found = measure_limits(config.copied, config.matmul, config.steps)
+    for name, value in found.items():
+        print(f"  {name} {value:.3g}")
+    preset, graph, params, subspace = model(config)
+    results = {
+        "machine": _timing.machine(),
+        "config": {**dataclasses.asdict(config), "out": config.out.as_posix()},
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "dtype": preset.dtype,
+        "limits": found,
+    }
+    print(f"  {results['parameters']:,} parameters")
+    times = {}
+    if "projection" in config.parts:
+        results["projection"] = projection(config, params, subspace, found)
+    if "update" in config.parts:
+        rate = found["copy_bytes_per_s"]
+        times["update"], results["update"] = update(config, params, subspace, rate)
+    if "training" in config.parts:
+        made = training(config, preset, graph, params, subspace)
+        times["training"], results["training"] = made
+    results["ratios"] = {
+        label: {
+            **_timing.ratio(times[p][a], times[p][b], config.seed),
+            "target": target,
+        }
+        for label, (p, a, b, target) in RATIOS.items()
+        if p in times
+    }
+    if "update" in config.parts:
+        compiled = {
+            name: each.get("compile_s") for name, each in results["update"].items()
+        }
+        for name in ("alias", "adaptive"):
+            ratio = compiled[name] / compiled["adam"]
+            print(f"  compile time, {name} / adam {ratio:.2f} target {COMPILE_TARGET}")
+    for label, each in results["ratios"].items():
+        target = f"target {each['target']:.2f}" if each["target"] else ""
+        low, high = each["low"], each["high"]
+        print(f"  {label:33} {each['median']:.3f} [{low:.3f}, {high:.3f}] {target}")
+    results["targets"] = {"copy": COPY_TARGET, "compile": COMPILE_TARGET}
+    results["seconds"] = time.perf_counter() - start
+    print(f"  {results['seconds']:.0f} s")
+    return results
+
+
+def main(config: Config) -> Path:
+    if config.quick:
+        config = dataclasses.replace(config, **QUICK)
+    results = run(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    kind = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
+    path = config.out / f"accelerator_{kind}.json"
+    write(path, results)
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

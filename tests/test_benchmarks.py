@@ -1,0 +1,94 @@
+"""The benchmarks of scaling and of accelerators run, and count what they say."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tyro")
+
+import adamr
+from benchmarks import _timing, accelerator, scaling
+
+
+def test_power_law_finds_the_exponent_and_its_error():
+    x = np.array([1.0, 10.0, 100.0, 1000.0])
+    for p in (-1.0, 0.0, 0.5, 2.0):
+        fit = scaling.power_law(x, 3 * x**p)
+        np.testing.assert_allclose(fit["exponent"], p, atol=1e-12)
+        assert fit["standard_error"] < 1e-12
+    rng, errors, told = np.random.default_rng(0), [], []
+    for _ in range(400):
+        fit = scaling.power_law(x, x * np.exp(0.3 * rng.normal(size=4)))
+        errors.append(fit["exponent"] - 1.0)
+        told.append(fit["standard_error"] ** 2)
+    np.testing.assert_allclose(np.mean(told), np.var(errors), rtol=0.2)
+
+
+def test_scaling_writes_what_grows(tmp_path):
+    config = scaling.Config(out=tmp_path, **{**scaling.QUICK, "sweeps": ("rank",)})
+    scaling.main(dataclasses.replace(config, size=10_000))
+    scaling.main(dataclasses.replace(config, sweeps=("devices",)))
+    results = json.loads((tmp_path / "scaling.json").read_text())
+    assert set(results) == {"rank", "devices"}  # an earlier sweep stays
+    fits = results["rank"]["fits"]
+    assert abs(fits["alias basis_bytes"]["exponent"] - 1) < 0.01
+    assert fits["adam state_bytes"]["exponent"] == 0
+    assert abs(results["devices"]["fits"]["adam state_bytes"]["exponent"] + 1) < 0.05
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_bytes_that_an_update_must_move():
+    params = {"kernel": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}
+    size = 64 * 32 + 32
+
+    def moved(tx):
+        return accelerator.moved_bytes(params, tx.init(params))
+
+    assert moved(optax.adam(1e-3)) == 4 * 7 * size + 2 * 4  # and the count
+    subspace = adamr.empty_subspace(params, max_rank=4)
+    shared = 2 * (size + size + 32 + 32) + size + (64 * 4 + 4)
+    alias = adamr.adamr(1e-3, adamr.project_out(subspace))
+    assert moved(alias) == 4 * shared + 2 * 4
+
+
+def test_a_stepper_takes_the_mean_over_its_steps():
+    seen = []
+
+    def step(params, state, gradient):
+        seen.append(gradient)
+        return params, state
+
+    run = _timing.stepper(step, jnp.ones(1), jnp.ones(1), steps=3)
+    assert run("g") > 0 and seen == ["g"] * 3
+
+
+def measured(tmp_path, *parts):
+    config = accelerator.Config(quick=True, parts=parts, out=tmp_path)
+    return json.loads(accelerator.main(config).read_text())
+
+
+def test_accelerator_on_what_is_at_hand(tmp_path):
+    results = measured(tmp_path, "projection")
+    assert results["limits"]["copy_bytes_per_s"] > 1e8
+    assert 0 < results["projection"]["share_of_matmul_rate"] < 1.5
+    kernels = 64 * (3 * 64 + 64 + 4 * 64 + 4 * 64)
+    assert results["projection"]["operations"] == 4 * 8 * kernels
+    assert jax.devices()[0].device_kind in results["machine"]["device"]
+
+
+@pytest.mark.slow
+def test_all_parts_of_accelerator(tmp_path):
+    results = measured(tmp_path, "update", "projection", "training")
+    assert set(results["ratios"]) == set(accelerator.RATIOS)
+    assert results["ratios"]["training with the alias"]["pairs"] == 11
+    assert set(results["training"]) == {"adam", "alias", "adaptive"}
+    assert {"adam", "muon", "shared", "alias"} <= set(results["update"])
+    for told in results["update"].values():
+        assert 0 < told["share_of_copy_rate"] < 1.5
