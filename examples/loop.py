@@ -1,14 +1,17 @@
 """The loop that the examples share: one task after the other, compiled once.
 
 A *run* is one seed at one learning rate. All runs of a method go through the same
-program side by side (`jax.vmap`), and a chunk of steps is one `lax.scan`: the program
-is compiled at the first chunk of the first task and serves the whole feed. Between
+program, side by side by `jax.vmap` on an accelerator and one per core on a CPU, and a
+chunk of steps is one `lax.scan`: the program is compiled at the first chunk of the
+first task and serves the whole feed. Between
 chunks every task's test data is scored, which gives the anytime tensor; between tasks
 the method's boundary (a basis grows, a Fisher is estimated) works run by run.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +165,22 @@ def over_runs(function: Callable) -> Callable:
     return call
 
 
+def _by_cores(function: Callable, *runs: Any) -> Any:
+    """`function(*runs)`; on a CPU run by run, as many at a time as there are cores.
+
+    A CPU gains nothing from batched products and loses much with batched convolutions,
+    and one run's arrays fit its cache. Each run ends the same, bit for bit, whatever
+    runs beside it.
+    """
+    count = len(jax.tree.leaves(runs)[0])
+    if count == 1 or jax.default_backend() != "cpu":
+        return function(*runs)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], runs) for i in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(lambda x: jax.block_until_ready(function(*x)), parts))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *done)
+
+
 @functools.partial(
     jax.jit, static_argnames=("problem", "method"), donate_argnames=("params", "state")
 )
@@ -169,13 +188,13 @@ def _train(
     problem,
     method,
     setting,
+    data,
     rates,
     strengths,
     params,
     state,
     memory,
     keys,
-    data,
     batches,
 ):
     """A chunk of steps of every run; `batches` has axes (runs, steps, ...)."""
@@ -220,7 +239,7 @@ def _in_portions(test: Data, weight: Any) -> tuple[Data, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames="problem")
-def _score(problem, params, test, weight):
+def _score(problem, test, weight, params):
     """Accuracy and loss, (runs, tasks), in portions so that memory stays small."""
 
     def run(params):
@@ -363,8 +382,10 @@ def learn(
         data = jax.tree.map(jnp.asarray, feed.train(task))
         masks = jnp.asarray(feed.masks(task))
         test = test._replace(classes=masks)
+        train = functools.partial(_train, problem, method, setting, data)
+        score = functools.partial(_score, problem, test, weight)
         if task == 0 and done == Position(0, 0):
-            history.baseline[:], _ = _score(problem, runs.params, test, weight)
+            history.baseline[:], _ = _by_cores(score, runs.params)
         if runs.memory is not None:
             wide = jnp.broadcast_to(masks, runs.memory.data.classes.shape)
             stored = runs.memory.data._replace(classes=wide)
@@ -374,13 +395,12 @@ def learn(
                 continue
             batches = [feed.batches(task, seed, first, chunk) for seed in seeds]
             batches = jax.tree.map(lambda *x: np.stack(x), *batches)
-            params, state, keys, seen = _train(
-                problem, method, setting, rates, strengths, runs.params,
-                runs.opt_state, runs.memory, runs.keys, data, batches,
-            )  # fmt: skip
+            params, state, keys, seen = _by_cores(
+                train, rates, strengths, *runs, batches
+            )
             runs = Runs(params, state, runs.memory, keys)
             at = first // chunk
-            accuracy, loss = _score(problem, runs.params, test, weight)
+            accuracy, loss = _by_cores(score, runs.params)
             history.accuracy[:, task, at] = accuracy
             history.loss[:, task, at] = loss
             for name, values in seen.items():

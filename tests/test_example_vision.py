@@ -88,8 +88,9 @@ def test_runs_side_by_side_equal_runs_alone():
     _, together, history = learn("ewc", [3, 4])
     for i, seed in enumerate((3, 4)):
         _, alone, own = learn("ewc", [seed])
+        exact = jax.default_backend() == "cpu"  # elsewhere the products are batched
         for a, b in zip(bits(together.params), bits(alone.params), strict=True):
-            np.testing.assert_allclose(a[i], b[0], atol=2e-4)
+            np.testing.assert_allclose(a[i], b[0], rtol=0, atol=0 if exact else 2e-4)
         np.testing.assert_allclose(history.loss[i], own.loss[0], atol=1e-3)
 
 
