@@ -89,7 +89,8 @@ class Checkpoints:
         background. Damaged ones are not counted and never deleted.
 
     Attributes:
-      stopping: True once SIGTERM has come and `save` has saved: leave the loop then.
+      stopping: True once SIGTERM has come and `save` has saved: leave the loop then. A
+        SIGTERM that no save has seen is passed on at the end of the with statement.
 
     Raises:
       OSError: on entry, if the directory cannot be written; from `save` or on exit, if
@@ -161,6 +162,8 @@ class Checkpoints:
                 warnings.warn(str(failure), stacklevel=2)  # the other error is the news
             finally:
                 self._writer = None
+        if self._signalled and not self.stopping and error is None:
+            signal.raise_signal(signal.SIGTERM)  # came after the last save
 
     def _require_open(self) -> concurrent.futures.Executor:
         if self._writer is None:

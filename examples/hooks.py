@@ -1,54 +1,73 @@
-"""Where scalars go beside the JSON lines: thin hooks around loggers people have."""
+"""Where scalars go beside the JSON lines: thin hooks around loggers people have.
 
-from collections.abc import Callable
+with HOOKS[name](out) as log:
+    log(run, step, {scalar: value})
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Hook = Callable[[str, int, dict[str, float]], None]
 
 
-def none(run: str, step: int, scalars: dict[str, float]) -> None:
+@contextlib.contextmanager
+def none(out: Path) -> Iterator[Hook]:
     """Logs nowhere."""
+    del out
+    yield lambda run, step, scalars: None
 
 
-def tensorboard(out: Path) -> Hook:
-    """TensorBoard event files under `out/tensorboard/<run>`."""
+@contextlib.contextmanager
+def tensorboard(out: Path) -> Iterator[Hook]:
+    """TensorBoard event files under `out/tensorboard/<run>`.
+
+    A run that goes on logs its past again: what an earlier process wrote is purged.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "--log tensorboard needs tensorboardX: python -m pip install tensorboardX."
         ) from error
-    writers = {}
+    with contextlib.ExitStack() as opened:
+        writers = {}
 
-    def log(run, step, scalars):
-        if run not in writers:
-            writers[run] = SummaryWriter(str(out / "tensorboard" / run))
-        for name, value in scalars.items():
-            writers[run].add_scalar(name, value, step)
-        writers[run].flush()
+        def log(run, step, scalars):
+            if run not in writers:
+                folder = out / "tensorboard" / run
+                writer = SummaryWriter(str(folder), purge_step=0)
+                writers[run] = opened.enter_context(writer)
+            for name, value in scalars.items():
+                writers[run].add_scalar(name, value, step)
 
-    return log
+        yield log
 
 
-def wandb(out: Path) -> Hook:
-    """One Weights & Biases run; scalars are named `<run>/<scalar>`."""
+@contextlib.contextmanager
+def wandb(out: Path) -> Iterator[Hook]:
+    """One Weights & Biases run; scalars are named `<run>/<scalar>`, over its steps."""
     try:
         import wandb as client
     except ImportError as error:
         raise ImportError(
             "--log wandb needs Weights & Biases: python -m pip install wandb."
         ) from error
-    run_of_all = client.init(project="adamr", dir=str(out))
+    with client.init(project="adamr", dir=str(out)) as whole:
+        seen = set()
 
-    def log(run, step, scalars):
-        named = {f"{run}/{name}": value for name, value in scalars.items()}
-        run_of_all.log({**named, f"{run}/step": step})
+        def log(run, step, scalars):
+            if run not in seen:
+                whole.define_metric(f"{run}/*", step_metric=f"{run}/step")
+                seen.add(run)
+            named = {f"{run}/{name}": value for name, value in scalars.items()}
+            whole.log({**named, f"{run}/step": step})
 
-    return log
+        yield log
 
 
-HOOKS: dict[str, Callable[[Path], Hook]] = {
-    "none": lambda out: none,
+HOOKS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Hook]]] = {
+    "none": none,
     "tensorboard": tensorboard,
     "wandb": wandb,
 }

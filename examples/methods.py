@@ -19,7 +19,7 @@ import optax
 import adamr
 from examples.loop import Data, Memory
 
-__all__ = ["METHODS", "Method", "Setting", "setting_for"]
+__all__ = ["METHODS", "Method", "Setting", "grow", "setting_for"]
 
 
 class Setting(NamedTuple):
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
     Attributes:
       subspace: empty, with room, for every protected kernel.
-      directions: empty, with room for `new_directions` per task.
+      directions: empty, with room for `new_directions` per task; None without any.
       threshold: energy share of a task's layer inputs that becomes protected.
       samples: examples that a boundary looks at.
       new_directions: of OGD, per task.
@@ -73,7 +73,9 @@ def setting_for(
     """A setting for a model; each direction costs a copy of the model in memory."""
     return Setting(
         adamr.empty_subspace(params, axes=axes, unprotected=unprotected),
-        adamr.empty_directions(params, max(1, tasks * new_directions)),
+        adamr.empty_directions(params, tasks * new_directions)
+        if new_directions
+        else None,
         threshold,
         samples,
         new_directions,
@@ -117,7 +119,7 @@ def _some(data: Data, key: jax.Array, count: int) -> Data:
     return Data(data.inputs[chosen], data.labels[chosen], data.classes)
 
 
-def _grow(problem, setting, params, opt_state, data, key, *, importance=None):
+def grow(problem, setting, params, opt_state, data, key, *, importance=None):
     inputs = _some(data, key, setting.samples).inputs
     subspace = adamr.grow_subspace(
         adamr.get_subspace(opt_state),
@@ -222,38 +224,38 @@ METHODS: dict[str, Method] = {
     "gpm": Method(
         "GPM, v shared along the projected axis (the alias)",
         lambda rate, _, s: adamr.gpm(rate, s.subspace),
-        boundary=_grow,
+        boundary=grow,
     ),
     "gpm_sgd": Method(
-        "GPM as published: SGD", _sgd_gpm, boundary=_grow, learning_rate=0.1
+        "GPM as published: SGD", _sgd_gpm, boundary=grow, learning_rate=0.1
     ),
     "gpm_shared": Method(
-        "GPM's gradient into Adam: shared routing", _shared_gpm, boundary=_grow
+        "GPM's gradient into Adam: shared routing", _shared_gpm, boundary=grow
     ),
     "gpm_decoupled": Method(
-        "GPM, element-wise decoupled routing, guarded", _decoupled_gpm, boundary=_grow
+        "GPM, element-wise decoupled routing, guarded", _decoupled_gpm, boundary=grow
     ),
     "gpm_adaptive": Method(
         "GPM, decoupled, overlap-adaptive strength (the paper's)",
         lambda rate, _, s: _decoupled_gpm(rate, _, s, adamr.overlap_adaptive_scale()),
-        boundary=_grow,
+        boundary=grow,
     ),
     "gpm_two_sided": Method(
         "GPM's projection of gradient and update",
         lambda rate, _, s: optax.chain(
             adamr.two_sided(s.subspace), optax.scale_by_learning_rate(rate)
         ),
-        boundary=_grow,
+        boundary=grow,
     ),
     "sgp": Method(
         "Scaled Gradient Projection",
         lambda rate, _, s: adamr.sgp(rate, s.subspace),
-        boundary=functools.partial(_grow, importance=10.0),
+        boundary=functools.partial(grow, importance=10.0),
     ),
     "adam_nscl": Method(
         "Adam-NSCL's update projection, on GPM's bases",
         lambda rate, _, s: adamr.adam_nscl(rate, s.subspace),
-        boundary=_grow,
+        boundary=grow,
     ),
     "ogd": Method(
         "Orthogonal Gradient Descent, ground-truth logits",

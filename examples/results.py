@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,16 +25,20 @@ METRICS = {
     "forgetting": "mean over old tasks of the best earlier accuracy minus the last",
     "AAA": "accuracy on the tasks so far, averaged over all evaluations",
     "min-ACC": "mean over old tasks of the lowest accuracy since they were learnt",
+    "intransigence": "mean over tasks of a reference's accuracy minus that when learnt",
     "WC-ACC": "last task's accuracy and min-ACC, weighted 1/T and 1 - 1/T",
 }
 
 
-def summarize(accuracy: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+def summarize(
+    accuracy: np.ndarray, baseline: np.ndarray, reference: Sequence[float] | None = None
+) -> dict[str, float]:
     """The metrics of one run.
 
     Args:
       accuracy: the anytime tensor (tasks, evaluations, tasks).
       baseline: (tasks,) accuracy of the untrained model.
+      reference: (tasks,) accuracy of a model that did not learn them in sequence.
     """
     matrix = accuracy[:, -1]
     out = {
@@ -47,6 +52,8 @@ def summarize(accuracy: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
         out["FWT"] = metrics.forward_transfer(matrix, baseline)
         out["forgetting"] = metrics.forgetting(matrix)
         out["min-ACC"] = metrics.min_accuracy(accuracy)
+    if reference is not None:
+        out["intransigence"] = metrics.intransigence(matrix, reference).mean()
     return {name: float(out[name]) for name in METRICS if name in out}
 
 
@@ -138,10 +145,15 @@ def _cell(own: list[dict], name: str) -> str:
     mean, half = interval(values)
     if not math.isfinite(mean):
         return "–"
-    return f"{mean:.3f}" + ("" if math.isnan(half) else f" ±{half:.3f}")
+    return _short(mean) + ("" if math.isnan(half) else f" ±{_short(half)}")
 
 
-SHOWN = ("ACC", "LA", "forgetting", "AAA", "min-ACC")
+def _short(x: float) -> str:
+    """Three digits, no zero before the point: a row has to fit into a terminal."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{x:.3f}")
+
+
+SHOWN = ("ACC", "LA", "forgetting", "intransigence", "AAA", "min-ACC")
 
 
 def table(rows: list[dict]) -> Table:
@@ -153,7 +165,7 @@ def table(rows: list[dict]) -> Table:
         + (", ± 95 % intervals; p: paired test of ACC against the best" * (seeds > 1))
     )
     made.add_column("method", no_wrap=True)
-    made.add_column("rate", justify="right")
+    made.add_column("rate", justify="right", no_wrap=True)
     shown = [name for name in SHOWN if name in rows[0]["metrics"]]
     for heading in (*shown, *["p"] * (seeds > 1), "s"):
         made.add_column(heading, justify="right", no_wrap=True)

@@ -705,6 +705,23 @@ def test_sigterm_saves_and_ends_the_loop(tmp_path):
     assert restored(tmp_path, {"a": 0}).state == {"a": 3}
 
 
+def test_sigterm_after_the_last_save_is_passed_on(tmp_path):
+    passed, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: passed.append(1))
+    try:
+        with opened(tmp_path, every=100) as checkpoints:
+            checkpoints.save(1, {"a": 1}, force=True)
+            signal.raise_signal(signal.SIGTERM)
+            assert not passed  # a save may still come
+        assert passed == [1]
+        with opened(tmp_path, every=100) as checkpoints:
+            signal.raise_signal(signal.SIGTERM)
+            checkpoints.save(2, {"a": 2})
+        assert passed == [1]  # that one was seen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_threads_leave_signals_alone(tmp_path):
     before, after = signal.getsignal(signal.SIGTERM), []
 

@@ -1,13 +1,9 @@
 """examples.lm: data, arguments, results, interruption."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import example_kills
 import numpy as np
 import pytest
 
@@ -16,12 +12,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tyro")
 
-from examples.lm import data, installed, report
+from examples import loop
+from examples.lm import data, installed, problem, report
 from examples.lm.__main__ import main
 from examples.lm.methods import DEFAULT, METHODS
-from examples.lm.train import Run
-
-ROOT = Path(__file__).parents[1]
+from examples.lm.model import PRESETS
+from examples.runs import Done
 
 
 @pytest.fixture
@@ -44,8 +40,8 @@ def _run(folder, out, *more):
 def test_results_pictures_and_definitions(folder, tmp_path):
     out = tmp_path / "out"
     names = ["adam", "adaptive", "update"]
-    code = _run(folder, out, "--methods", ",".join(names), "--steps", "6")
-    assert code == 0
+    more = ("--methods", ",".join(names), "--steps", "6", "--evaluations", "2")
+    assert _run(folder, out, *more) == 0
     results = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in results["methods"]] == names
     assert [d["name"] for d in results["domains"]] == ["abc", "digits", "words"]
@@ -60,7 +56,11 @@ def test_results_pictures_and_definitions(folder, tmp_path):
         np.testing.assert_allclose(row["forgetting"], np.mean(lost))
         np.testing.assert_allclose(row["final_perplexity"], np.exp(row["final_loss"]))
         assert row["seed"] == 0 and row["learning_rate"] > 0
-        assert all(len(c) == 3 for c in row["curves"].values())
+        assert row["curves"]["step"] == [3, 6, 9, 12, 15, 18]
+        assert all(len(c) == 6 for c in row["curves"].values())
+        np.testing.assert_array_equal(np.array(row["anytime_loss"])[:, -1], loss)
+        used = row["curves"]["used"]
+        assert used[0] == used[1] == 0 and 0 < used[2] <= used[4] <= 1
     leaks = {r["method"]: max(r["curves"]["leak"]) for r in results["methods"]}
     assert leaks["update"] < 1e-4 < 1e-2 < leaks["adam"]
     strengths = {r["method"]: r["curves"]["strength"] for r in results["methods"]}
@@ -73,8 +73,9 @@ def test_results_pictures_and_definitions(folder, tmp_path):
 
 def test_seeds_share_methods_and_domain_order(folder, tmp_path):
     out = tmp_path / "out"
-    more = ("--methods", "fixed", "--seeds", "2", "--domains", "words,abc")
-    assert _run(folder, out, *more, "--learning-rate", "0.01", "--steps", "2") == 0
+    more = ("--method", "fixed", "--seeds", "2", "--domains", "words,abc")
+    more = (*more, "--learning-rate", "0.01", "--steps", "2", "--evaluations", "1")
+    assert _run(folder, out, *more) == 0
     results = json.loads((out / "results.json").read_text())
     assert [d["name"] for d in results["domains"]] == ["words", "abc"]
     assert [row["seed"] for row in results["methods"]] == [0, 1]
@@ -87,9 +88,9 @@ def test_seeds_share_methods_and_domain_order(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--methods", "adam,ewc2"], ["--methods", "ewc2", *METHODS]),
-        (["--methods", ""], ["--methods"]),
-        (["--methods", "adam,adam"], ["--methods", "twice"]),
+        (["--method", "adam,ewc2"], ["--method", "ewc2", *METHODS]),
+        (["--methods", ""], ["--method"]),
+        (["--method", "adam,adam"], ["--method", "twice"]),
         (["--domains", "abc,latin"], ["--domains", "latin", "digits"]),
         (["--domains", "abc,abc"], ["--domains", "twice"]),
         (["--steps", "0"], ["--steps", "0", "at least 1"]),
@@ -97,6 +98,7 @@ def test_seeds_share_methods_and_domain_order(folder, tmp_path):
         (["--learning-rate", "-1"], ["--learning-rate", "-1.0", "positive"]),
         (["--learning-rate", "nan"], ["--learning-rate", "nan", "positive"]),
         (["--threshold", "1.5"], ["--threshold", "1.5", "from 0 to 1"]),
+        (["--evaluations", "4"], ["--steps", "10", "multiple of the 4"]),
     ],
 )
 def test_bad_arguments(folder, tmp_path, capsys, arguments, expected):
@@ -111,7 +113,7 @@ def test_bad_arguments(folder, tmp_path, capsys, arguments, expected):
 def test_out_that_is_a_file(folder, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert _run(folder, tmp_path / "out") == 2
-    assert "--out" in capsys.readouterr().err
+    assert f"error: --out: got {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_bad_folders(folder, tmp_path, capsys):
@@ -188,14 +190,66 @@ def test_missing_domain_is_skipped_with_a_message(monkeypatch):
     assert "skipped translations" in messages[0]
 
 
-def test_diverged_run_makes_valid_json(tmp_path):
-    nan = float("nan")
-    run = Run([[2.0, nan], [3.0, nan]], [[0.1, 0.2]] * 2, [0.5, 0.5])
-    row = report.summarize("adam", 0, 1e-3, run)
-    path = report.write_results(tmp_path, {"config": {}}, [row])
-    written = json.loads(path.read_text())["methods"][0]
-    assert written["final_loss"] is None and written["forgetting"] == 1.0
+def test_diverged_run_makes_valid_json():
+    history = loop.empty_history(problem.problem(PRESETS["tiny"]), 1, 2, 1)
+    history.loss[:, :, 0] = [[2.0, np.nan], [3.0, np.nan]]
+    row = report.summarize(Done("adam", 1e-3, 0.0, history, 1.0, None), 0, 10)
+    assert np.isnan(row["final_loss"]) and row["forgetting"] == 1.0
     assert "diverged" in report._cell([row], "final_loss")
+
+
+def test_batches_do_not_depend_on_how_they_are_asked_for(folder):
+    feed = problem.feed(data.load_folder(folder), PRESETS["tiny"])
+    whole = feed.batches(1, 7, 0, 6)
+    parts = [feed.batches(1, 7, first, 2) for first in (0, 2, 4)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert whole.shape == (6, 4, 17) and whole.dtype == np.uint8
+    assert (feed.batches(1, 8, 0, 6) != whole).any()
+    assert set(whole.ravel()) == set(b"0123456789\n")
+
+
+def test_a_union_mixes_its_domains_alone(folder):
+    feed = problem.feed(data.load_folder(folder), PRESETS["tiny"], [[0, 1]])
+    windows = feed.batches(0, 0, 0, 50).reshape(-1, 17)
+    letters = np.isin(windows, list(b"abcdefgh")).any(-1)
+    digits = np.isin(windows, list(b"0123456789")).any(-1)
+    assert (letters != digits).all() and 0.3 < letters.mean() < 0.7
+    assert not np.isin(windows, list(b"xyz ")).any()
+    assert feed.names == ["digits"] and set(np.unique(feed.test.inputs)) <= set(
+        b"0123456789\n"
+    )
+
+
+def test_tuning_never_sees_held_out_text(folder):
+    domains = data.load_folder(folder)
+    for whole, part in zip(domains, problem.for_tuning(domains), strict=True):
+        assert len(part.valid) == int(0.1 * len(whole.train))
+        again = np.concatenate([part.train, part.valid])
+        np.testing.assert_array_equal(again, whole.train)
+
+
+def test_grid_and_reference(folder, tmp_path):
+    more = ("--method", "adam", "--seeds", "2", "--reference", "joint", "--lr-grid")
+    assert _run(folder, tmp_path, *more, "1e-9,1e-2") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    low, high = found["tuning"]["adam"]["candidates"]
+    assert low["score"] < high["score"] and found["tuning"]["adam"]["best"] == high
+    assert {row["learning_rate"] for row in found["methods"]} == {1e-2}
+    assert found["reference"]["kind"] == "joint"
+    for row in found["methods"]:
+        loss = np.diag(row["loss_matrix"]) - found["reference"]["loss"][row["seed"]]
+        np.testing.assert_allclose(row["intransigence_by_domain"], loss, atol=1e-6)
+        np.testing.assert_allclose(row["intransigence"], loss.mean(), atol=1e-6)
+        assert loss[0] == 0  # nothing came before: the reference is the run itself
+        assert loss[1] != 0
+
+
+def test_text_that_has_changed_is_refused(folder, tmp_path, capsys):
+    more = ("--method", "adam", "--domains", "abc")
+    assert _run(folder, tmp_path, *more) == 0
+    (folder / "abc.train.txt").write_text("other text\n" * 60)
+    assert _run(folder, tmp_path, *more) == 2
+    assert "config/domains/abc: " in capsys.readouterr().err
 
 
 def test_default_methods_cover_the_comparison():
@@ -203,23 +257,36 @@ def test_default_methods_cover_the_comparison():
     assert set(DEFAULT) <= set(METHODS)
 
 
+ARGUMENTS = ["--preset", "tiny", "--steps", "40", "--methods", "adaptive,alias"]
+
+
+@pytest.fixture
+def example(folder, tmp_path):
+    arguments = [*ARGUMENTS, "--data", folder]
+    return example_kills.Example("examples.lm", arguments, tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_interrupt_leaves_finished_rows(folder, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "examples.lm", "--data", folder, "--out", out]
-    command += ["--preset", "tiny", "--methods", "adam", "--seeds", "1000"]
-    job = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.time() + 120
-    while not (out / "results.json").exists() and time.time() < deadline:
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.2)
-    job.send_signal(signal.SIGINT)
-    printed, _ = job.communicate(timeout=60)
-    assert job.returncode == 130
+def test_interrupt_leaves_finished_rows(example):
+    out = example.folder / "stopped"
+    process = example.start(out, "--seeds", "40")
+    example_kills.wait_for(out / "results.json", process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
     rows = json.loads((out / "results.json").read_text())["methods"]
-    assert 1 <= len(rows) < 1000
-    assert "what was finished" in printed and "adam" in printed
+    assert {row["method"] for row in rows} == {"adaptive"} and len(rows) == 40
+    assert "what was finished" in printed and "adaptive" in printed
     assert (out / "matrices.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_runs_end_in_the_same_numbers(example, how):
+    example_kills.check_random_moments(example, how, kills=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), example_kills.PLACES)
+def test_killed_at_a_boundary_or_in_a_save(example, where, count):
+    example_kills.check_place(example, where, count)

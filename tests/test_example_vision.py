@@ -2,13 +2,9 @@
 
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import example_kills
 import jax
 import numpy as np
 import pytest
@@ -18,12 +14,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tyro")
 
-from examples import loop, results, streams
-from examples.methods import METHODS, setting_for
-from examples.vision.__main__ import main
-from examples.vision.problem import feed, problem
+from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
+import adamr
+from examples import loop, results, streams
+from examples.driver import TUNING_TASKS
+from examples.methods import METHODS, setting_for
+from examples.vision.__main__ import Config, main, prepare
+from examples.vision.problem import feed, problem, union
+
 TINY = ["--tasks", "2", "--steps", "4", "--evaluations", "2", "--limit", "100"]
 
 
@@ -129,20 +128,112 @@ def test_results_hold_together(tmp_path):
     assert lines(tmp_path / "events/gpm.jsonl") == events
 
 
-def test_other_hyperparameters_are_refused_by_name(tmp_path, capsys):
+def test_other_hyperparameters_and_versions_are_refused_by_name(
+    tmp_path, capsys, monkeypatch
+):
     assert run(tmp_path, "--method", "adam") == 0
-    assert run(tmp_path, "--method", "adam", "--learning-rate", "0.5") == 2
-    assert "rates" in capsys.readouterr().err
+    more = ("--learning-rate", "0.5", "--limit", "90")
+    assert run(tmp_path, "--method", "adam", *more) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    assert "config/limit: 100, 90" in message
+    assert "config/rates: [0.001], [0.5]" in message
+    monkeypatch.setattr(adamr, "__version__", "0.0.1")
+    assert run(tmp_path, "--method", "adam") == 2
+    assert "version/adamr: " in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused(tmp_path, capsys, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lockf(*arguments):
+        raise BlockingIOError  # as if another process had the lock
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert run(tmp_path, "--method", "adam") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "in use" in message
 
 
 def test_the_grid_takes_its_best_on_validation(tmp_path):
-    more = ("--method", "adam", "--lr-grid", "1e-9,1e-2", "--steps", "40")
+    more = ("--method", "adam,l2", "--steps", "40", "--lr-grid", "1e-9,1e-2")
+    assert run(tmp_path, *more, "--strength-grid", "0,1e3") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    low, high = found["tuning"]["adam"]["candidates"]  # adam has no strength
+    assert low["score"] < high["score"] and found["tuning"]["adam"]["best"] == high
+    assert high == {"learning_rate": 1e-2, "strength": 0.0, "score": high["score"]}
+    tried = found["tuning"]["l2"]["candidates"]
+    pairs = [(one["learning_rate"], one["strength"]) for one in tried]
+    assert pairs == [(1e-9, 0.0), (1e-9, 1e3), (1e-2, 0.0), (1e-2, 1e3)]
+    best = found["tuning"]["l2"]["best"]
+    assert best["score"] == max(one["score"] for one in tried) > tried[0]["score"]
+    chosen = [(1e-2, 0.0), (best["learning_rate"], best["strength"])]
+    assert [(r["learning_rate"], r["strength"]) for r in found["runs"]] == chosen
+
+
+def test_tuning_sees_the_first_tasks_validation_images_alone(tmp_path):
+    bench = prepare(Config(tasks=4, limit=100), Console(quiet=True))
+    stream = streams.load("permuted-digits", tasks=4, limit=100)
+    first = bench.tuning()
+    assert len(first.names) == TUNING_TASKS == 3
+    np.testing.assert_array_equal(first.test.inputs, stream.valid.x[:3])
+    np.testing.assert_array_equal(first.weight, stream.valid.weight[:3])
+
+
+@pytest.mark.parametrize("kind", ["single", "joint"])
+def test_a_reference_gives_intransigence(tmp_path, kind):
+    more = ("--method", "adam,gpm", "--seeds", "2", "--reference", kind)
     assert run(tmp_path, *more) == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["tuning"]["adam"]["best"] == 1e-2
-    assert found["runs"][0]["learning_rate"] == 1e-2
-    low, high = found["tuning"]["adam"]["accuracy"]
-    assert low < high
+    assert found["reference"]["kind"] == kind
+    for row in found["runs"]:
+        lost = found["reference"]["accuracy"][row["seed"]] - np.diag(row["matrix"])
+        np.testing.assert_allclose(row["metrics"]["intransigence"], lost.mean())
+        if row["method"] == "adam":
+            assert lost[0] == 0  # nothing came before: the reference is the run itself
+
+
+def test_a_union_draws_from_its_tasks_and_masks_each_ones_classes():
+    stream = streams.load("split-digits", tasks=5, scenario="task")
+    joint = union(stream, 200, [0, 3])
+    whole, rows = joint.train(0), joint.batches(0, 0, 0, 4)
+    tasks = rows // stream.train.weight.shape[1]
+    assert set(tasks.ravel()) == {0, 3}
+    made, _ = problem("mlp", stream.train.x.shape[2:], stream.class_mask.shape[1])
+    batch = made.batch(jax.tree.map(np.asarray, whole), rows[0])
+    np.testing.assert_array_equal(batch.classes, stream.class_mask[tasks[0]])
+    assert batch.classes[np.arange(200), batch.labels].all()
+    np.testing.assert_array_equal(joint.test.inputs[0], stream.test.x[3])
+    assert np.isfinite(loop.loss_of(made, made.init(jax.random.key(0)), batch))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    more = ("--method", "adam,gpm", "--seeds", "2")
+    assert run(tmp_path / "whole", *more) == 0
+    learn, left = loop.learn, 6  # after two chunks of the second method
+
+    def signalled(*arguments, **options):
+        nonlocal left
+        for chunk in learn(*arguments, **options):
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGTERM)
+            yield chunk
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "learn", signalled)
+    assert run(tmp_path / "stopped", *more, "--save-every", "1000") == 143
+    rows = json.loads((tmp_path / "stopped/results.json").read_text())["runs"]
+    assert {row["method"] for row in rows} == {"adam"}
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run(tmp_path / "stopped", *more) == 0
+    kinds = ("whole", "stopped")
+    found = [json.loads((tmp_path / k / "results.json").read_text()) for k in kinds]
+    for a, b in zip(*(f["runs"] for f in found), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    events = [(tmp_path / kind / "events/gpm.jsonl").read_text() for kind in kinds]
+    assert events[0] == events[1]
 
 
 def test_a_class_incremental_stream_and_the_linen_twin(tmp_path):
@@ -185,7 +276,13 @@ def test_the_convolutional_networks_learn(model):
         (["--steps", "5"], ["--steps", "multiple"]),
         (["--seeds", "0"], ["--seeds", "0"]),
         (["--lr-grid", "a"], ["--lr-grid", "a"]),
-        (["--learning-rate", "-1"], ["positive"]),
+        (["--lr-grid", "1,1"], ["--lr-grid", "twice"]),
+        (["--lr-grid", "1,2", "--learning-rate", "1"], ["--lr-grid", "both"]),
+        (["--learning-rate", "-1"], ["--learning-rate", "-1", "positive"]),
+        (["--strength-grid", "1,-1"], ["--strength-grid", "-1", "0 or more"]),
+        (["--strength", "nan"], ["--strength", "nan", "0 or more"]),
+        (["--save-every", "0"], ["--save-every", "0", "positive"]),
+        (["--scenario", "task", "--tasks", "0"], ["--tasks", "0", "at least 1"]),
         (["--stream", "permuted-nothing"], ["permuted-nothing", "permuted-digits"]),
         (["--stream", "split-cifar100"], ["split-cifar100", "--data"]),
     ],
@@ -209,27 +306,19 @@ def test_intervals_and_paired_tests():
     np.testing.assert_allclose(test["p"], 0.063, atol=0.02)
 
 
-def _start(out, *more):
-    command = [sys.executable, "-m", "examples.vision", "--save-every", "0.001"]
-    more = ["--method", "gpm,er", "--tasks", "3", "--out", str(out), *more]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen([*command, *more], cwd=ROOT, **quiet)
+@pytest.fixture
+def example(tmp_path):
+    arguments = ["--method", "gpm,er", "--tasks", "3", "--steps", "100"]
+    return example_kills.Example("examples.vision", arguments, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_runs_end_in_the_same_numbers(tmp_path, how):
-    assert _start(tmp_path / "whole").wait() == 0
-    wanted = json.loads((tmp_path / "whole/results.json").read_text())["runs"]
-    rng = np.random.default_rng(int(how))
-    for _ in range(4):
-        process = _start(tmp_path / "killed")
-        time.sleep(rng.uniform(4, 15))
-        os.kill(process.pid, how)
-        assert process.wait() in (0, -how, 143)
-    assert _start(tmp_path / "killed").wait() == 0
-    found = json.loads((tmp_path / "killed/results.json").read_text())["runs"]
-    for a, b in zip(wanted, found, strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {
-            k: v for k, v in b.items() if k != "seconds"
-        }
+def test_killed_runs_end_in_the_same_numbers(example, how):
+    example_kills.check_random_moments(example, how, kills=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), example_kills.PLACES[:4])
+def test_killed_at_a_boundary_or_in_a_save(example, where, count):
+    example_kills.check_place(example, where, count)

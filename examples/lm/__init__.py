@@ -5,7 +5,7 @@ installed.py  default text: eight domains found in what is installed
 data.py       a domain, folders of text, sampling of windows
 model.py      the transformer and its sizes
 methods.py    names -> optimizers, with the learning rates a sweep chose
-train.py      the stream: learn a domain, protect it, learn the next
-report.py     definitions, table, results.json
+problem.py    text and transformer, as the shared loop takes them
+report.py     definitions, rows of results.json, table
 pictures.py   the PNG files
 """

@@ -2,7 +2,7 @@
 
 All protect the same subspace, the span of earlier domains' layer inputs, at every
 `nnx.Linear` kernel inside the blocks. Embeddings, positions, LayerNorms and the head
-are plain Adam in all of them (`UNPROTECTED`).
+are plain Adam in all of them.
 
 Learning rates: the one of lowest final loss in a sweep over the default preset and data
 with seed 100, which no default run uses (adaptive_unguarded takes adaptive's):
@@ -20,35 +20,35 @@ One seed: differences in final loss below about 0.05 say nothing. A smaller rate
 less and learns less, so compare forgetting at equal rates (`--learning-rate`).
 """
 
-import dataclasses
-from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import adamr
+from examples.methods import Method, Setting, grow
 
-UNPROTECTED = ("embedding", "norm", "head")
 FIXED_STRENGTH = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One row of the comparison.
+class ToldState(NamedTuple):
+    strength: jax.Array
+    subspace: adamr.Subspace | None
 
-    Attributes:
-      about: one line for the table's legend and for `results.json`.
-      build: (learning rate, subspace) -> optimizer.
-      learning_rate: the best of a sweep, see `METHODS`.
-      strength: share of the modification that is applied; None if the optimizer's state
-        tells.
-      protects: whether the subspace reaches the optimizer.
-    """
 
-    about: str
-    build: Callable[[float, adamr.Subspace], optax.GradientTransformation]
-    learning_rate: float
-    strength: float | None = 1.0
-    protects: bool = True
+def _tell(strength: float, subspace: adamr.Subspace | None = None):
+    """Changes nothing; holds what curves show where no other link does."""
+
+    def init(params):
+        del params
+        return ToldState(jnp.asarray(strength, jnp.float32), subspace)
+
+    def update(updates, state, params=None):
+        del params
+        return updates, state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _chain(learning_rate: float, *links) -> optax.GradientTransformation:
@@ -59,71 +59,75 @@ def _chain(learning_rate: float, *links) -> optax.GradientTransformation:
     )
 
 
-def _adam(learning_rate, subspace):
-    del subspace
-    return _chain(learning_rate, optax.scale_by_adam())
+def _adam(learning_rate, _, s: Setting):
+    return _chain(learning_rate, _tell(0.0, s.subspace), optax.scale_by_adam())
 
 
-def _shared(learning_rate, subspace):
-    route = adamr.route_both_moments(adamr.project_out(subspace))
-    return _chain(learning_rate, route, adamr.faithful_second_moment())
+def _shared(learning_rate, _, s: Setting):
+    route = adamr.route_both_moments(adamr.project_out(s.subspace))
+    return _chain(learning_rate, _tell(1.0), route, adamr.faithful_second_moment())
 
 
-def _fixed(learning_rate, subspace):
+def _fixed(learning_rate, _, s: Setting):
     return _chain(
         learning_rate,
-        adamr.route_first_moment(adamr.project_out(subspace)),
+        _tell(FIXED_STRENGTH),
+        adamr.route_first_moment(adamr.project_out(s.subspace)),
         adamr.constant_scale(FIXED_STRENGTH),
         adamr.faithful_second_moment(),
     )
 
 
-def _adaptive(learning_rate, subspace, guard=True):
+def _adaptive(learning_rate, _, s: Setting, guard=True):
     return _chain(
         learning_rate,
-        adamr.route_first_moment(adamr.project_out(subspace)),
+        adamr.route_first_moment(adamr.project_out(s.subspace)),
         adamr.overlap_adaptive_scale(alpha_max=0.5, decay=0.99),
         adamr.faithful_second_moment(guard=guard),
     )
 
 
-def _adaptive_unguarded(learning_rate, subspace):
-    return _adaptive(learning_rate, subspace, guard=False)
+def _adaptive_unguarded(learning_rate, _, s: Setting):
+    return _adaptive(learning_rate, _, s, guard=False)
 
 
-def _alias(learning_rate, subspace):
+def _alias(learning_rate, _, s: Setting):
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        adamr.adamr(learning_rate, adamr.project_out(subspace)),
+        _tell(1.0),
+        adamr.adamr(learning_rate, adamr.project_out(s.subspace)),
     )
 
 
-def _update(learning_rate, subspace):
-    protect = adamr.protect_update(subspace)
-    return _chain(learning_rate, optax.scale_by_adam(), protect)
+def _update(learning_rate, _, s: Setting):
+    protect = adamr.protect_update(s.subspace)
+    return _chain(learning_rate, _tell(1.0), optax.scale_by_adam(), protect)
 
 
-def _two_sided(learning_rate, subspace):
+def _two_sided(learning_rate, _, s: Setting):
     return _chain(
         learning_rate,
-        adamr.route_both_moments(adamr.project_out(subspace)),
+        _tell(1.0),
+        adamr.route_both_moments(adamr.project_out(s.subspace)),
         adamr.faithful_second_moment(),
-        adamr.protect_update(subspace),
+        adamr.protect_update(s.subspace),
     )
+
+
+def _method(about: str, build, learning_rate: float) -> Method:
+    return Method(about, build, boundary=grow, learning_rate=learning_rate)
 
 
 METHODS = {
-    "adam": Method("Adam, no protection", _adam, 1e-3, 0.0, protects=False),
-    "shared": Method("projected gradient in both moments", _shared, 3e-3),
-    "fixed": Method(
-        f"decoupled, strength {FIXED_STRENGTH:g}", _fixed, 3e-3, FIXED_STRENGTH
-    ),
-    "adaptive": Method("decoupled, overlap-adaptive strength", _adaptive, 3e-3, None),
-    "alias": Method("adamr(): decoupled, v shared along the fan-in", _alias, 1e-3),
-    "update": Method("projected update (Adam-NSCL)", _update, 1e-3),
-    "two_sided": Method("projected gradient and update", _two_sided, 1e-3),
-    "adaptive_unguarded": Method(
-        "adaptive with v from the raw gradient alone", _adaptive_unguarded, 3e-3, None
+    "adam": _method("Adam, no protection", _adam, 1e-3),
+    "shared": _method("projected gradient in both moments", _shared, 3e-3),
+    "fixed": _method(f"decoupled, strength {FIXED_STRENGTH:g}", _fixed, 3e-3),
+    "adaptive": _method("decoupled, overlap-adaptive strength", _adaptive, 3e-3),
+    "alias": _method("adamr(): decoupled, v shared along the fan-in", _alias, 1e-3),
+    "update": _method("projected update (Adam-NSCL)", _update, 1e-3),
+    "two_sided": _method("projected gradient and update", _two_sided, 1e-3),
+    "adaptive_unguarded": _method(
+        "adaptive with v from the raw gradient alone", _adaptive_unguarded, 3e-3
     ),
 }
 DEFAULT = ("adam", "shared", "fixed", "adaptive", "alias", "update", "two_sided")

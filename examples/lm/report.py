@@ -1,17 +1,17 @@
 """Numbers: what is computed from a run, the table, and `results.json`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from adamr import metrics
 from examples import results
 from examples.lm.data import Domain
 from examples.lm.methods import METHODS
-from examples.lm.train import Run
 from examples.results import by_method
+from examples.runs import Done
 
 DEFINITIONS = {
     "loss_matrix": "L[i][j]: mean negative log likelihood, in nats per byte, of domain "
@@ -22,12 +22,15 @@ DEFINITIONS = {
     "forgetting_by_domain": "L[T-1][j] - min of L[i][j] over j <= i < T-1, for j < T-1",
     "forgetting": "mean over j < T-1 of forgetting_by_domain; 0 for one domain",
     "perplexity": "exp of a mean loss, per byte",
-    "used_directions": "after each domain: used share of the input directions of the "
-    "protected kernels, their mean",
-    "curves.overlap": "|g - Pg|^2 / |g|^2 over all parameters, P the projection; mean "
-    "over a chunk of steps, as the other curves",
+    "intransigence_by_domain": "L[j][j] minus the loss of the reference on domain j",
+    "intransigence": "mean over j of intransigence_by_domain",
+    "anytime_loss": "the loss matrix at every evaluation: [i][h][j] at evaluation h "
+    "while learning domain i; anytime_accuracy likewise",
+    "curves.step": "optimizer steps at an evaluation; curves are means since the last",
+    "curves.overlap": "|g - Pg|^2 / |g|^2 over all parameters, P the projection",
     "curves.strength": "applied share of g - Pg",
     "curves.leak": "|U'd| / |d| over the protected kernels, d the update, U the basis",
+    "curves.used": "share of the protected kernels' input directions in the subspace",
     "null": "not a finite number: the run diverged",
 }
 
@@ -39,29 +42,39 @@ def forgetting_by_domain(loss: np.ndarray) -> np.ndarray:
     return loss[last, :last] - np.array(best)
 
 
-def summarize(name: str, seed: int, learning_rate: float, run: Run) -> dict[str, Any]:
+def summarize(done: Done, run: int, steps: int) -> dict[str, Any]:
     """One row of `results.json`; see `DEFINITIONS`."""
-    loss = np.array(run.loss)
+    history = done.history
+    loss, accuracy = history.loss[run][:, -1], history.accuracy[run][:, -1]
     forgotten = forgetting_by_domain(loss)
     final, learned = float(loss[-1].mean()), float(loss.diagonal().mean())
-    return {
-        "method": name,
-        "about": METHODS[name].about,
-        "seed": seed,
-        "learning_rate": learning_rate,
+    tasks, evaluations = history.loss.shape[1:3]
+    ends = np.arange(1, tasks * evaluations + 1) * (steps // evaluations)
+    curves = {name: values[run].ravel() for name, values in history.curves.items()}
+    row = {
+        "method": done.name,
+        "about": METHODS[done.name].about,
+        "seed": run,
+        "learning_rate": done.learning_rate,
         "final_loss": final,
         "learned_loss": learned,
         "forgetting": float(forgotten.mean()) if len(forgotten) else 0.0,
         "final_perplexity": float(np.exp(final)),
         "learned_perplexity": float(np.exp(learned)),
-        "final_accuracy": float(np.mean(run.accuracy[-1])),
+        "final_accuracy": float(accuracy[-1].mean()),
         "forgetting_by_domain": forgotten.tolist(),
-        "loss_matrix": run.loss,
-        "accuracy_matrix": run.accuracy,
-        "used_directions": run.used,
-        "curves": run.curves,
-        "seconds": run.seconds,
+        "loss_matrix": loss.tolist(),
+        "accuracy_matrix": accuracy.tolist(),
+        "anytime_loss": history.loss[run].tolist(),
+        "anytime_accuracy": history.accuracy[run].tolist(),
+        "curves": {"step": ends.tolist()} | {k: x.tolist() for k, x in curves.items()},
+        "seconds": done.seconds,
     }
+    if done.reference is not None:
+        lost = metrics.intransigence(-loss, -np.array(done.reference.loss[run]))
+        row["intransigence_by_domain"] = lost.tolist()
+        row["intransigence"] = float(lost.mean())
+    return row
 
 
 def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any]:
@@ -82,13 +95,6 @@ def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any
         "versions": results.versions(),
         "definitions": DEFINITIONS,
     }
-
-
-def write_results(out: Path, about: dict[str, Any], rows: list[dict]) -> Path:
-    """Writes `results.json` so that a reader never meets half a file."""
-    path = out / "results.json"
-    results.write(path, {**about, "methods": rows})
-    return path
 
 
 def mean_of(rows: list[dict], key: str) -> np.ndarray:
@@ -116,10 +122,12 @@ def table(rows: list[dict]) -> Table:
         "final\nloss": ("final_loss", 3),
         "learned\nloss": ("learned_loss", 3),
         "forgetting": ("forgetting", 3),
+        "intrans-\nigence": ("intransigence", 3),
         "final\nppl": ("final_perplexity", 2),
         "learned\nppl": ("learned_perplexity", 2),
         "seconds": ("seconds", 0),
     }
+    columns = {k: column for k, column in columns.items() if column[0] in rows[0]}
     made.add_column("method", no_wrap=True)
     made.add_column("rate", justify="right")
     for heading in columns:

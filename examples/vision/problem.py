@@ -1,6 +1,7 @@
 """A stream of images and a network, in the terms of the shared loop."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from examples import streams
 from examples.loop import Data, Feed, Problem
 from examples.vision.models import MODELS, LinenMLP
 
-__all__ = ["feed", "problem"]
+__all__ = ["feed", "problem", "union"]
 
 
 @functools.cache
@@ -57,7 +58,8 @@ def _linen(shape, outputs):
 
 
 def _batch(data: Data, index: jax.Array) -> Data:
-    return Data(data.inputs[index], data.labels[index], data.classes)
+    classes = data.classes if data.classes.ndim == 1 else data.classes[index]
+    return Data(data.inputs[index], data.labels[index], classes)
 
 
 def feed(stream: streams.Stream, batch: int) -> Feed:
@@ -73,10 +75,8 @@ def feed(stream: streams.Stream, batch: int) -> Feed:
         return Data(whole.inputs[rows], whole.labels[rows], whole.classes)
 
     def batches(task, seed, first, steps):
-        part, rng = (
-            streams.task(stream, task).train,
-            np.random.default_rng([seed, task]),
-        )
+        part = streams.task(stream, task).train
+        rng = np.random.default_rng([seed, task])
         return streams.batch_indices(part, first + steps, batch, rng)[first:]
 
     tasks = range(len(stream.task_names))
@@ -90,4 +90,34 @@ def feed(stream: streams.Stream, batch: int) -> Feed:
         masks=lambda task: np.stack(
             [streams.output_mask(stream, task, other) for other in tasks]
         ),
+    )
+
+
+def union(stream: streams.Stream, batch: int, tasks: Sequence[int]) -> Feed:
+    """Some tasks' training images as one task, tested on the last one of them.
+
+    Arrays hold all tasks whatever the union, so that one program serves every one.
+    """
+    last, n = tasks[-1], stream.train.weight.shape[1]
+    every = range(len(stream.task_names))
+    masks = [streams.output_mask(stream, last, task) for task in every]
+    chosen = np.isin(every, tasks)
+    flat = [x.reshape(-1, *x.shape[2:]) for x in stream.train]
+    part = streams.Part(*flat)
+    part = part._replace(weight=part.weight * np.repeat(chosen, n))
+    data = Data(part.x, part.y, np.repeat(masks, n, axis=0))
+
+    def batches(task, seed, first, steps):
+        rng = np.random.default_rng([seed, *tasks])
+        return streams.batch_indices(part, first + steps, batch, rng)[first:]
+
+    own = slice(last, last + 1)
+    return Feed(
+        names=[" + ".join(stream.task_names[t] for t in tasks)],
+        batches=batches,
+        train=lambda task: data,
+        samples=lambda task: data,
+        test=Data(stream.test.x[own], stream.test.y[own], masks[last][None]),
+        weight=stream.test.weight[own],
+        masks=lambda task: masks[last][None],
     )

@@ -1,0 +1,267 @@
+"""The command line that the examples share: what is asked, tuned, run and written."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from rich.console import Console
+
+from examples import results, runs
+from examples.lm.data import DataError
+from examples.methods import Method
+from examples.runs import Bench, Done, Stopped, UsageError
+from examples.watch import watch
+
+TUNING_TASKS = 3
+
+__all__ = ["TUNING_TASKS", "Options", "listed", "main", "settings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every example asks; how many steps a task has is the example's own."""
+
+    method: str = "all"
+    """Methods, by commas, or all."""
+    evaluations: int = 5
+    """Evaluations per task, on all tasks."""
+    seeds: int = 1
+    """Runs per method, side by side in one program; seed 0, 1, ..."""
+    learning_rate: float | None = None
+    """For every method. Default: each method's own."""
+    lr_grid: str | None = None
+    """Learning rates by commas: each method takes its best on validation data of the
+    first three tasks, with a seed that no run uses."""
+    strength: float | None = None
+    """Of penalties. Default: each method's own."""
+    strength_grid: str | None = None
+    """Strengths by commas: each penalty takes its best, as with the learning rates and
+    together with them."""
+    threshold: float = 0.97
+    """Energy share of a task's layer inputs that subspace methods protect."""
+    reference: Literal["single", "joint"] | None = None
+    """Also trains a new network with plain Adam for every task, on it alone or on all
+    tasks up to it, and reports intransigence: what learning in sequence has lost."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """A logger beside the JSON lines."""
+    save_every: float = 30.0
+    """Seconds between checkpoints."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Where results, pictures and checkpoints go."""
+
+
+class Candidates(NamedTuple):
+    """What tuning chooses from; one of each: nothing is tuned."""
+
+    rates: list[float]
+    strengths: list[float]
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def settings(config: Options) -> dict[str, Any]:
+    """The options as `results.json` has them."""
+    whole = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in whole.items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _names(config: Options, methods: dict[str, Method]) -> list[str]:
+    names = list(methods) if config.method == "all" else listed(config.method)
+    known = ", ".join(methods)
+    for name in names:
+        if name not in methods:
+            raise UsageError(
+                f"--method: got {name!r}, expected some of {known}, or all."
+            )
+    if not names or len(set(names)) < len(names):
+        raise UsageError(
+            f"--method: got {config.method!r}, expected at least one of {known} and "
+            "none twice."
+        )
+    return names
+
+
+def _numbers(config: Options, name: str, grid: str, least: str) -> list[float] | None:
+    """The numbers of an option or of its grid; None if neither is given."""
+    given = {_flag(key): getattr(config, key) for key in (name, grid)}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: got both, expected one of them.")
+    for flag, value in given.items():
+        try:
+            numbers = [float(x) for x in listed(str(value))]
+        except ValueError as error:
+            raise UsageError(f"{flag}: got {value!r}: {error}.") from error
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise UsageError(f"{flag}: got {value!r}, expected numbers and none twice.")
+        for x in numbers:
+            if not (0 < x < math.inf or x == 0 and least == "0"):
+                raise UsageError(f"{flag}: got {x}, expected {least} or more.")
+        return numbers
+    return None
+
+
+def candidates(config: Options, methods: dict[str, Method]) -> dict[str, Candidates]:
+    """Learning rates and strengths of every method that will run, the reference's too.
+
+    Raises:
+      UsageError: for an option that cannot be used.
+    """
+    names = _names(config, methods)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"{_flag(field.name)}: got {value}, expected at least 1.")
+    if not 0 <= config.threshold <= 1:
+        raise UsageError(
+            f"--threshold: got {config.threshold}, expected a share from 0 to 1."
+        )
+    if not 0 < config.save_every < math.inf:
+        raise UsageError(
+            f"--save-every: got {config.save_every}, expected a positive number."
+        )
+    rates = _numbers(config, "learning_rate", "lr_grid", "a positive number")
+    strengths = _numbers(config, "strength", "strength_grid", "0")
+    if config.reference is not None and "adam" not in names:
+        names = [*names, "adam"]
+    return {
+        name: Candidates(
+            rates or [methods[name].learning_rate],
+            [0.0] if (own := methods[name].strength) is None else strengths or [own],
+        )
+        for name in names
+    }
+
+
+def _total(config: Options, bench: Bench, methods: int, sweeps: int) -> int:
+    """How many steps the command takes."""
+    tasks = len(bench.feed.names)
+    whole = methods * tasks
+    if sweeps:
+        whole += sweeps * len(bench.tuning().names)
+    references = {None: 0, "single": tasks, "joint": tasks * (tasks + 1) // 2}
+    return bench.steps * (whole + references[config.reference])
+
+
+def _learn_all(
+    config: Options,
+    choices: dict[str, Candidates],
+    bench: Bench,
+    console: Console,
+    rows: list[dict],
+) -> None:
+    """Every method; `rows` and `results.json` grow with each that ends."""
+    names, seeds = _names(config, bench.methods), list(range(config.seeds))
+    sweeps = [name for name, (r, k) in choices.items() if len(r) * len(k) > 1]
+    folder, tuning, reference = config.out / "checkpoints", {}, None
+    options = {"evaluations": config.evaluations, "every": config.save_every}
+    with watch(
+        console, config.out, config.log, steps=bench.steps,
+        chunk=bench.steps // config.evaluations,
+        total=_total(config, bench, len(names), len(sweeps)),
+    ) as report:  # fmt: skip
+        for name in sweeps:
+            tuning[name] = runs.tune(
+                folder, bench, name, *choices[name], report=report(f"{name} tuning"),
+                **options,
+            )  # fmt: skip
+            best = tuning[name]["best"]
+            choices[name] = Candidates([best["learning_rate"]], [best["strength"]])
+        if config.reference is not None:
+            reference = runs.reference(
+                folder, bench, config.reference, choices["adam"].rates[0], seeds,
+                report=report(f"{config.reference} reference"), **options,
+            )  # fmt: skip
+        for name in names:
+            (rate,), (strength,) = choices[name]
+            history, seconds = runs.learn(
+                folder / name, bench, name, bench.feed, steps=bench.steps,
+                rates=[rate] * len(seeds), strengths=[strength] * len(seeds),
+                seeds=seeds, report=report(name, keep=True), **options,
+            )  # fmt: skip
+            done = Done(name, rate, strength, history, seconds, reference)
+            rows += [bench.row(done, seed) for seed in seeds]
+            content = {**bench.content(rows), "tuning": tuning}
+            if reference is not None:
+                content["reference"] = reference._asdict()
+            results.write(config.out / "results.json", content)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Stopped` where no run holds it back until it has saved."""
+
+    def stop(number, frame):
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(
+    kind: type[Options],
+    methods: dict[str, Method],
+    prepare: Callable[[Any, Console], Bench],
+    prog: str,
+    args: Sequence[str] | None = None,
+) -> int:
+    """Reads the options, prepares the example, learns every method, shows the results.
+
+    Args:
+      kind: of the options.
+      methods: by name.
+      prepare: (options, console) -> the example.
+      prog: name of the command.
+      args: its arguments; None: those of the process.
+
+    Returns:
+      The exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    config = tyro.cli(kind, prog=prog, args=args)
+    console, rows, code, bench = Console(), [], 0, None
+    if not console.is_terminal:
+        console.width = 120
+    try:
+        with _terminable():
+            choices = candidates(config, methods)
+            bench = prepare(config, console)
+            if bench.steps % config.evaluations:
+                raise UsageError(
+                    f"--steps: got {bench.steps}, expected a multiple of the "
+                    f"{config.evaluations} evaluations."
+                )
+            _learn_all(config, choices, bench, console, rows)
+    except (UsageError, DataError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        console.print("\nstopped; what was finished follows.")
+        code = 130
+    except Stopped:
+        console.print("\nsaved; the same command goes on from here.")
+        code = 143
+    if bench is not None and rows:
+        console.print(bench.table(rows))
+        paths = bench.draw(rows)
+        written = [config.out / "results.json", *paths]
+        console.print("written:", *written, sep="\n  ", highlight=False, soft_wrap=True)
+    return code
