@@ -249,6 +249,12 @@ def main(
                     f"--steps: got {bench.steps}, expected a multiple of the "
                     f"{config.evaluations} evaluations."
                 )
+            try:
+                config.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"--out: got {config.out}, expected a folder: {error}."
+                ) from error
             _learn_all(config, choices, bench, console, rows)
     except (UsageError, DataError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

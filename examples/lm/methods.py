@@ -71,7 +71,6 @@ def _shared(learning_rate, _, s: Setting):
 def _fixed(learning_rate, _, s: Setting):
     return _chain(
         learning_rate,
-        _tell(FIXED_STRENGTH),
         adamr.route_first_moment(adamr.project_out(s.subspace)),
         adamr.constant_scale(FIXED_STRENGTH),
         adamr.faithful_second_moment(),
