@@ -97,15 +97,17 @@ def time_rounds(
     rounds: int,
     seconds: float,
     seed: int,
+    at_least: int = 11,
 ) -> dict[str, np.ndarray]:
     """Seconds per step of every rival, one entry per round.
 
     Args:
       rivals: name -> what `stepper` returned.
       gradients: trees of gradients; each round takes the next one.
-      rounds: how many at most; at least 11 are run.
+      rounds: how many at most.
       seconds: budget, after which no further round starts.
       seed: of the order within each round.
+      at_least: rounds that are run whatever they take.
     """
     for run in rivals.values():  # warm caches, first touch of donated buffers
         run(gradients[0])
@@ -113,7 +115,7 @@ def time_rounds(
     order, times = np.random.default_rng(seed), {name: [] for name in rivals}
     end = time.perf_counter() + seconds
     for i in range(rounds):
-        if i >= 11 and time.perf_counter() > end:
+        if i >= at_least and time.perf_counter() > end:
             break
         for name in order.permutation(list(rivals)):
             times[name].append(rivals[name](gradients[i % len(gradients)]))

@@ -70,7 +70,9 @@ class Config:
     seconds: float = 45.0
     """Time per group of rivals, after which no further round starts."""
     rounds: int = 100
-    """Per group, at most; at least 11 are run."""
+    """Per group, at most."""
+    at_least: int = 11
+    """Rounds per group that are run whatever they take."""
     copied: int = 2**28
     """Numbers that are copied to measure the bandwidth."""
     matmul: int = 8192
@@ -141,7 +143,10 @@ def torch_adam(params: Any, steps: int) -> Callable[[Any], float] | None:
     place = "cuda" if torch.cuda.is_available() else "cpu"
     if place == "cpu" and jax.default_backend() != "cpu":
         return None
-    leaves = [torch.zeros(x.shape, device=place) for x in jax.tree.leaves(params)]
+    leaves = [
+        torch.zeros(x.shape, device=place, requires_grad=True)
+        for x in jax.tree.leaves(params)
+    ]
     for leaf in leaves:
         leaf.grad = torch.full_like(leaf, 1e-2)
     adam = torch.optim.Adam(leaves, lr=LEARNING_RATE, fused=True)
@@ -181,7 +186,12 @@ def race(
 def timed(runs: dict, about: dict, inputs: list, config: Config):
     """Seconds per round and rival; their medians go into `about`."""
     times = _timing.time_rounds(
-        runs, inputs, rounds=config.rounds, seconds=config.seconds, seed=config.seed
+        runs,
+        inputs,
+        rounds=config.rounds,
+        seconds=config.seconds,
+        seed=config.seed,
+        at_least=config.at_least,
     )
     for name, each in about.items():
         each["milliseconds"] = 1e3 * float(np.median(times[name]))
