@@ -48,7 +48,7 @@ class Config:
     """Protected directions per kernel, at `size` parameters."""
     leaves: tuple[int, ...] = (1, 4, 16, 64, 256)
     """Protected kernels of 128 x 128."""
-    tasks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    tasks: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Tasks that have protected 8 directions each in kernels of width 256."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Devices over which a stack of layers is split, as far as there are as many."""
