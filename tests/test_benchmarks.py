@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import adamr
-from benchmarks import _timing, accelerator, scaling
+from benchmarks import _rivals, _timing, accelerator, scaling
 
 
 def test_power_law_finds_the_exponent_and_its_error():
@@ -49,7 +49,7 @@ def test_bytes_that_an_update_must_move():
     size = 64 * 32 + 32
 
     def moved(tx):
-        return accelerator.moved_bytes(params, tx.init(params))
+        return _rivals.moved_bytes(params, tx.init(params))
 
     assert moved(optax.adam(1e-3)) == 4 * 7 * size + 2 * 4  # and the count
     subspace = adamr.empty_subspace(params, max_rank=4)

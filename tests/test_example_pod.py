@@ -2,6 +2,11 @@
 
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +27,7 @@ from examples.pod import placement
 from examples.pod.__main__ import main
 from examples.pod.train import learn_stream, programs
 
+ROOT = Path(__file__).parents[1]
 TINY = PRESETS["tiny"]
 MESH = "data=2,fsdp=2,tensor=2"
 NUMBERS = {"seed": 0, "learning_rate": 1e-2, "max_rank": 8, "threshold": 0.9}
@@ -161,3 +167,40 @@ def test_sizes_that_the_mesh_does_not_divide_are_named():
     mesh = placement.parse_mesh("tensor=3", jax.devices()[:3])
     with pytest.raises(placement.PlacementError, match=r"tensor=3 .* \(16, 16\)"):
         programs(TINY, mesh, **NUMBERS)
+
+
+def in_processes(count, devices, folder, out):
+    """Runs the command line in `count` processes of `devices` each, to the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "examples.pod", "--preset", "tiny", "--every", "5"]
+    command += ["--mesh", "data=2,fsdp=2", "--data", str(folder), "--out", str(out)]
+    command += ["--cpu-devices", str(devices)]
+    if count > 1:
+        command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
+    started = [
+        subprocess.Popen(
+            [*command, *(["--process", str(i)] if count > 1 else [])],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), said
+    return json.loads((out / "results.json").read_text()), said
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    domains(tmp_path)
+    one, _ = in_processes(1, 4, tmp_path, tmp_path / "one")
+    two, said = in_processes(2, 2, tmp_path, tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(two["loss_matrix"], one["loss_matrix"], rtol=1e-5)
+    assert "loss when learnt" in said[0] and "loss" not in said[1]
