@@ -83,6 +83,8 @@ class Problem(NamedTuple):
       capture: (params, inputs) -> layer inputs, a tree like params; runs eagerly.
       observe: (gradient, updates, opt_state, setting) -> scalars of a step by name.
       observed: the names of these scalars.
+      convolves: XLA's CPU compiler is ten times slower with gradients of convolutions
+        inside a loop than outside, so there each step becomes a call of its own.
     """
 
     init: Callable[[jax.Array], Any]
@@ -91,6 +93,7 @@ class Problem(NamedTuple):
     capture: Callable[[Any, Any], Any]
     observe: Callable[..., dict[str, jax.Array]] = lambda *_: {}
     observed: tuple[str, ...] = ()
+    convolves: bool = False
 
 
 class Memory(NamedTuple):
@@ -216,10 +219,26 @@ def _train(
             params = optax.apply_updates(params, updates)
             return (params, state, key), {"loss": loss, **seen}
 
-        carry, seen = jax.lax.scan(step, (params, state, key), batches)
+        first = (params, state, key)
+        if len(jax.tree.leaves(batches)[0]) == 1:
+            carry, seen = step(first, jax.tree.map(lambda x: x[0], batches))
+        else:
+            carry, seen = jax.lax.scan(step, first, batches)
         return *carry, jax.tree.map(jnp.mean, seen)
 
     return over_runs(run)(rates, strengths, params, state, memory, keys, batches)
+
+
+def _step_by_step(train: Callable, *run: Any) -> tuple:
+    """`train(*run)` with one call per step instead of a scan over all."""
+    *rest, params, state, memory, keys, batches = run
+    history = []
+    for i in range(len(jax.tree.leaves(batches)[0][0])):
+        now = jax.tree.map(lambda x, i=i: x[:, i : i + 1], batches)
+        params, state, keys, seen = train(*rest, params, state, memory, keys, now)
+        history.append(seen)
+    mean = jax.tree.map(lambda *x: jnp.stack(x).mean(0), *history)
+    return params, state, keys, mean
 
 
 def _in_portions(test: Data, weight: Any) -> tuple[Data, jax.Array]:
@@ -383,6 +402,8 @@ def learn(
         masks = jnp.asarray(feed.masks(task))
         test = test._replace(classes=masks)
         train = functools.partial(_train, problem, method, setting, data)
+        if problem.convolves and jax.default_backend() == "cpu":
+            train = functools.partial(_step_by_step, train)
         score = functools.partial(_score, problem, test, weight)
         if task == 0 and done == Position(0, 0):
             history.baseline[:], _ = _by_cores(score, runs.params)

@@ -30,10 +30,11 @@ def run(out, *more):
     return main([*TINY, "--out", str(out), *more])
 
 
-def learn(name, seeds, tasks=2, resume_after=None, steps=6):
+def learn(name, seeds, tasks=2, resume_after=None, steps=6, convolves=False):
     """The method's last state and history; maybe stopped and resumed on the way."""
     stream = streams.load("permuted-digits", tasks=tasks, limit=100)
     made, axes = problem("mlp", stream.train.x.shape[2:], 10)
+    made = made._replace(convolves=convolves)
     params = jax.eval_shape(made.init, jax.random.key(0))
     setting = setting_for(params, axes, tasks=tasks, samples=20, new_directions=5)
     options = dict(
@@ -91,6 +92,15 @@ def test_runs_side_by_side_equal_runs_alone():
         for a, b in zip(bits(together.params), bits(alone.params), strict=True):
             np.testing.assert_allclose(a[i], b[0], rtol=0, atol=0 if exact else 2e-4)
         np.testing.assert_allclose(history.loss[i], own.loss[0], atol=1e-3)
+
+
+def test_a_step_a_call_is_the_scan():
+    _, scanned, history = learn("er", [0])
+    _, called, other = learn("er", [0], convolves=True)
+    for a, b in zip(bits(scanned.params), bits(called.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    for a, b in zip(history, other, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a, b)
 
 
 def test_one_program_serves_the_whole_stream():

@@ -34,6 +34,7 @@ def problem(model: str, shape: tuple[int, ...], outputs: int) -> tuple[Problem, 
             capture=lambda params, x: capture.capture_inputs(
                 nnx.merge(graph, params), x
             ),
+            convolves=model != "mlp",
         ),
         capture.kernel_axes(make(0)),
     )
