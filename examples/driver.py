@@ -26,7 +26,9 @@ __all__ = ["TUNING_TASKS", "Options", "listed", "main", "settings"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every example asks; how many steps a task has is the example's own."""
+    """What every example asks; the steps of a task, and `strength` with `strength_grid`
+    where methods have one, are the example's own.
+    """
 
     method: str = "all"
     """Methods, by commas, or all."""
@@ -39,11 +41,6 @@ class Options:
     lr_grid: str | None = None
     """Learning rates by commas: each method takes its best on validation data of the
     first three tasks, with a seed that no run uses."""
-    strength: float | None = None
-    """Of penalties. Default: each method's own."""
-    strength_grid: str | None = None
-    """Strengths by commas: each penalty takes its best, as with the learning rates and
-    together with them."""
     threshold: float = 0.97
     """Energy share of a task's layer inputs that subspace methods protect."""
     reference: Literal["single", "joint"] | None = None
@@ -96,7 +93,7 @@ def _names(config: Options, methods: dict[str, Method]) -> list[str]:
 
 def _numbers(config: Options, name: str, grid: str, least: str) -> list[float] | None:
     """The numbers of an option or of its grid; None if neither is given."""
-    given = {_flag(key): getattr(config, key) for key in (name, grid)}
+    given = {_flag(key): getattr(config, key, None) for key in (name, grid)}
     given = {flag: value for flag, value in given.items() if value is not None}
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: got both, expected one of them.")

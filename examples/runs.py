@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
@@ -111,15 +110,20 @@ class Bench(NamedTuple):
     draw: Callable[[list[dict]], list[Path]]
 
 
+def _map(function: Callable, history: dict) -> dict:
+    """A new dict in the same order, which `jax.tree.map` would not keep."""
+    return {
+        name: _map(function, x) if isinstance(x, dict) else function(x)
+        for name, x in history.items()
+    }
+
+
 def _as_json(history: loop.History) -> dict:
-    return results.finite(jax.tree.map(lambda x: x.tolist(), history._asdict()))
+    return results.finite(_map(np.ndarray.tolist, history._asdict()))
 
 
 def _from_json(saved: dict) -> loop.History:
-    numbers = functools.partial(np.array, dtype=float)
-    return loop.History(
-        **jax.tree.map(numbers, saved, is_leaf=lambda x: isinstance(x, list))
-    )
+    return loop.History(**_map(functools.partial(np.array, dtype=float), saved))
 
 
 @contextlib.contextmanager

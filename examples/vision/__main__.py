@@ -47,6 +47,11 @@ class Config(driver.Options):
     """Optimizer steps per task."""
     batch: int = 10
     """Images per step."""
+    strength: float | None = None
+    """Of penalties. Default: each method's own."""
+    strength_grid: str | None = None
+    """Strengths by commas: each penalty takes its best, as with the learning rates and
+    together with them."""
     samples: int = 128
     """Images a task boundary looks at."""
     directions: int = 40
