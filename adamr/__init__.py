@@ -99,6 +99,7 @@ from adamr.scales import scaled_weight as scaled_weight
 from adamr.shapes import adamp as adamp
 from adamr.shapes import normalize_and_project as normalize_and_project
 from adamr.shapes import remove_radial as remove_radial
+from adamr.sharding import state_shardings as state_shardings
 from adamr.sketch import Sketch as Sketch
 from adamr.sketch import empty_sketch as empty_sketch
 from adamr.sketch import update_sketch as update_sketch

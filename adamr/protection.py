@@ -193,7 +193,7 @@ def oblique_second_moment(
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
             check_leaves(subspace, params, "oblique_second_moment(subspace)")
-        return ObliqueState(copy_subspace(subspace), init_moments(params))
+        return ObliqueState(copy_subspace(subspace, params), init_moments(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -267,16 +267,14 @@ def in_eigenbasis(
     require_subspace(subspace, "in_eigenbasis")
     inner = optax.with_extra_args_support(preconditioner)
 
-    def rotate_params(params):
-        return rotate(subspace, params) if jax.tree.leaves(params) else jnp.zeros([])
+    def rotate_params(here, params):
+        return rotate(here, params) if jax.tree.leaves(params) else jnp.zeros([])
 
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
             check_leaves(subspace, params, "in_eigenbasis(subspace)")
-        # Rotated by the argument, stored as a copy: no state leaf aliases either.
-        return EigenbasisState(
-            copy_subspace(subspace), inner.init(rotate_params(params))
-        )
+        here = copy_subspace(subspace, params)
+        return EigenbasisState(here, inner.init(rotate_params(here, params)))
 
     def update_fn(updates, state, params=None, **extra_args):
         basis = state.subspace

@@ -24,6 +24,7 @@ towards the raw gradient. The *merging* link ends the carrier and applies the mo
     capture.py       layer inputs (Flax)          logits.py          logit gradients
     memory.py        stored examples              checkpoint.py      exact resume
     diagnostics.py   leaks, statistics            metrics.py         forgetting and kin
+    sharding.py      state beside its parameters  offloading.py      host memory
 
 Equations of the merging link, per leaf, with its argument names:
 
@@ -66,11 +67,16 @@ class Routed(_Gradients):
       second: what the second moment will see.
       raw: the gradient before the modifier.
       squared_distances: None, or `() -> ‖g − g̃‖²` per leaf from a modifier that knows
-        them without a pass over memory. Not part of the pytree: a carrier that is
-        rebuilt, as by any change of its fields, has none.
+        them without a pass over memory.
+      mean_squares: None, or the means of raw² per leaf along the fan-in, from a link
+        that took them; v shared there needs the same ones.
+
+    The last two are not part of the pytree: a carrier that is rebuilt, as by any change
+    of its fields, has none.
     """
 
     squared_distances: Callable[[], list[jax.Array]] | None = None
+    mean_squares: list[jax.Array] | None = None
 
 
 class RouteState(NamedTuple):
@@ -102,12 +108,14 @@ def _route(link: str, modifier: optax.GradientTransformation, carry: Callable):
 
     def update_fn(updates, state, params=None, **extra_args):
         require_plain(updates, link)
+        measured = getattr(modifier, "measured_update", None)
+        if measured is not None:
+            modified, distances, inner = measured(updates, state.modifier)
+            routed = carry(updates, modified)
+            routed.squared_distances = distances
+            return routed, RouteState(inner)
         modified, inner = modifier.update(updates, state.modifier, params, **extra_args)
-        routed = carry(updates, modified)
-        measure = getattr(modifier, "squared_distances", None)
-        if measure is not None:
-            routed.squared_distances = lambda: measure(updates, inner)
-        return routed, RouteState(inner)
+        return carry(updates, modified), RouteState(inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -203,10 +211,11 @@ def moments(
         )
 
     def advance(routed, state):
-        first, second, _ = routed
+        first, second, raw = routed
         mu = optax.tree.update_moment(first, state.mu, b1, 1)
         like = kind.shapes(state.nu, second)
-        fed = squares(first, second, like, guard=guard)
+        means = routed.mean_squares if second is raw else None
+        fed = squares(first, second, like, guard=guard, means=means)
         count = optax.safe_increment(state.count)
         nu_hat, nu = kind.update(fed, state.nu, b2, count)
         mu_hat = optax.tree.bias_correction(mu, b1, count)

@@ -185,7 +185,14 @@ def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
     return _trees.in_leaf_order(params, zeros, kept)
 
 
-def squares(first: Any, second: Any, shapes: Any, *, guard: bool) -> Any:
+def squares(
+    first: Any,
+    second: Any,
+    shapes: Any,
+    *,
+    guard: bool,
+    means: list[jax.Array] | None = None,
+) -> Any:
     """What v is fed: second², guarded by first² where v is element-wise.
 
     Args:
@@ -194,14 +201,19 @@ def squares(first: Any, second: Any, shapes: Any, *, guard: bool) -> Any:
       shapes: tree (params-like or leaf-order tuple) of arrays or shape structs with
         the shape and dtype of v.
       guard: whether element-wise leaves take max(second², first²).
+      means: float32 means of second² along some axes per leaf, used where they are
+        those of v: XLA would send a second reduction of a sharded leaf again.
 
     Returns:
       A tree with the structure of `shapes`.
     """
 
-    def leaf(f, s, like):
-        square = jnp.square(s.astype(like.dtype))
+    def leaf(f, s, like, mean):
         shared = tuple(d for d in range(s.ndim) if like.shape[d] != s.shape[d])
+        if shared and mean is not None:
+            if (mean.shape, mean.dtype) == (like.shape, like.dtype):
+                return mean
+        square = jnp.square(s.astype(like.dtype))
         if shared:
             return jnp.mean(square, axis=shared, keepdims=True)
         # The same array in both places is the common case: max(x, x) costs a pass.
@@ -210,5 +222,7 @@ def squares(first: Any, second: Any, shapes: Any, *, guard: bool) -> Any:
         return square
 
     likes, treedef = jax.tree.flatten(shapes)
-    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), likes, strict=True)
-    return jax.tree.unflatten(treedef, [leaf(*each) for each in pairs])
+    seconds = jax.tree.leaves(second)
+    known = [None] * len(seconds) if means is None else means
+    each = zip(jax.tree.leaves(first), seconds, likes, known, strict=True)
+    return jax.tree.unflatten(treedef, [leaf(*one) for one in each])

@@ -9,7 +9,6 @@ Links on a `Routed` carrier, with the argument names of this file:
     α_t = alpha_max · (1 − s̄_t)                    `strength`
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +47,11 @@ def _towards_raw(routed: Routed, alphas: list[jax.Array]) -> Routed:
 
     first = move(routed.first)
     second = first if routed.second is routed.first else move(routed.second)
-    return Routed(first, second, routed.raw)
+    if routed.second is routed.raw:
+        second = routed.raw
+    moved = Routed(first, second, routed.raw)
+    moved.mean_squares = routed.mean_squares
+    return moved
 
 
 class StrengthState(NamedTuple):
@@ -115,21 +118,22 @@ class OverlapState(NamedTuple):
     strength: jax.Array  # α of the last step
 
 
-def _squared_norms(tree: Any) -> jax.Array:
-    """‖x‖² per leaf, in float32.
+def _squared_norms(routed: Routed) -> jax.Array:
+    """‖raw‖² per leaf, in float32.
 
-    By means over the fan-in: a v shared there needs the same ones, so XLA makes a
-    single pass over x for both (it would fold a sum of sums and make two).
+    By means over the fan-in, which stay on the carrier: a v shared there needs the same
+    ones, and takes them from there at no second pass over memory or between devices.
     """
 
-    def leaf(name, x):
+    def mean(name, x):
         square = jnp.square(x.astype(jnp.float32))
-        axes = fan_in(name, x.shape)
-        means = jnp.mean(square, axis=axes, keepdims=True)
-        return math.prod(x.shape[d] for d in axes) * jnp.sum(means)
+        return jnp.mean(square, axis=fan_in(name, x.shape), keepdims=True)
 
-    names, _ = _trees.flatten_with_names(tree)
-    return jnp.stack(list(map(leaf, names, jax.tree.leaves(tree))))
+    names, _ = _trees.flatten_with_names(routed.raw)
+    leaves = jax.tree.leaves(routed.raw)
+    routed.mean_squares = means = list(map(mean, names, leaves))
+    pairs = zip(leaves, means, strict=True)
+    return jnp.stack([x.size // m.size * jnp.sum(m) for x, m in pairs])
 
 
 def _squared_distances(routed: Routed) -> jax.Array:
@@ -155,7 +159,7 @@ def _energies(routed: Routed) -> tuple[jax.Array, jax.Array]:
     """‖raw − x‖² and ‖raw‖² per leaf."""
     if not jax.tree.leaves(routed.raw):
         return jnp.zeros([0]), jnp.zeros([0])
-    return _squared_distances(routed), _squared_norms(routed.raw)
+    return _squared_distances(routed), _squared_norms(routed)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

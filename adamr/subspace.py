@@ -13,6 +13,7 @@ never shapes, and nothing recompiles.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from adamr import _trees
 from adamr.directions import Directions, project_off
+from adamr.sharding import einsum_sharding
 
 __all__ = [
     "Subspace",
@@ -67,6 +69,7 @@ def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
         *operands,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
+        out_sharding=einsum_sharding(subscripts, *operands),
     )
 
 
@@ -118,23 +121,23 @@ def _lets_nothing_through(basis: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(weights >= 1.0, axis=-1) == layout(basis, weights).fan_in
 
 
-def removed(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.Array:
-    """U diag(λ) Uᵀ g in float32: what projection takes away."""
-    coords = weighted(weights, coordinates(basis, weights, leaf))
-    return reconstruct(basis, weights, coords)
-
-
-def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.Array:
-    """g − U diag(λ) Uᵀ g; exactly 0 where the basis is full.
+def without(basis, weights, leaf, coords) -> jax.Array:
+    """g − U c, c = diag(λ) Uᵀ g; exactly 0 where the basis is full.
 
     A full basis would leave the rounding error of the subtraction, which Adam would
     then blow up to full-size steps.
     """
-    kept = leaf.astype(jnp.float32) - removed(basis, weights, leaf)
+    kept = leaf.astype(jnp.float32) - reconstruct(basis, weights, coords)
     how = layout(basis, weights)
     if how.capacity >= how.fan_in:
         kept = jnp.where(_lets_nothing_through(basis, weights), 0.0, kept)
     return kept.astype(leaf.dtype)
+
+
+def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.Array:
+    """g − U diag(λ) Uᵀ g."""
+    coords = weighted(weights, coordinates(basis, weights, leaf))
+    return without(basis, weights, leaf, coords)
 
 
 def project(subspace: Subspace | Directions, tree: Any) -> Any:
@@ -169,18 +172,29 @@ def project(subspace: Subspace | Directions, tree: Any) -> Any:
     return _trees.map_positions(leaf, tree, *subspace)
 
 
-def squared_distances(subspace: Subspace, tree: Any) -> list[jax.Array]:
-    """‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf of `tree`, from the coordinates alone.
+def measured_projection(
+    subspace: Subspace, tree: Any
+) -> tuple[Any, Callable[[], list[jax.Array]]]:
+    """`project(subspace, tree)`, and how to get ‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf.
 
-    Next to `project` in a compiled program, XLA computes the coordinates once.
+    Both from the same coordinates, which cross devices once where g is sharded along
+    its fan-in.
     """
+    check_leaves(subspace, tree, "subspace")
+    taken: list[jax.Array | None] = []
 
     def leaf(g, basis, weights):
         if basis is None:
-            return jnp.zeros([])
-        return _trees.squared_norm(weighted(weights, coordinates(basis, weights, g)))
+            taken.append(None)
+            return g
+        coords = weighted(weights, coordinates(basis, weights, g))
+        taken.append(coords)
+        return without(basis, weights, g, coords)
 
-    return jax.tree.leaves(_trees.map_positions(leaf, tree, *subspace))
+    def distances():
+        return [jnp.zeros([]) if c is None else _trees.squared_norm(c) for c in taken]
+
+    return _trees.map_positions(leaf, tree, *subspace), distances
 
 
 def check_leaves(subspace: Subspace, tree: Any, argument: str) -> None:

@@ -9,7 +9,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from cases import CASES, COMPOSED, gradients, params, subspace
-from jax.sharding import NamedSharding, PartitionSpec
 
 import adamr
 
@@ -199,47 +198,6 @@ def test_map_params_touches_only_parameter_shaped_state(case):
     )
     mapped = optax.tree.map_params(tx, note, state, wrapped)
     assert_close(mapped, state)
-
-
-@each_link
-@pytest.mark.parametrize("explicit", [True, False])
-def test_sharding_on_eight_devices(case, explicit):
-    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    p, g = params(), gradients(7)
-
-    def shard(x):
-        spec = [None] * (x.ndim - 1) + ["data"] if x.ndim else []
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    tx = make(case)
-    expected, _ = tx.update(g, tx.init(p), p, **case.extra_args(g))
-    with jax.set_mesh(mesh):
-        p, g = jax.tree.map(shard, p), jax.tree.map(shard, g)
-        state = jax.jit(tx.init)(p)
-        before = jax.tree.map(jax.typeof, state)
-        step, state = jax.jit(tx.update)(g, state, p, **case.extra_args(g))
-        assert jax.tree.map(jax.typeof, state) == before
-        if explicit:
-            assert jax.tree.map(jax.typeof, step) == jax.tree.map(jax.typeof, p)
-    assert_close(jax.device_get(step), jax.device_get(expected), atol=2e-6)
-
-
-def test_pmap_equals_one_device():
-    """The legacy way to train on many devices: the state is replicated as it is."""
-    tx, p = make(CASES[0]), params()
-    gs = [gradients(seed) for seed in range(8)]
-    state = tx.init(p)
-    replicate = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 8), tree)  # noqa: E731
-
-    def update(g, state):
-        return tx.update(jax.lax.pmean(g, "data"), state)
-
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *gs)
-    step, _ = jax.pmap(update, axis_name="data")(stacked, replicate(state))
-    mean = jax.tree.map(lambda *x: sum(x) / 8, *gs)
-    expected, _ = tx.update(mean, state)
-    assert_close(jax.tree.map(lambda x: x[3], step), expected, atol=1e-5)
 
 
 @each_case

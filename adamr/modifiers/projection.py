@@ -10,7 +10,13 @@ from adamr import _trees
 from adamr.directions import Directions, check_directions
 from adamr.gram_schmidt import restrict
 from adamr.routing import require_plain
-from adamr.subspace import Subspace, check_leaves, project, squared_distances
+from adamr.sharding import copied_beside
+from adamr.subspace import (
+    Subspace,
+    check_leaves,
+    measured_projection,
+    project,
+)
 
 __all__ = ["ProjectOutState", "project_out"]
 
@@ -36,8 +42,10 @@ def _require_either(subspace: Any, link: str) -> None:
         )
 
 
-def copy_subspace(subspace: Any) -> Any:
+def copy_subspace(subspace: Any, params: Any) -> Any:
     """Fresh buffers: the optimizer's state may be donated, the argument may not."""
+    if isinstance(subspace, Subspace):
+        return Subspace(*(copied_beside(params, field) for field in subspace))
     return jax.tree.map(lambda x: jnp.array(x, copy=True), subspace)
 
 
@@ -57,7 +65,7 @@ def projection(
             check_directions(here, params, f"{link}(subspace)")
         elif jax.tree.leaves(params):
             check_leaves(here, params, f"{link}(subspace)")
-        return state_type(copy_subspace(here))
+        return state_type(copy_subspace(here, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -71,8 +79,10 @@ class _Projection(optax.GradientTransformationExtraArgs):
     """A modifier that tells its route how far it moved the gradient."""
 
     @staticmethod
-    def squared_distances(updates, state):
-        return squared_distances(state.subspace, updates)
+    def measured_update(updates, state):
+        require_plain(updates, "project_out")
+        projected, distances = measured_projection(state.subspace, updates)
+        return projected, distances, state
 
 
 def project_out(

@@ -135,7 +135,7 @@ def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtra
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
             check_leaves(subspace, params, "adam_nscl(subspace)")
-        return NormalizedProtectionState(copy_subspace(subspace))
+        return NormalizedProtectionState(copy_subspace(subspace, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
