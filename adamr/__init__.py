@@ -56,6 +56,8 @@ from adamr.modifiers.replay import mix_gradients as mix_gradients
 from adamr.modifiers.replay import replay_routing as replay_routing
 from adamr.modifiers.surgery import cagrad as cagrad
 from adamr.modifiers.surgery import pcgrad as pcgrad
+from adamr.offloading import offload as offload
+from adamr.offloading import onload as onload
 from adamr.optimizers import adamr as adamr
 from adamr.path_integral import track_path as track_path
 from adamr.path_integral import track_walk as track_walk

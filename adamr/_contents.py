@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from adamr import _leaves
+from adamr import _leaves, _processes
 
 __all__ = ["Restored", "differences", "orbax", "plain", "read", "text", "write"]
 
@@ -69,7 +68,9 @@ def _origin(config: dict[str, Any]) -> dict[str, Any]:
 def _devices() -> str:
     """Such as `8 cpu`."""
     kinds = [device.device_kind for device in jax.devices()]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted({*kinds}))
+    text = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted({*kinds}))
+    count = jax.process_count()
+    return text if count == 1 else f"{text} in {count} processes"
 
 
 def _flat(value: Any, name: str) -> dict[str, str]:
@@ -120,12 +121,27 @@ def text(step: int, config: dict[str, Any], metrics: Any, records: list) -> str:
     return json.dumps(contents, indent=1)
 
 
-def write(folder: Path, text: str, arrays: dict[str, np.ndarray]) -> None:
+def _arrays() -> Any:
+    """Orbax's reader and writer of a tree of arrays, as a context."""
+    ocp = orbax()
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    # Named, the processes wait for each other without the devices, which the main
+    # thread has.
+    everyone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes=set(range(jax.process_count()))
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=everyone)
+    return ocp.Checkpointer(handler, multiprocessing_options=everyone)
+
+
+def write(folder: Path, text: str, arrays: dict[str, Any]) -> None:
     """Fills an empty folder."""
-    (folder / "state.json").write_text(text, encoding="utf-8")
+    if _processes.first():
+        (folder / "state.json").write_text(text, encoding="utf-8")
     if arrays:
         ocp = orbax()
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+        with _arrays() as writer:
             writer.save(folder / "arrays", args=ocp.args.StandardSave(arrays))
 
 
@@ -155,7 +171,7 @@ def read(path: Path, like: Any, config: dict[str, Any] | None) -> Restored:
     arrays = _leaves.placeholders(saved["leaves"], like)
     if arrays:
         ocp = orbax()
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        with _arrays() as reader:
             how = ocp.args.StandardRestore(arrays)
             arrays = reader.restore(path.absolute() / "arrays", args=how)
     state = _leaves.restored(saved["leaves"], arrays, like)

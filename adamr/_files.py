@@ -19,7 +19,7 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
-__all__ = ["commit", "damage", "locked", "remove", "temporary"]
+__all__ = ["commit", "damage", "locked", "remove", "temporary", "unused"]
 
 SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 _TEMPORARY = ".adamr-partial-"
@@ -65,13 +65,14 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _unused(directory: Path) -> Path:
+def unused(directory: Path) -> Path:
+    """A temporary name that nothing has."""
     return directory / f"{_TEMPORARY}{secrets.token_hex(8)}"
 
 
 def temporary(directory: Path) -> Path:
     """A new empty folder in the directory, for `commit` or to be removed."""
-    folder = _unused(directory)
+    folder = unused(directory)
     folder.mkdir()
     return folder
 
@@ -95,7 +96,7 @@ def commit(folder: Path, final: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a folder; a crash half-way leaves a temporary name, not a damaged one."""
-    grave = _unused(folder.parent)
+    grave = unused(folder.parent)
     os.rename(folder, grave)
     shutil.rmtree(grave, ignore_errors=True)
 

@@ -1,10 +1,15 @@
-"""The leaves of a state, as files can hold them: host arrays and plain JSON.
+"""The leaves of a state, as files can hold them: arrays and plain JSON.
+
+Arrays over several processes stay jax.Arrays, of which each process has its shards, in
+host memory; all others become NumPy arrays.
 
 A leaf is kept under its name, so fields may change places. Bits, dtypes, weak types and
 the implementation of PRNG keys come back as they were saved; placement comes from
 `like`.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,7 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Stored", "described", "placeholders", "restored", "signature", "stored"]
+from adamr.offloading import offload
+
+__all__ = [
+    "Stored",
+    "described",
+    "digest",
+    "placeholders",
+    "restored",
+    "signature",
+    "stored",
+]
 
 _PLAIN = (bool, int, float, str)
 _NUMBERS = frozenset(
@@ -77,9 +92,35 @@ def signature(records: list[dict[str, Any]]) -> dict[str, str]:
     return {record["name"]: record["type"] for record in records}
 
 
+def _is_global(leaf: Any) -> bool:
+    """Whether other processes hold parts of it, or, of a like, will."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and not sharding.is_fully_addressable
+
+
 class Stored(NamedTuple):
     records: list[dict[str, Any]]  # one per leaf, for JSON
-    arrays: dict[str, np.ndarray]  # copies, by position
+    arrays: dict[str, Any]  # copies, by position
+
+
+def _copied(leaf: Any, name: str) -> Any:
+    if not _is_global(leaf):
+        return _as_bytes(np.array(leaf, copy=True))
+    if leaf.dtype.name not in _NUMBERS:
+        raise TypeError(
+            f"state has {leaf.dtype} over several processes at {name!r}, expected one "
+            f"of {sorted(_NUMBERS)}."
+        )
+    return offload(leaf)
+
+
+def digest(of: Stored) -> bytes:
+    """What must be the same in all processes: all but global arrays."""
+    total = hashlib.sha256(json.dumps(of.records).encode())
+    for array in of.arrays.values():
+        if isinstance(array, np.ndarray):
+            total.update(array.tobytes())
+    return total.digest()
 
 
 def stored(state: Any) -> Stored:
@@ -87,7 +128,8 @@ def stored(state: Any) -> Stored:
     records, arrays = [], {}
     leaves = _named(state)
     for leaf in leaves.values():
-        if isinstance(leaf, jax.Array) and not _is_key(leaf):
+        local = isinstance(leaf, jax.Array) and not _is_global(leaf)
+        if local and not _is_key(leaf):
             leaf.copy_to_host_async()
     for i, (name, leaf) in enumerate(leaves.items()):
         record: dict[str, Any] = {"name": name, "type": _text(leaf, name)}
@@ -104,7 +146,7 @@ def stored(state: Any) -> Stored:
             record["kind"], record["value"] = "plain", leaf
         if record["kind"] != "plain" and leaf.size:  # orbax stores no empty arrays
             record["array"] = f"{i:05d}"
-            arrays[record["array"]] = _as_bytes(np.array(leaf, copy=True))
+            arrays[record["array"]] = _copied(leaf, name)
         records.append(record)
     return Stored(records, arrays)
 
@@ -116,15 +158,19 @@ def _host_type(leaf: Any) -> Any:
     return leaf
 
 
-def placeholders(records: list[dict[str, Any]], like: Any) -> dict[str, np.ndarray]:
+def placeholders(records: list[dict[str, Any]], like: Any) -> dict[str, Any]:
     """What orbax is asked to read: an array of the right shape for each one stored."""
+
+    def placeholder(leaf):
+        host = _host_type(leaf)
+        if _is_global(leaf):
+            where = leaf.sharding
+            return jax.ShapeDtypeStruct(host.shape, host.dtype, sharding=where)
+        return _as_bytes(np.empty(host.shape, host.dtype))
+
     leaves = _named(like)
     wanted = [record for record in records if "array" in record]
-    hosts = [_host_type(leaves[record["name"]]) for record in wanted]
-    return {
-        record["array"]: _as_bytes(np.empty(host.shape, host.dtype))
-        for record, host in zip(wanted, hosts, strict=True)
-    }
+    return {r["array"]: placeholder(leaves[r["name"]]) for r in wanted}
 
 
 def _placed(value: Any, like: Any) -> jax.Array:
@@ -135,14 +181,21 @@ def _placed(value: Any, like: Any) -> jax.Array:
     return jax.device_put(value, sharding, may_alias=False)
 
 
-def _weak(value: np.ndarray) -> jax.Array:
+def _weak(value: Any) -> jax.Array:
     zeros = jnp.full(value.shape, value.dtype.type(0).item())
     return zeros.at[...].set(value)
 
 
-def _restored(record: dict[str, Any], arrays: dict[str, np.ndarray], like: Any) -> Any:
+def _restored(record: dict[str, Any], arrays: dict[str, Any], like: Any) -> Any:
     if record["kind"] == "plain":
         return record["value"]
+    if "array" in record and _is_global(like):
+        value = arrays[record["array"]]
+        if record["kind"] == "key":
+            value = jax.random.wrap_key_data(value, impl=record["impl"])
+        elif record.get("weak"):
+            value = jax.jit(_weak, out_shardings=like.sharding)(value)
+        return value
     host = _host_type(like)
     if "array" in record:
         value = arrays[record["array"]].view(host.dtype)
@@ -159,9 +212,7 @@ def _restored(record: dict[str, Any], arrays: dict[str, np.ndarray], like: Any) 
     return _placed(value, like)
 
 
-def restored(
-    records: list[dict[str, Any]], arrays: dict[str, np.ndarray], like: Any
-) -> Any:
+def restored(records: list[dict[str, Any]], arrays: dict[str, Any], like: Any) -> Any:
     """The state: structure and placement from `like`, all else as it was saved."""
     saved = {record["name"]: record for record in records}
     leaves = [_restored(saved[n], arrays, leaf) for n, leaf in _named(like).items()]

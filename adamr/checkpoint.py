@@ -20,7 +20,13 @@ rename, with a checksum of every file (`_files.py`):
     state.json   everything else: step, metrics, config, versions, names of the leaves
     SHA256SUMS   for `sha256sum -c`; without it, or if it does not hold, it is damaged
 
-Needs orbax (`pip install 'adamr[examples]'`), one process, and a POSIX file system.
+In several processes (`jax.distributed`) all make the same calls, and see the same
+directory. Each writes its shards of arrays that lie over all of them; everything else
+(metrics, NumPy arrays, arrays of one process) must be the same in all and is written by
+the first. Another number of devices or processes reads it, too: arrays go where `like`
+has them.
+
+Needs orbax (`pip install 'adamr[examples]'`) and a POSIX file system.
 """
 
 import concurrent.futures
@@ -28,7 +34,6 @@ import contextlib
 import datetime
 import operator
 import os
-import re
 import signal
 import threading
 import time
@@ -38,19 +43,10 @@ from typing import Any
 
 import jax
 
-from adamr import _contents, _files, _leaves
+from adamr import _contents, _files, _leaves, _processes, _series
 from adamr._contents import Restored
 
 __all__ = ["Checkpoints", "Restored", "load"]
-
-_NAME = re.compile(r"step-(\d{12,})(?:-(\d+))?")
-
-
-def _found(directory: Path) -> list[tuple[int, int, Path]]:
-    """(step, attempt, path) of every checkpoint, good or damaged, newest first."""
-    matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
-    found = [(int(m[1]), int(m[2] or 1), path) for m, path in matches if m]
-    return sorted(found, reverse=True)
 
 
 def load(path: str | os.PathLike, like: Any) -> Restored:
@@ -134,19 +130,19 @@ class Checkpoints:
         self._every, self._keep = every, keep
         self._step, self._time = 0, time.monotonic()
         self._expected = None  # names, shapes and dtypes of the state, once restored
-        self._signalled = False
+        self._signalled, self._calls = False, 0
         self._writer: concurrent.futures.Executor | None = None
         self._writing: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Checkpoints":
         _contents.orbax()
-        if jax.process_count() > 1:
-            raise RuntimeError("Checkpoints works in one process only.")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_files.locked(self._directory))
+            locked = _files.locked(self._directory)
+            _processes.by_first(lambda: stack.enter_context(locked))
             writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
             self._writer = stack.enter_context(writer)
-            if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1  # else JAX listens for the signal
+            if alone and threading.current_thread() is threading.main_thread():
                 before = signal.signal(signal.SIGTERM, self._on_signal)
                 stack.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
             self._open = stack.pop_all()
@@ -192,22 +188,19 @@ class Checkpoints:
         self._require_open()
         self.wait()
         self._expected = _leaves.described(like)
-        for _, _, path in _found(self._directory):
-            reason = _files.damage(path)
-            if reason:
-                text = f"{path} is damaged and skipped: {reason}."
-                warnings.warn(text, stacklevel=2)
-                continue
-            restored = _contents.read(path, like, self._config)
-            self._step, self._time = restored.step, time.monotonic()
-            return restored
-        return None
+        path = _processes.by_first(lambda: _series.newest(self._directory))
+        if path is None:
+            return None
+        restored = _contents.read(Path(path), like, self._config)
+        self._step, self._time = restored.step, time.monotonic()
+        return restored
 
     def _due(self, step: int) -> bool:
         if self._signalled and not self.stopping:
             return True
         if isinstance(self._every, datetime.timedelta):
-            return time.monotonic() - self._time >= self._every.total_seconds()
+            passed = time.monotonic() - self._time
+            return _processes.agreed(passed >= self._every.total_seconds())
         return step // self._every > self._step // self._every
 
     def save(
@@ -238,12 +231,20 @@ class Checkpoints:
             raise ValueError(f"step must be at least 0, got {step}.")
         if self._writing is not None and self._writing.done():
             self.wait()
+        if jax.process_count() > 1:
+            self._calls += 1
+            self._signalled |= _processes.told_to_stop(self._calls)
         stopping = self._signalled
         if not (force or self._due(step)):
             return False
         self.wait()
-        path = self._new_path(step)
-        records, arrays = _leaves.stored(state)
+        path = Path(
+            _processes.by_first(lambda: _series.new_path(self._directory, step))
+        )
+        folder = Path(_processes.agreed(str(_files.unused(self._directory))))
+        records, arrays = stored = _leaves.stored(state)
+        if jax.process_count() > 1:
+            _processes.require_equal(_leaves.digest(stored), "state")
         if self._expected is not None:
             here = {"state": _leaves.signature(records)}
             changed = _contents.differences({"state": self._expected}, here)
@@ -253,7 +254,7 @@ class Checkpoints:
                     + "\n  ".join(changed)
                 )
         text = _contents.text(step, self._config, metrics, records)
-        self._writing = writer.submit(self._write, path, text, arrays)
+        self._writing = writer.submit(self._write, path, folder, text, arrays)
         self._step, self._time = step, time.monotonic()
         self.stopping = self.stopping or stopping
         return True
@@ -264,38 +265,19 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _new_path(self, step: int) -> Path:
-        found = _found(self._directory)
-        later = [path for n, _, path in found if n > step and not _files.damage(path)]
-        if later:
-            raise ValueError(
-                f"step is {step}, but there is {later[0]}: restore before saving, or "
-                "take another directory."
-            )
-        attempts = [attempt for n, attempt, _ in found if n == step]
-        suffix = f"-{attempts[0] + 1}" if attempts else ""
-        return self._directory / f"step-{step:012d}{suffix}"
-
-    def _write(self, path: Path, text: str, arrays: dict[str, Any]) -> None:
-        folder = None
+    def _write(
+        self, path: Path, folder: Path, text: str, arrays: dict[str, Any]
+    ) -> None:
         try:
-            folder = _files.temporary(self._directory)
+            _processes.made_by_first(folder.mkdir, folder)
             _contents.write(folder, text, arrays)
-            _files.commit(folder, path)
+            _processes.made_by_first(lambda: _files.commit(folder, path), path)
         except Exception as error:
-            if folder is not None:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if _processes.first() and folder.exists():
                     _files.remove(folder)
             raise OSError(
                 f"the checkpoint {path} could not be written: {error}"
             ) from error
-        self._retain()
-
-    def _retain(self) -> None:
-        if self._keep is None:
-            return
-        found = [path for _, _, path in _found(self._directory)]
-        if len(found) > self._keep:
-            good = [path for path in found if not _files.damage(path)]
-            for path in good[self._keep :]:
-                _files.remove(path)
+        if _processes.first():
+            _series.retain(self._directory, self._keep)
