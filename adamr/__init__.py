@@ -8,6 +8,7 @@ from adamr import diagnostics as diagnostics
 from adamr import metrics as metrics
 from adamr.axes import Axes as Axes
 from adamr.axes import default_axes as default_axes
+from adamr.bases import cast_bases as cast_bases
 from adamr.bases import empty_subspace as empty_subspace
 from adamr.bases import make_subspace as make_subspace
 from adamr.classp import classp as classp
@@ -18,6 +19,7 @@ from adamr.consolidation import get_anchor as get_anchor
 from adamr.consolidation import set_anchor as set_anchor
 from adamr.covariance import Covariance as Covariance
 from adamr.covariance import empty_covariance as empty_covariance
+from adamr.covariance import merge_covariance as merge_covariance
 from adamr.covariance import null_space_complement as null_space_complement
 from adamr.covariance import update_covariance as update_covariance
 from adamr.diagnostics import effective_learning_rate as effective_learning_rate

@@ -59,6 +59,16 @@ def _rows(x: jax.Array, batch: Sequence[int], contracted: Sequence[int]) -> jax.
     return x.reshape(*x.shape[: len(batch)], -1, fan_in)
 
 
+def _near(x: Any) -> Any:
+    """On the host, but for what lies in parts on several devices: that stays there."""
+    spread = isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
+    return x if spread else np.asarray(x)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool((np if isinstance(a, np.ndarray) else jnp).array_equal(a, b))
+
+
 def dense(shape: tuple[int, ...], axis: int | Sequence[int], num_batch: int) -> Kernel:
     """Kernel (*batch, *in, *out) on the input axes `axis`; batch axes lead in both."""
     axis = (axis,) if isinstance(axis, int) else tuple(axis)
@@ -77,7 +87,7 @@ def embed(shape: tuple[int, ...], name: str) -> Kernel:
     count = shape[0]
 
     def rows(tokens):
-        tokens = np.asarray(tokens).reshape(-1)
+        tokens = _near(tokens).reshape(-1)
         if tokens.size and not -count <= tokens.min() <= tokens.max() < count:
             raise ValueError(
                 f"{name}: tokens range from {tokens.min()} to {tokens.max()}, expected "
@@ -199,15 +209,15 @@ class Samples:
         if _trees.is_traced(x) or _trees.is_traced(part):
             self._traced[key] = name
             return
-        whole, part = np.asarray(whole), np.asarray(part)
+        whole, part = _near(whole), _near(part)
         slices = self._rows.setdefault(key, {})
         stack = whole.shape[: whole.ndim - len(kernel.shape)]
-        same = [i for i in np.ndindex(stack) if np.array_equal(whole[i], part)]
+        same = [i for i in np.ndindex(stack) if _equal(whole[i], part)]
         if not same:
             raise ValueError(f"{name} runs on a kernel that is not the model's own.")
         # Equal slices are told apart by their turn.
         turn = min(same, key=lambda i: len(slices.get(i, [])))
-        rows = np.asarray(kernel.rows(jnp.asarray(x)))
+        rows = _near(kernel.rows(jnp.asarray(x)))
         slices.setdefault(turn, []).append(rows)
 
     def collect(self, key: Any, stack: tuple[int, ...], most: int | None) -> Any:
@@ -219,12 +229,24 @@ class Samples:
             )
         if key not in self._rows:
             return None
-        slices = {i: np.concatenate(x, -2) for i, x in self._rows[key].items()}
+        found = self._rows[key]
+        spread = any(isinstance(x, jax.Array) for each in found.values() for x in each)
+        xp: Any = jnp if spread else np
+        slices = {
+            i: each[0] if len(each) == 1 else xp.concatenate(each, -2)
+            for i, each in found.items()
+        }
         shape = next(iter(slices.values())).shape
         count = max(x.shape[-2] for x in slices.values())
-        rows = np.zeros((*stack, *shape[:-2], count, shape[-1]), np.float32)
-        for i, x in slices.items():
-            rows[i][..., : x.shape[-2], :] = x
+
+        def filled(i):
+            if i not in slices:
+                return xp.zeros((*shape[:-2], count, shape[-1]), np.float32)
+            more = (0, count - slices[i].shape[-2])
+            return xp.pad(slices[i], [*[(0, 0)] * (len(shape) - 2), more, (0, 0)])
+
+        layers = xp.stack(list(map(filled, np.ndindex(stack))))
+        rows = layers.reshape(*stack, *layers.shape[1:])
         if most is None or count <= most:
             return rows
         return rows[..., np.linspace(0, count - 1, most).round().astype(int), :]

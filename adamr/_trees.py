@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -73,8 +74,13 @@ def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return tuple(function(*each) for each in zip(leaves, *rest, strict=True))
 
 
-def placed_like(old: jax.Array, new: jax.Array) -> jax.Array:
+def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
     """A fresh buffer with the values of `new` and the dtype and placement of `old`."""
+    if not is_traced(old) and isinstance(new, np.ndarray):
+        if not old.is_fully_addressable:
+            whole = new.astype(old.dtype)
+            shard = whole.__getitem__
+            return jax.make_array_from_callback(whole.shape, old.sharding, shard)
     new = jnp.asarray(new, old.dtype)
     if is_traced(old) or is_traced(new):
         return new

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _trees
-from adamr.growth import _matmul, _on_host, _to_columns, _to_storage, _transpose
+from adamr._columns import _matmul, _on_host, _to_columns, _to_storage, _transpose
 from adamr.subspace import Subspace, layout
 
 __all__ = [
     "Covariance",
     "empty_covariance",
+    "merge_covariance",
     "null_space_complement",
     "update_covariance",
 ]
@@ -37,11 +38,30 @@ class Covariance(NamedTuple):
     counts: tuple[jax.Array | None, ...]
 
 
-def empty_covariance(subspace: Subspace) -> Covariance:
+def check_moment(moment, where: str, basis, weights) -> None:
+    """Raises unless a moment has the shape for a basis."""
+    how = layout(basis, weights)
+    batch = tuple(basis.shape[d] for d in how.batch)
+    expected = (*batch, how.fan_in, how.fan_in)
+    if moment.shape != expected:
+        text = f"covariance has shape {moment.shape} at {where}, expected {expected}"
+        in_parts = moment.shape[1:] == expected
+        hint = ": add its parts up with merge_covariance" if in_parts else ""
+        raise ValueError(f"{text}{hint}.")
+
+
+def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covariance:
     """Zero moments and counts for every protected leaf.
 
     Args:
       subspace: says which leaves and axes are protected; its bases do not matter.
+      parts: for samples that are sharded over devices, how many sums to keep apart, so
+        that taking samples in sends nothing: a leading axis of this size, to be placed
+        like the samples (`jax.device_put(covariance, NamedSharding(mesh, P("data")))`)
+        and added up once by `merge_covariance`.
+
+    Raises:
+      ValueError: for parts below 1.
 
     >>> from adamr import empty_subspace
     >>> c = empty_covariance(empty_subspace({"w": jnp.zeros((4, 2))}))
@@ -49,20 +69,50 @@ def empty_covariance(subspace: Subspace) -> Covariance:
     (4, 4)
     """
 
+    if parts is not None and parts < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}.")
+
     def leaf(basis, weights):
         if basis is None:
             return None, None
         how = layout(basis, weights)
         batch = tuple(basis.shape[d] for d in how.batch)
+        batch = batch if parts is None else (parts, *batch)
         moment = jnp.zeros((*batch, how.fan_in, how.fan_in), jnp.float32)
         return moment, jnp.zeros(batch, jnp.int32)
 
     return Covariance(*zip(*map(leaf, *subspace), strict=True))
 
 
+def _fits(samples: jax.Array, batch: list[int], fan_in: int) -> bool:
+    at = len(batch)
+    inner = samples.shape[at + 1 :]
+    same = list(samples.shape[:at]) == batch
+    return same and bool(inner) and math.prod(inner) == fan_in
+
+
+def _dealt(name: str, samples: jax.Array, batch: list[int]) -> jax.Array:
+    """Equal blocks of the rows for the parts, in order, as devices hold them."""
+    parts, at = batch[0], len(batch) - 1
+    number = samples.shape[at]
+    if number % parts:
+        raise ValueError(
+            f"samples has {number} rows at {name}, expected a multiple of {parts}, the "
+            "parts of the covariance."
+        )
+    shape = (*samples.shape[:at], parts, number // parts, *samples.shape[at + 1 :])
+    return jnp.moveaxis(samples.reshape(shape), at, 0)
+
+
 def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
     """Checks samples and brings them to (*batch, num_samples, n)."""
     *batch, fan_in, _ = moment.shape
+    if (
+        batch
+        and _fits(samples, batch[1:], fan_in)
+        and not _fits(samples, batch, fan_in)
+    ):
+        samples = _dealt(name, samples, batch)
     at = len(batch)
     inner = samples.shape[at + 1 :]
     if list(samples.shape[:at]) != batch or not inner or math.prod(inner) != fan_in:
@@ -101,7 +151,7 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     that.
 
     Args:
-      covariance: so far.
+      covariance: so far; one in parts deals the rows to them in equal blocks.
       samples: as for `grow_subspace`: tree like the parameters or a tuple in leaf
         order, (num_samples, n), (layers, num_samples, n) for stacked kernels, or None.
 
@@ -132,6 +182,39 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
         return _averaged(moment, count, _rows(name, jnp.asarray(x), moment))
 
     return Covariance(*zip(*map(leaf, names, leaves, *covariance), strict=True))
+
+
+@jax.jit
+def _merged(moments, counts):
+    counts = counts.astype(jnp.float32)
+    total = jnp.sum(counts, axis=0, keepdims=True)
+    share = (counts / jnp.where(total > 0, total, 1.0))[..., None, None]
+    count = jnp.where(total < _MOST, total.astype(jnp.int32), _MOST)[0]
+    return jnp.sum(share * moments, axis=0), count
+
+
+def merge_covariance(covariance: Covariance) -> Covariance:
+    """That of all samples, from the parts along the leading axis.
+
+        X̄ = Σ n̄_i X̄_i / Σ n̄_i,   n̄ = Σ n̄_i
+
+    Where the parts lie on different devices, one sum of n × n numbers per kernel is all
+    that is ever sent (`test_bases_without_gathering`).
+
+    Args:
+      covariance: from `empty_covariance(..., parts=...)`.
+
+    >>> from adamr import empty_subspace
+    >>> c = empty_covariance(empty_subspace({"w": jnp.zeros((2, 1))}), parts=2)
+    >>> c = update_covariance(c, {"w": jnp.array([[2.0, 0.0], [0.0, 0.0]])})
+    >>> c.moments[0][:, 0, 0], merge_covariance(c).moments[0][0, 0]
+    (Array([4., 0.], dtype=float32), Array(2., dtype=float32))
+    """
+
+    def leaf(moment, count):
+        return (None, None) if moment is None else _merged(moment, count)
+
+    return Covariance(*zip(*map(leaf, *covariance), strict=True))
 
 
 @jax.jit
@@ -214,13 +297,8 @@ def null_space_complement(
     def leaf(position, basis, weights, moment):
         if basis is None or moment is None:
             return basis, weights
+        check_moment(moment, f"leaf {position}", basis, weights)
         how = layout(basis, weights)
-        batch = tuple(basis.shape[d] for d in how.batch)
-        if moment.shape != (*batch, how.fan_in, how.fan_in):
-            raise ValueError(
-                f"covariance has shape {moment.shape} at leaf {position}, expected "
-                f"{(*batch, how.fan_in, how.fan_in)}."
-            )
         if how.capacity < how.fan_in:
             raise ValueError(
                 f"subspace_like has room for {how.capacity} directions at leaf "

@@ -1,20 +1,32 @@
 """Growing, merging and truncating subspaces at task boundaries.
 
-Everything goes through the symmetric Gram matrix of the samples and `eigh`: an SVD of
-the samples does not always converge on rank-deficient activations. All functions are
-pure, run under jit, and keep every shape. A Gram matrix squares the condition number,
-so outside jit the arithmetic is float64, on the host; inside it is float32.
+All functions are pure, run under jit, and keep every shape; outside jit they compute in
+float64 on the host (`_columns.py`).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adamr import _trees
+from adamr._columns import (
+    _FLOOR,
+    _extend,
+    _extend_by,
+    _matmul,
+    _normalized,
+    _on_host,
+    _places,
+    _residual,
+    _to_columns,
+    _to_storage,
+    _transpose,
+    _used,
+    _wide,
+)
+from adamr.covariance import Covariance, check_moment
 from adamr.subspace import Subspace, layout
 
 __all__ = [
@@ -24,68 +36,6 @@ __all__ = [
     "truncate_subspace",
 ]
 
-# Share of the energy that is rounding noise: of the Gram matrix in float32, of float32
-# samples in float64.
-_FLOOR = {"float32": 1e-6, "float64": 1e-12}
-_TOLERANCE = 1e-6  # of the comparison with the threshold
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _transpose(a: jax.Array) -> jax.Array:
-    return jnp.swapaxes(a, -1, -2)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _to_columns(basis: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Storage shape -> (*batch, fan_in, r) and (*batch, r)."""
-    how = layout(basis, weights)
-    batch = tuple(basis.shape[d] for d in how.batch)
-    outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
-    order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
-    columns = _wide(basis).transpose(order)
-    columns = columns.reshape(*batch, how.fan_in, how.capacity)
-    return columns, _wide(weights).reshape(*batch, how.capacity)
-
-
-def _to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
-    """Inverse of `_to_columns`, with the shapes and dtypes of `basis`, `weights`."""
-    how = layout(basis, weights)
-    outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
-    order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
-    back = [order.index(d) for d in range(basis.ndim)]
-    stored = columns.reshape([basis.shape[d] for d in order]).transpose(back)
-    return stored.astype(basis.dtype), lam.reshape(weights.shape).astype(weights.dtype)
-
-
-def _used(columns: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(columns), axis=-2) > 0.5
-
-
-def _residual(columns: jax.Array, x: jax.Array) -> jax.Array:
-    """(I − U Uᵀ) x."""
-    return x - _matmul(columns, _matmul(_transpose(columns), x))
-
-
-def _places(size: int, batch: tuple[int, ...]) -> jax.Array:
-    """0, 1, …, size − 1 along the last axis."""
-    return jax.lax.broadcasted_iota(jnp.int32, (*batch, size), len(batch))
-
-
-def _append(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
-    """Writes the first `count` columns of `new` behind the used ones of `columns`."""
-    start = jnp.sum(_used(columns), axis=-1, keepdims=True, dtype=jnp.int32)
-    place = _places(columns.shape[-1], columns.shape[:-2]) - start
-    source = jnp.clip(place, 0, new.shape[-1] - 1)
-    moved = jnp.take_along_axis(new, source[..., None, :], axis=-1)
-    fresh = (place >= 0) & (place < count[..., None])
-    return jnp.where(fresh[..., None, :], moved, columns)
-
 
 def _importance(energy: jax.Array, alpha: float) -> jax.Array:
     """λ_i = (α+1) σ_i / (α σ_i + σ_max), with σ_i² = `energy`."""
@@ -94,83 +44,54 @@ def _importance(energy: jax.Array, alpha: float) -> jax.Array:
     return (alpha + 1.0) * sigma / jnp.where(below > 0, below, 1.0)
 
 
-def _extend(columns: jax.Array, samples: jax.Array, threshold: float) -> jax.Array:
-    """The fewest directions that reach the energy share, appended to `columns`."""
-    fan_in, capacity = columns.shape[-2:]
-    residual = _residual(columns, _transpose(samples))
-    gram = _matmul(residual, _transpose(residual))
-    energy, vectors = jnp.linalg.eigh(gram)
-    energy = jnp.maximum(energy[..., ::-1], 0.0)
-    vectors = vectors[..., ::-1]
-    have = 1.0 - jnp.sum(energy, axis=-1, keepdims=True)
-    before = have + jnp.cumsum(energy, axis=-1) - energy
-    short = before < threshold - (_TOLERANCE if threshold < 1 else 0.0)
-    wanted = short & (energy > _FLOOR[str(energy.dtype)])
-    free = capacity - jnp.sum(_used(columns), axis=-1, dtype=jnp.int32)
-    count = jnp.minimum(jnp.sum(wanted, axis=-1, dtype=jnp.int32), free)
-
-    most = min(capacity, fan_in)
-    chosen = _places(most, count.shape) < count[..., None]
-    new = jnp.where(chosen[..., None, :], vectors[..., :most], 0.0)
-    # Twice is enough; QR fills zero columns with anything: mask after it.
-    for _ in range(2):
-        new = jnp.linalg.qr(_residual(columns, new)).Q
-        new = jnp.where(chosen[..., None, :], new, 0.0)
-    return _append(columns, new, count)
+def _weights(columns, lam, grown, usable, energy, importance) -> jax.Array:
+    """λ of `grown`, whose directions have this energy of the samples."""
+    if importance is None:
+        return jnp.where(_used(columns), lam, _used(grown).astype(jnp.float32))
+    new = jnp.minimum(1.0, lam + _importance(energy, importance))
+    return jnp.where(_used(grown) & usable[..., 0], new, lam)
 
 
-def _normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Samples (…, num_samples, n) of energy 1, and (…, 1, 1) whether they are evidence.
-
-    Zeros, or what is not finite, is none and becomes zeros: NaN must not reach `eigh`,
-    which may not return.
-    """
-    samples = _wide(samples)
-    # First by the peak: squares of tiny or huge entries leave the range of float32.
-    peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True, initial=0.0)
-    samples = samples / jnp.where(peak > 0, peak, 1.0)
-    total = jnp.sum(jnp.square(samples), axis=(-1, -2), keepdims=True)
-    usable = jnp.isfinite(total) & jnp.isfinite(peak) & (total > 0)
-    safe = jnp.sqrt(jnp.where(usable, total, 1.0))
-    return jnp.where(usable, samples / safe, 0.0), usable
+def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_normalized`, for the Gram matrix of samples."""
+    gram = _wide(gram)
+    peak = _trees.largest(gram, (-1, -2), keepdims=True)
+    usable = jnp.isfinite(peak) & (peak > 0)
+    gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
 
 
 @functools.partial(jax.jit, static_argnames=("threshold", "importance"))
-def _grow_leaf(basis, weights, samples, threshold, importance):
+def _grow_leaf(basis, weights, samples, threshold, importance, rounding=0.0):
     columns, lam = _to_columns(basis, weights)
     samples, usable = _normalized(samples)
-    grown = _extend(columns, samples, threshold)
+    grown = _extend(columns, samples, threshold, rounding)
     grown = jnp.where(usable, grown, columns)
-    if importance is None:
-        lam_new = jnp.where(_used(columns), lam, _used(grown).astype(jnp.float32))
-    else:
-        energy = jnp.sum(jnp.square(_matmul(samples, grown)), axis=-2)
-        lam_new = jnp.minimum(1.0, lam + _importance(energy, importance))
-        lam_new = jnp.where(_used(grown) & usable[..., 0], lam_new, lam)
-    return _to_storage(grown, lam_new, basis, weights)
+    energy = jnp.sum(jnp.square(_matmul(samples, grown)), axis=-2)
+    lam = _weights(columns, lam, grown, usable, energy, importance)
+    return _to_storage(grown, lam, basis, weights)
 
 
-def _host() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
-        return None
+@functools.partial(jax.jit, static_argnames=("threshold", "importance"))
+def _grow_leaf_by(basis, weights, gram, threshold, importance, rounding=0.0):
+    columns, lam = _to_columns(basis, weights)
+    gram, usable = _unit_trace(gram)
+    rest = _residual(columns, _transpose(_residual(columns, gram)))
+    rest = (rest + _transpose(rest)) / 2
+    floor = jnp.maximum(_FLOOR["float32"], rounding)
+    grown = _extend_by(columns, rest, threshold, floor)
+    grown = jnp.where(usable, grown, columns)
+    energy = jnp.sum(grown * _matmul(gram, grown), axis=-2)
+    lam = _weights(columns, lam, grown, usable, energy, importance)
+    return _to_storage(grown, lam, basis, weights)
 
 
-def _on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-    """`function` in float64 on the host; results in dtype and place of `arrays`.
-
-    Where that cannot be (under a trace, parts of an array elsewhere): as it is.
-    """
-    host = _host()
-    here = all(not _trees.is_traced(x) and x.is_fully_addressable for x in arrays)
-    if host is None or not here:
-        return function(*arrays, **options)
-    with jax.enable_x64(True), jax.default_device(host):
-        wide = [np.asarray(x, np.float64) for x in arrays]
-        results = [np.asarray(x) for x in function(*wide, **options)]
-    pairs = zip(arrays, results, strict=False)
-    return tuple(_trees.placed_like(old, jnp.asarray(new)) for old, new in pairs)
+@jax.jit
+def _gram(rows):
+    """RᵀR of rows of energy 1: where they are sharded, one sum over devices."""
+    rows, _ = _normalized(rows)
+    return _matmul(_transpose(rows), rows)
 
 
 def _sample_rows(name, samples, basis, weights) -> jax.Array:
@@ -218,12 +139,19 @@ def grow_subspace(
     conditioned (`test_threshold_one_spans_badly_conditioned_samples`); inside jit, to
     1e-6 times the condition number.
 
+    A `Covariance` stands for all the samples it has seen, G = RᵀR being all that is
+    asked of them: (I − UUᵀ) G (I − UUᵀ) replaces R̂ᵀR̂. It is n × n however many they
+    were, and devices that saw parts of them need one sum (`merge_covariance`), no
+    gather. Its float32 sums leave 1e-6 of the energy as noise. Samples over several
+    processes take this way by themselves; sharded samples inside jit cost one sum, too.
+
     Args:
       subspace: what is protected so far.
-      samples: tree like the parameters (or a tuple in leaf order): an array
-        (num_samples, n) of layer inputs or of gradient columns, (layers, num_samples,
-        n) for stacked kernels, or None where nothing is to be learnt; samples of an
-        unprotected leaf are ignored, so that `capture_inputs` fits any subspace.
+      samples: a `Covariance`, or a tree like the parameters (or a tuple in leaf order):
+        an array (num_samples, n) of layer inputs or of gradient columns, (layers,
+        num_samples, n) for stacked kernels, or None where nothing is to be learnt;
+        samples of an unprotected leaf are ignored, so that `capture_inputs` fits any
+        subspace.
       threshold: energy share in [0, 1].
       importance: α > 0 of Scaled Gradient Projection; None gives λ = 1.
 
@@ -250,7 +178,9 @@ def grow_subspace(
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
     if importance is not None and importance <= 0:
         raise ValueError(f"importance must be positive, got {importance}.")
-    names, leaves = _trees.flatten_with_names(samples)
+    by_gram = isinstance(samples, Covariance)
+    entries = samples.moments if by_gram else samples
+    names, leaves = _trees.flatten_with_names(entries)
     if len(leaves) != len(subspace.bases):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
@@ -261,9 +191,19 @@ def grow_subspace(
         if basis is None or _trees.is_hole(x):
             grown.append((basis, weights))
             continue
-        rows = _sample_rows(name, jnp.asarray(x), basis, weights)
-        options = dict(threshold=threshold, importance=importance)
-        grown.append(_on_host(_grow_leaf, basis, weights, rows, **options))
+        # Energy that rounded bases leave over of what they span.
+        rounding = float(jnp.finfo(basis.dtype).eps) ** 2
+        options = dict(threshold=threshold, importance=importance, rounding=rounding)
+        evidence, grow = jnp.asarray(x), _grow_leaf_by
+        if by_gram:
+            check_moment(evidence, name, basis, weights)
+        else:
+            evidence = _sample_rows(name, evidence, basis, weights)
+            if _trees.is_traced(evidence) or evidence.is_fully_addressable:
+                grow = _grow_leaf
+            else:
+                evidence = _gram(evidence)
+        grown.append(_on_host(grow, basis, weights, evidence, **options))
     return Subspace(*zip(*grown, strict=True))
 
 

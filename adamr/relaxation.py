@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamr.growth import (
+from adamr._columns import (
     _FLOOR,
     _append,
     _extend,
@@ -26,8 +26,8 @@ from adamr.growth import (
     _to_storage,
     _transpose,
     _used,
-    gradient_samples,
 )
+from adamr.growth import gradient_samples
 from adamr.subspace import Subspace, check_leaves
 
 __all__ = ["relaxing_subspace"]

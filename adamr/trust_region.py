@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _trees
-from adamr.growth import (
+from adamr._columns import (
     _FLOOR,
     _TOLERANCE,
     _append,
@@ -29,12 +29,12 @@ from adamr.growth import (
     _on_host,
     _places,
     _residual,
-    _sample_rows,
     _to_columns,
     _to_storage,
     _transpose,
     _used,
 )
+from adamr.growth import _sample_rows
 from adamr.subspace import Subspace, check_leaves, coordinates, layout
 
 __all__ = ["TrustRegion", "grow_task_subspace", "trust_region"]

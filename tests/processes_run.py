@@ -22,6 +22,7 @@ def main(args):
     import optax
     from jax.experimental import multihost_utils
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from mlp import forward, loss_fn
 
     import adamr
     from adamr.checkpoint import Checkpoints, Restored
@@ -45,15 +46,6 @@ def main(args):
         return jax.make_array_from_callback(
             values.shape, on_mesh(*spec), lambda index: values[index]
         )
-
-    def forward(weights, x):
-        inputs = [x]
-        for w in weights[:-1]:
-            inputs.append(jnp.tanh(inputs[-1] @ w))
-        return inputs, inputs[-1] @ weights[-1]
-
-    def loss_fn(weights, x, y):
-        return jnp.mean(jnp.square(forward(weights, x)[1] - y))
 
     sizes, rng = CONFIG["sizes"], np.random.default_rng(CONFIG["seed"])
     start = [

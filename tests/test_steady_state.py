@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mlp import forward, loss_fn
 
 import adamr
 
@@ -27,17 +28,6 @@ def weights(mesh):
         jax.device_put(rng.normal(size=shape).astype(np.float32), where)
         for shape in zip(SIZES[:-1], SIZES[1:], strict=True)
     ]
-
-
-def forward(weights, x):
-    inputs = [x]
-    for w in weights[:-1]:
-        inputs.append(jnp.tanh(inputs[-1] @ w))
-    return inputs, inputs[-1] @ weights[-1]
-
-
-def loss_fn(weights, x, y):
-    return jnp.mean(jnp.square(forward(weights, x)[1] - y))
 
 
 def batches(mesh, count, task):
