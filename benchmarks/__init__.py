@@ -1,1 +1,7 @@
 """Benchmarks: each is a module with a command line that writes JSON and a picture."""
+
+import os
+
+# A task boundary has eigenvalue problems too small for several threads: they wait for
+# each other, up to ten times as long as one thread works.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

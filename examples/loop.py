@@ -325,14 +325,14 @@ def _remembered(memory: Memory, data: Data, task: int, seeds) -> Memory:
 
 
 def _boundary(problem, method, setting, runs: Runs, data: Data, task: int):
-    """The method's boundary for every run, one after the other."""
+    """The method's boundary for every run that has not diverged, one by one."""
     states = []
     for i in range(len(runs.keys)):
         one = jax.tree.map(lambda x, i=i: x[i], runs)
-        key = jax.random.fold_in(one.keys, task)
-        states.append(
-            method.boundary(problem, setting, one.params, one.opt_state, data, key)
-        )
+        key, state = jax.random.fold_in(one.keys, task), one.opt_state
+        if all(np.isfinite(x).all() for x in jax.tree.leaves(one.params)):
+            state = method.boundary(problem, setting, one.params, state, data, key)
+        states.append(state)
     together = jax.tree.map(lambda *x: jnp.stack(x), *states)
     return runs._replace(opt_state=together)
 

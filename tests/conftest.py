@@ -6,6 +6,8 @@ A worker drops its compiled programs now and then.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Small eigenvalue problems: threads of two workers on two cores wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"

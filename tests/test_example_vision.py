@@ -332,3 +332,23 @@ def test_killed_runs_end_in_the_same_numbers(example, how):
 @pytest.mark.parametrize(("where", "count"), example_kills.PLACES[:4])
 def test_killed_at_a_boundary_or_in_a_save(example, where, count):
     example_kills.check_place(example, where, count)
+
+
+def test_a_run_that_diverges_leaves_the_others_alone():
+    stream = streams.load("permuted-digits", tasks=2, limit=40)
+    made, axes = problem("mlp", (64,), 10)
+    params = jax.eval_shape(made.init, jax.random.key(0))
+    setting = setting_for(params, axes, tasks=2, samples=8)
+
+    def learn(rates):
+        *_, (_, runs, history) = loop.learn(
+            made, METHODS["gpm_sgd"], setting, feed(stream, 4), rates=rates,
+            strengths=[0.0] * len(rates), seeds=[0] * len(rates), steps=8,
+        )  # fmt: skip
+        return runs.params, history.loss
+
+    params, loss = learn([0.1, 1e30])
+    alone, _ = learn([0.1])
+    assert np.isnan(loss[1, -1]).all() and np.isfinite(loss[0]).all()
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(x[0], y[0])

@@ -1,0 +1,122 @@
+"""The streams of the evidence: what is learned, by which network, for how long."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks._problems import language_problem
+from examples import streams
+from examples.lm.model import Preset
+from examples.lm.problem import UNPROTECTED
+from examples.loop import Problem
+from examples.vision.problem import problem
+
+__all__ = ["BENCHES", "Bench", "Made", "make"]
+
+# Orders of the shared text domains, by how much the domains have in common.
+LOW = (
+    "novel_dickens csv_tables french_novels c_nginx spanish_novels python_stdlib "
+    "german_law latex_logic"
+)
+HIGH = (
+    "novel_dickens novel_hardy novel_cbronte novel_eliot novel_thackeray "
+    "novel_gaskell novel_collins novel_trollope"
+)
+MIXED = (
+    "wikipedia chinese_poetry pubmed german_law latex_logic french_novels cli_help "
+    "dialogue python_stdlib math_word js_eslint shakespeare c_nginx bible_kjv "
+    "csv_tables us_code"
+)
+LM = Preset(32, 64, 2, 4, steps=150, batch=16, eval_windows=0)
+
+
+class Bench(NamedTuple):
+    """One stream of the evidence.
+
+    Attributes:
+      stream: name for `examples.streams.load`.
+      options: of it.
+      data: below the data folder; None: the data is installed.
+      model: of `examples.vision`, or "lm".
+      measure: "accuracy", or "loss" in nats per byte.
+      steps: optimizer steps per task.
+      batch: examples per step.
+      seeds: runs of every method.
+      threshold: energy share that subspaces protect.
+      samples: examples that a task boundary looks at.
+      rates: learning rates of the sweep.
+      penalties: method -> strengths, swept with a thinned grid of rates.
+    """
+
+    stream: str
+    options: dict[str, Any]
+    data: str | None
+    model: str
+    measure: str
+    steps: int
+    batch: int
+    seeds: int
+    threshold: float
+    samples: int
+    rates: tuple[float, ...]
+    penalties: dict[str, tuple[float, float]]
+
+
+_IMAGE_RATES = (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2)
+_TEXT_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3)
+_IMAGE_PENALTIES = {"ewc": (30.0, 300.0), "si": (0.03, 0.3)}
+_TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
+
+
+def _digits(stream: str, steps: int) -> Bench:
+    return Bench(
+        stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, _IMAGE_RATES,
+        _IMAGE_PENALTIES,
+    )  # fmt: skip
+
+
+def _text(domains: str) -> Bench:
+    names = domains.split()
+    options = {"domains": names, "tasks": len(names), "context": LM.context}
+    return Bench(
+        f"text-{len(names)}", {**options, "limit": 2500}, "text", "lm", "loss",
+        LM.steps, LM.batch, 3, 0.95, 128, _TEXT_RATES, _TEXT_PENALTIES,
+    )  # fmt: skip
+
+
+BENCHES = {
+    "permuted-digits": _digits("permuted-digits", 500),
+    "split-digits": _digits("split-digits", 200),
+    "text-low-8": _text(LOW),
+    "text-high-8": _text(HIGH),
+    "text-mixed-16": _text(MIXED),
+    "split-cifar100": Bench(
+        "split-cifar100", {"limit": 1000}, "vision/cifar100.npz", "resnet18",
+        "accuracy", 100, 10, 3, 0.97, 32, _TEXT_RATES, _IMAGE_PENALTIES,
+    ),
+}  # fmt: skip
+
+
+class Made(NamedTuple):
+    """A bench with its data in memory; `axes` are those of the network's kernels."""
+
+    bench: Bench
+    stream: streams.Stream
+    problem: Problem
+    axes: Any
+    unprotected: tuple[str, ...]
+
+
+@functools.cache
+def make(name: str, data: Path) -> Made:
+    """Reads the data of a bench from the folder `data`."""
+    bench = BENCHES[name]
+    options = dict(bench.options)
+    stream = streams.load(
+        bench.stream, data=None if bench.data is None else data / bench.data, **options
+    )
+    if bench.model == "lm":
+        return Made(bench, stream, *language_problem(LM), UNPROTECTED)
+    made = problem(bench.model, stream.train.x.shape[2:], stream.class_mask.shape[1])
+    shared = () if stream.scenario == "domain" else ("head",)
+    return Made(bench, stream, *made, shared)

@@ -1,0 +1,228 @@
+"""Modifier × routing × optimizer: the cells of the evidence, as the loop's methods.
+
+    modifier    what changes the gradient, with its evidence and its task boundary
+    routing     which moment sees the change, and what else keeps it alive
+    optimizer   the estimator of v behind it, or plain SGD
+
+    none            no modifier
+    shared          g̃ in both moments: what `chain(modifier, adam)` does
+    decoupled       g̃ in the first moment, g in the second (guarded)
+    adaptive        decoupled, with the overlap-adaptive strength of arXiv:2604.22407
+    shared_v        decoupled, v shared along each kernel's fan-in
+    eigenbasis      decoupled, moments in the eigenbasis of the protected space
+    update          g in both moments, the update projected
+    two_sided       gradient and update projected
+    own             the library's recipe for a penalty, a constraint or replay
+
+The last routings but `own` are for projections, `own` for everything else.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import adamr
+from examples import methods
+from examples.methods import Method, Setting
+
+__all__ = ["CELLS", "DIRECTIONS", "MODIFIERS", "Cell", "method"]
+
+WEIGHT_DECAY = 0.01
+SGD_FACTOR = 100.0  # of the sweep's learning rates, for plain SGD
+DIRECTIONS = 20  # of OGD, per task
+
+
+class Cell(NamedTuple):
+    modifier: str
+    routing: str = "shared"
+    optimizer: str = "adam"
+
+    @property
+    def name(self) -> str:
+        return "/".join(self)
+
+
+class Modifier(NamedTuple):
+    """How a modifier is made, fed and moved over a task boundary.
+
+    Attributes:
+      make: (strength, setting) -> g -> g̃.
+      protects: `setting` -> what projections protect; None: not a projection.
+      own: (rate, strength) -> the library's recipe; None: there is none.
+      evidence: see `examples.methods`.
+      boundary: see `examples.methods`.
+      memory: share of each task's examples that are kept.
+      wrap: around the finished optimizer.
+    """
+
+    make: Callable[[Any, Setting], optax.GradientTransformation]
+    protects: Callable[[Setting], Any] | None = None
+    own: Callable[[Any, Any], optax.GradientTransformation] | None = None
+    evidence: Callable[..., dict] | None = None
+    boundary: Callable[..., Any] | None = None
+    memory: float = 0.0
+    wrap: Callable[[Any], Any] = lambda tx: tx
+
+
+def _from_first_task(modifier: optax.GradientTransformationExtraArgs):
+    """Replay mixes nothing in while there is no memory: its gradient is 0 then."""
+
+    def update(g, state, params=None, *, memory_gradient, **extra):
+        empty = optax.tree.norm(memory_gradient, squared=True) == 0
+        other = jax.tree.map(lambda a, b: jnp.where(empty, a, b), g, memory_gradient)
+        return modifier.update(g, state, params, memory_gradient=other, **extra)
+
+    return optax.GradientTransformationExtraArgs(modifier.init, update)
+
+
+def _er(rate, _):
+    return optax.chain(
+        _from_first_task(adamr.replay_routing(0.5)),
+        adamr.faithful_second_moment(),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _replay(share: float) -> Modifier:
+    return Modifier(
+        lambda _, s: _from_first_task(adamr.mix_gradients(0.5)),
+        own=_er,
+        evidence=methods.METHODS["er"].evidence,
+        memory=share,
+    )
+
+
+def _constraint(name: str, make, own) -> Modifier:
+    return Modifier(
+        lambda _, s: make(),
+        own=lambda rate, _: own(rate),
+        evidence=methods.METHODS[name].evidence,
+        memory=0.01,
+    )
+
+
+MODIFIERS = {
+    "none": Modifier(lambda _, s: optax.identity()),
+    "gpm": Modifier(
+        lambda _, s: adamr.project_out(s.subspace),
+        lambda s: s.subspace,
+        boundary=methods.METHODS["gpm"].boundary,
+    ),
+    "sgp": Modifier(
+        lambda _, s: adamr.project_out(s.subspace),
+        lambda s: s.subspace,
+        boundary=methods.METHODS["sgp"].boundary,
+    ),
+    "ogd": Modifier(
+        lambda _, s: adamr.project_out(s.directions),
+        lambda s: s.directions,
+        boundary=methods.METHODS["ogd"].boundary,
+    ),
+    "ewc": Modifier(
+        lambda k, s: adamr.quadratic_penalty(k),
+        own=lambda rate, k: adamr.ewc(rate, k),
+        boundary=functools.partial(
+            methods.METHODS["ewc"].boundary, kind="sampled"
+        ),
+    ),
+    "si": Modifier(
+        lambda k, s: adamr.quadratic_penalty(2 * k),
+        own=lambda rate, k: adamr.ewc(rate, 2 * k),
+        boundary=methods.METHODS["si"].boundary,
+        wrap=adamr.track_path,
+    ),
+    "agem": _constraint("agem", adamr.agem_constraint, adamr.agem),
+    "gem": _constraint("gem", adamr.gem_constraint, adamr.gem),
+    "p_mgem": _constraint(
+        "p_mgem", lambda: adamr.gem_constraint(partition="leaf"), adamr.p_mgem
+    ),
+    "replay_0.5": _replay(0.005),
+    "replay_1": _replay(0.01),
+}  # fmt: skip
+
+ESTIMATORS = {"adam": "adam", "adamw": "adam", "adafactor": "adafactor",
+              "rmsprop": "rmsprop"}  # fmt: skip
+
+
+def _decay(optimizer: str, subspace: Any = None) -> list:
+    """The weight decay of adamw; off the protected space where one is given."""
+    if optimizer != "adamw":
+        return []
+    decay = optax.add_decayed_weights(WEIGHT_DECAY)
+    return [decay] if subspace is None else [decay, adamr.protect_update(subspace)]
+
+
+def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
+    """Gradient to unscaled step."""
+    change = modifier.make(strength, setting)
+    guard = modifier.protects(setting) if modifier.protects else None
+    moments = functools.partial(
+        adamr.faithful_second_moment, estimator=ESTIMATORS[cell.optimizer]
+    )
+    first = adamr.route_first_moment(change)
+    match cell.routing:
+        case "shared":
+            links = [adamr.route_both_moments(change), moments()]
+        case "decoupled":
+            links = [first, moments()]
+        case "adaptive":
+            links = [first, adamr.overlap_adaptive_scale(), moments()]
+        case "shared_v":
+            return [first, moments(share="fan_in"), *_decay(cell.optimizer, guard)]
+        case "eigenbasis":
+            links = [first, adamr.in_eigenbasis(moments(), guard)]
+        case "update":
+            whole = adamr.route_both_moments(optax.identity())
+            decay = _decay(cell.optimizer)
+            return [whole, moments(), *decay, adamr.protect_update(guard)]
+        case "two_sided":
+            decay, both = _decay(cell.optimizer), adamr.route_both_moments(change)
+            return [both, moments(), *decay, adamr.protect_update(guard)]
+        case _:
+            raise ValueError(f"routing: got {cell.routing!r} in {cell.name}.")
+    return [*links, *_decay(cell.optimizer)]
+
+
+@functools.cache
+def method(cell: Cell) -> Method:
+    """The cell as `examples.loop.learn` takes it."""
+    modifier = MODIFIERS[cell.modifier]
+
+    def build(rate, strength, setting):
+        if cell.optimizer == "sgd":
+            change = modifier.make(strength, setting)
+            made = optax.chain(change, optax.sgd(SGD_FACTOR * rate))
+        elif cell.routing == "own":
+            made = modifier.own(rate, strength)
+        else:
+            links = _links(cell, modifier, strength, setting)
+            made = optax.chain(*links, optax.scale_by_learning_rate(rate))
+        return modifier.wrap(made)
+
+    return Method(cell.name, build, modifier.evidence, modifier.boundary)
+
+
+def _cells() -> list[Cell]:
+    projection = ["shared", "decoupled", "adaptive", "shared_v", "eigenbasis",
+                  "update", "two_sided"]  # fmt: skip
+    other = ["shared", "decoupled", "adaptive", "shared_v", "own"]
+    routings = {"gpm": projection, "sgp": projection}
+    routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
+    routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
+    cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]
+    for modifier, names in routings.items():
+        cells.append(Cell(modifier, "shared", "sgd"))
+        for optimizer in ESTIMATORS:
+            cells += [
+                Cell(modifier, routing, optimizer)
+                for routing in names
+                if routing != "own" or optimizer == "adam"
+            ]
+    return cells
+
+
+CELLS = _cells()

@@ -1,0 +1,114 @@
+"""Forgetting against plasticity: intervals, the front within them, the picture."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from examples.results import interval, paired
+
+__all__ = ["draw", "front", "report", "values"]
+
+
+def values(row: dict, name: str) -> list[float]:
+    """One number per seed."""
+    return [np.nan if run[name] is None else run[name] for run in row["runs"]]
+
+
+def _beats(a: dict, b: dict, name: str, sign: float) -> bool:
+    """Whether a has more of sign · `name` than b, by more than the interval."""
+    test = paired(values(a, name), values(b, name))
+    return sign * test["difference"] > (test["half_width"] or 0.0)
+
+
+def front(rows: list[dict], measure: str) -> list[str]:
+    """Cells that no other cell beats in plasticity and in forgetting."""
+    sign = 1.0 if measure == "accuracy" else -1.0
+    sound = [r for r in rows if np.all(np.isfinite(values(r, "final")))]
+
+    def beaten(row):
+        return any(
+            _beats(other, row, "learned", sign) and _beats(other, row, "forgetting", -1)
+            for other in sound
+            if other is not row
+        )
+
+    return [row["cell"] for row in sound if not beaten(row)]
+
+
+def report(bench: str, rows: list[dict], measure: str) -> None:
+    """Prints the table, best final value first."""
+    made = Table(
+        title=f"{bench}: {measure}, ± 95 % intervals over seeds; * on the front"
+    )
+    for heading in ("cell", "final", "learned", "forgetting", "rate", "strength"):
+        made.add_column(heading, no_wrap=True)
+    sign, best = 1.0 if measure == "accuracy" else -1.0, front(rows, measure)
+
+    def final(row):
+        mean = np.mean(values(row, "final"))
+        return -sign * mean if np.isfinite(mean) else np.inf
+
+    for row in sorted(rows, key=final):
+        cells = []
+        for name in ("final", "learned", "forgetting"):
+            mean, half = interval(values(row, name))
+            cells.append(f"{mean:.3f} ±{half:.3f}")
+        edge = "!" if row["at_the_edge_of_the_sweep"] else ""
+        star = " *" if row["cell"] in best else ""
+        made.add_row(
+            row["cell"] + star, *cells, f"{row['learning_rate']:g}{edge}",
+            f"{row['strength']:g}",
+        )  # fmt: skip
+    Console(width=120).print(made)
+
+
+COLOURS = {
+    "none": "#777777", "gpm": "#0b62a4", "sgp": "#4aa3df", "ogd": "#7b3294",
+    "ewc": "#d95f02", "si": "#e6ab02", "agem": "#1b9e77", "gem": "#66a61e",
+    "p_mgem": "#a6d854", "replay_0.5": "#e7298a", "replay_1": "#b3004b",
+}  # fmt: skip
+MARKERS = {
+    "shared": "o", "decoupled": "v", "adaptive": "^", "shared_v": "s",
+    "eigenbasis": "D", "update": "P", "two_sided": "X", "own": "*",
+}  # fmt: skip
+
+
+def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
+    """Forgetting (less is up) against plasticity (more is right), one mark a cell."""
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes, best = figure.subplots(), front(rows, measure)
+    for row in rows:
+        modifier, routing, *_ = row["cell"].split("/")
+        (x, dx), (y, dy) = (
+            interval(values(row, name)) for name in ("learned", "forgetting")
+        )
+        if not np.isfinite(x + y):
+            continue
+        sgd = row["cell"].endswith("/sgd")
+        axes.errorbar(
+            x, y, xerr=dx, yerr=dy, color=COLOURS.get(modifier, "black"),
+            marker=MARKERS.get(routing, "."), markersize=9, linewidth=0.7,
+            markerfacecolor="none" if sgd else None, alpha=0.9,
+            markeredgecolor="black" if row["cell"] in best else None,
+        )  # fmt: skip
+    used = [row["cell"].split("/") for row in rows]
+    for modifier in dict.fromkeys(m for m, *_ in used):
+        axes.plot([], [], "o", color=COLOURS.get(modifier, "black"), label=modifier)
+    for routing in dict.fromkeys(r for _, r, *_ in used):
+        axes.plot([], [], MARKERS.get(routing, "."), color="black", label=routing)
+    if measure == "loss":
+        axes.invert_xaxis()
+    axes.invert_yaxis()
+    axes.set_xlabel(f"learned {measure} (plasticity: better to the right)")
+    axes.set_ylabel(f"forgetting of {measure} (less is up)")
+    axes.set_title(
+        f"{bench}: every cell at its own best rate; black edge: on the front; "
+        "open: SGD",
+        fontsize=9,
+    )
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,223 @@
+"""One cell of the evidence: its own sweep, its seeds, its numbers, kept on disk.
+
+Every cell has the same budget: as many configurations as its bench has learning rates.
+A method with a strength takes every second rate at two strengths. The sweep sees the
+first three tasks, their validation examples and one seed that no result uses.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import _pareto, _timing
+from benchmarks._benches import BENCHES, Made, make
+from examples import loop, results, streams
+from examples.methods import Method, Setting, setting_for
+from examples.vision.problem import feed
+
+__all__ = ["configurations", "quicker", "run_cell", "run_cells"]
+
+TUNING_SEED, TUNING_TASKS = 1000, 3
+
+
+DEFINITIONS = {
+    "final": "mean over tasks of the measure after the whole stream",
+    "learned": "mean over tasks of the measure just after the task: plasticity",
+    "forgetting": "mean over old tasks of the best earlier measure minus the last one "
+    "(of the loss: the last minus the lowest)",
+    "measure": "accuracy, or loss in nats per symbol, on test data",
+    "sweep": "[learning rate, strength, score] on the validation data of the first "
+    "three tasks with seed 1000; score: accuracy, or minus the loss",
+    "pareto_front": "cells for which no other is better in both `learned` and "
+    "`forgetting` by more than the 95 % interval of the paired difference",
+}
+
+
+def configurations(
+    rates: Sequence[float], strengths: Sequence[float] | None
+) -> list[tuple[float, float]]:
+    """(rate, strength) pairs, as many for every method."""
+    if strengths is None:
+        return [(rate, 0.0) for rate in rates]
+    return [(rate, k) for k in strengths for rate in rates[1::2]]
+
+
+def _setting(made: Made, tasks: int, directions: int) -> Setting:
+    params = jax.eval_shape(made.problem.init, jax.random.key(0))
+    return setting_for(
+        params,
+        made.axes,
+        tasks=tasks,
+        unprotected=made.unprotected,
+        threshold=made.bench.threshold,
+        samples=made.bench.samples,
+        new_directions=directions,
+    )
+
+
+def _learn(made: Made, stream, method: Method, runs, memory: float, directions: int):
+    """The history of runs (rate, strength, seed) on a stream."""
+    bench = made.bench
+    rates, strengths, seeds = zip(*runs, strict=True)
+    room = max(1, round(memory * stream.train.x.shape[1])) if memory else 0
+    tasks = len(made.stream.task_names)
+    chunks = loop.learn(
+        made.problem, method, _setting(made, tasks, directions),
+        feed(stream, bench.batch), rates=rates, strengths=strengths, seeds=list(seeds),
+        steps=bench.steps, memory_size=room,
+    )  # fmt: skip
+    *_, (_, _, history) = chunks
+    return history
+
+
+def _tune(made: Made, method: Method, tried, memory, directions) -> list[float]:
+    """Each configuration's final accuracy, or minus its final loss; NaN is worst."""
+    count = min(TUNING_TASKS, len(made.stream.task_names))
+    stream = streams.for_tuning(made.stream, count)
+    runs = [(rate, k, TUNING_SEED) for rate, k in tried]
+    history = _learn(made, stream, method, runs, memory, directions)
+    if made.bench.measure == "accuracy":
+        score = history.accuracy[:, -1, -1].mean(-1)
+    else:
+        score = -history.loss[:, -1, -1].mean(-1)
+    return np.where(np.isfinite(score), score, -np.inf).tolist()
+
+
+def summarize(matrix: np.ndarray, sign: float) -> dict[str, float]:
+    """Final, learned and forgetting of one run; sign 1 for accuracy, -1 for loss.
+
+    final       mean over tasks j of M[T-1, j]
+    learned     mean over tasks j of M[j, j]: plasticity
+    forgetting  mean over j < T-1 of the best earlier M[i, j] minus the last one
+    """
+    last = len(matrix) - 1
+    best = [(sign * matrix[j:last, j]).max() for j in range(last)]
+    lost = np.array(best) - sign * matrix[last, :last]
+    return {
+        "final": float(matrix[-1].mean()),
+        "learned": float(matrix.diagonal().mean()),
+        "forgetting": float(lost.mean()),
+    }
+
+
+def run_cell(
+    made: Made,
+    method: Method,
+    *,
+    strengths: Sequence[float] | None = None,
+    memory: float = 0.0,
+    directions: int = 0,
+) -> dict[str, Any]:
+    """Tunes a method and learns the stream with every seed."""
+    bench, start = made.bench, time.perf_counter()
+    tried = configurations(bench.rates, strengths)
+    scores = _tune(made, method, tried, memory, directions)
+    rate, strength = tried[int(np.argmax(scores))]
+    tuned = time.perf_counter()
+    runs = [(rate, strength, seed) for seed in range(bench.seeds)]
+    history = _learn(made, made.stream, method, runs, memory, directions)
+    whole = history.accuracy if bench.measure == "accuracy" else history.loss
+    sign = 1.0 if bench.measure == "accuracy" else -1.0
+    rates = sorted({r for r, _ in tried})
+    return {
+        "cell": method.about,
+        "learning_rate": rate,
+        "strength": strength,
+        "at_the_edge_of_the_sweep": rate in (rates[0], rates[-1]),
+        "sweep": [[*c, s] for c, s in zip(tried, scores, strict=True)],
+        "seeds": list(range(bench.seeds)),
+        "runs": [summarize(m[:, -1], sign) for m in whole],
+        "seconds": {
+            "sweep": tuned - start,
+            "results": time.perf_counter() - tuned,
+        },
+    }
+
+
+def quicker(name: str) -> str:
+    """Registers the bench with half the steps, 3 seeds and half the rates."""
+    bench, small = BENCHES[name], f"{name}-quick"
+    BENCHES[small] = bench._replace(
+        steps=bench.steps // 2, seeds=3, rates=bench.rates[1::2]
+    )
+    return small
+
+
+def _read(path: Path, bench: dict[str, Any]) -> dict[str, dict]:
+    """Rows of earlier runs by cell; refuses those of another bench."""
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text())
+    now = json.loads(json.dumps(bench))
+    differ = [key for key in now if saved["bench"].get(key) != now[key]]
+    if differ:
+        told = "; ".join(
+            f"{key} was {saved['bench'].get(key)!r}, is {now[key]!r}" for key in differ
+        )
+        raise SystemExit(
+            f"{path} holds results of another bench ({told}): move it away, or give "
+            "another --out."
+        )
+    return {row["cell"]: row for row in saved["rows"]}
+
+
+def run_cells(
+    what: str,
+    bench: str,
+    data: Path,
+    work: Sequence[tuple[str, Callable[[Made], dict[str, Any]]]],
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Runs the cells that `<out>/<what>_<bench>.json` lacks; it grows with each.
+
+    Args:
+      what: name of the benchmark.
+      bench: name of the stream.
+      data: folder of the data sets.
+      work: (name of the cell, made -> row) in the order to run them.
+      out: folder of the results; the picture goes there, too.
+
+    Returns:
+      All rows, earlier ones included.
+    """
+    measure = BENCHES[bench].measure
+    about = {"name": bench, **BENCHES[bench]._asdict()}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{what}_{bench.replace('-', '_')}.json"
+    rows = _read(path, about)
+    for index, (name, run) in enumerate(work):
+        if name in rows:
+            continue
+        row = run(make(bench, data))
+        rows[name] = {**row, "commit": results.commit()}
+        each = list(rows.values())
+        content = {
+            "machine": _timing.machine(),
+            "versions": results.versions(),
+            "bench": about,
+            "definitions": DEFINITIONS,
+            "pareto_front": _pareto.front(each, measure),
+            "rows": each,
+        }
+        results.write(path, content)
+        final, lost = (
+            np.mean([run[key] for run in row["runs"]])
+            for key in ("final", "forgetting")
+        )
+        print(
+            f"{bench} {index + 1}/{len(work)} {name}: final {final:.3f}, forgetting "
+            f"{lost:.3f}, rate {row['learning_rate']:g} "
+            f"({sum(row['seconds'].values()):.0f} s)",
+            flush=True,
+        )
+        if index % 10 == 9:  # programs hold memory maps, of which there are few
+            jax.clear_caches()
+    each = list(rows.values())
+    _pareto.report(bench, each, measure)
+    _pareto.draw(path.with_suffix(".png"), bench, each, measure)
+    return each

@@ -1,0 +1,93 @@
+"""What every modifier forgets, and learns, under every routing and optimizer.
+
+    python -m benchmarks.forgetting --quick            permuted digits, main cells
+    python -m benchmarks.forgetting --streams text-low-8 --cells 'gpm/*/adam'
+    python -m benchmarks.forgetting --all              a night on two cores
+
+Each cell (`benchmarks/_cells.py`) has its own sweep with the budget of every other
+one, and its seeds (`benchmarks/_runner.py`). `<out>/forgetting_<stream>.json` grows
+with each finished cell, and the command goes on from there: two processes can share
+the streams. A picture shows forgetting against plasticity.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+from pathlib import Path
+
+import tyro
+
+from benchmarks._benches import BENCHES, Made
+from benchmarks._cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
+from benchmarks._runner import quicker, run_cell, run_cells
+
+HEADLINE = "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam"
+MAIN = f"{HEADLINE} sgp/*/adam ogd/*/adam */shared/adam */own/adam */decoupled/adam"
+QUICK = (
+    "none/shared/adam gpm/shared/sgd gpm/shared/adam gpm/decoupled/adam "
+    "gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam"
+)
+
+
+@dataclasses.dataclass
+class Config:
+    """Forgetting and plasticity of modifier × routing × optimizer, tuned alike."""
+
+    streams: str = "permuted-digits,split-digits"
+    """By commas; the text and CIFAR streams need --data."""
+    cells: str = MAIN
+    """Patterns of modifier/routing/optimizer, by blanks, in the order to run them."""
+    all: bool = False
+    """Every cell on every stream."""
+    quick: bool = False
+    """Permuted digits with half the steps and seeds, the cells of the headline."""
+    data: Path = Path("data")
+    """Folder with `text/` and `vision/`."""
+    out: Path = Path("benchmarks/results")
+    """Where results and pictures go; finished cells there are not run again."""
+
+
+def chosen(patterns: str) -> list[Cell]:
+    """The cells that match, pattern by pattern."""
+    names = {cell.name: cell for cell in CELLS}
+    found: dict[str, Cell] = {}
+    for pattern in patterns.split():
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise ValueError(
+                f"--cells: got {pattern!r}, expected a pattern of "
+                "modifier/routing/optimizer, such as gpm/*/adam."
+            )
+        found |= {name: names[name] for name in matches}
+    return list(found.values())
+
+
+def run(cell: Cell, made: Made) -> dict:
+    modifier = MODIFIERS[cell.modifier]
+    return run_cell(
+        made,
+        method(cell),
+        strengths=made.bench.penalties.get(cell.modifier),
+        memory=modifier.memory,
+        directions=DIRECTIONS if cell.modifier == "ogd" else 0,
+    )
+
+
+def main(config: Config) -> None:
+    names = list(BENCHES) if config.all else config.streams.split(",")
+    patterns = "*" if config.all else config.cells
+    if config.quick:
+        names, patterns = ["permuted-digits"], QUICK
+    for name in names:
+        if name not in BENCHES:
+            raise SystemExit(
+                f"--streams: got {name!r}, expected some of {', '.join(BENCHES)}."
+            )
+    for name in names:
+        bench = quicker(name) if config.quick else name
+        work = [(c.name, functools.partial(run, c)) for c in chosen(patterns)]
+        run_cells("forgetting", bench, config.data, work, config.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m benchmarks.forgetting"))

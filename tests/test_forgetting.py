@@ -1,0 +1,143 @@
+"""The evidence benchmarks: equal budgets, closed forms, and a cell from end to end."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adamr.routing import Routed
+from benchmarks import _benches, _cells, _pareto, _runner, forgetting
+from benchmarks.strength_rules import RULES, conflict_scale
+from benchmarks.strength_rules import method as rule_method
+from examples import results
+
+
+@pytest.mark.parametrize("name", _benches.BENCHES)
+def test_every_method_has_the_same_budget(name):
+    bench = _benches.BENCHES[name]
+    plain = _runner.configurations(bench.rates, None)
+    assert len(plain) == len(bench.rates) == len(set(plain))
+    for strengths in bench.penalties.values():
+        penalised = _runner.configurations(bench.rates, strengths)
+        assert len(penalised) == len(set(penalised)) == len(plain)
+
+
+def test_summary_in_closed_form():
+    matrix = np.array([[0.9, 0.1, 0.1], [0.6, 0.8, 0.1], [0.5, 0.9, 0.7]])
+    got = _runner.summarize(matrix, 1.0)
+    assert got["final"] == pytest.approx(2.1 / 3)
+    assert got["learned"] == pytest.approx(2.4 / 3)
+    assert got["forgetting"] == pytest.approx((0.4 - 0.1) / 2)  # task 1 gained 0.1
+    loss = _runner.summarize(-matrix, -1.0)
+    assert loss["forgetting"] == pytest.approx(got["forgetting"])
+
+
+def _row(name, learned, forgetting):
+    runs = [
+        {"final": 0.5, "learned": a, "forgetting": b}
+        for a, b in zip(learned, forgetting, strict=True)
+    ]
+    return {"cell": name, "runs": runs}
+
+
+def test_front_keeps_what_is_not_clearly_beaten():
+    rows = [
+        _row("good", [0.90, 0.92, 0.93], [0.10, 0.11, 0.14]),
+        _row("beaten", [0.80, 0.81, 0.82], [0.20, 0.21, 0.22]),
+        _row("stable", [0.80, 0.82, 0.81], [0.01, 0.03, 0.02]),
+        _row("within", [0.60, 0.95, 0.70], [0.11, 0.12, 0.13]),
+    ]
+    assert _pareto.front(rows, "accuracy") == ["good", "stable", "within"]
+    rows.append(_row("diverged", [np.nan] * 3, [np.nan] * 3))
+    rows[-1]["runs"] = [dict.fromkeys(run, None) for run in rows[-1]["runs"]]
+    assert _pareto.front(rows, "accuracy") == ["good", "stable", "within"]
+
+
+def test_for_a_loss_less_is_better():
+    rows = [_row("low", [1.0, 1.1, 1.3], [0.1, 0.1, 0.2])]
+    rows.append(_row("high", [2.0, 2.2, 2.1], [0.8, 0.9, 0.7]))
+    assert _pareto.front(rows, "loss") == ["low"]
+    assert _pareto.front(rows, "accuracy") == ["low", "high"]
+
+
+def test_patterns_choose_cells_in_order():
+    got = forgetting.chosen("gpm/shared_v/adam none/*/adam gpm/shared_v/*")
+    names = [cell.name for cell in got]
+    assert names[:2] == ["gpm/shared_v/adam", "none/shared/adam"]
+    assert len(names) == len(set(names)) == 5
+    with pytest.raises(ValueError, match="gpm/nothing"):
+        forgetting.chosen("gpm/nothing")
+
+
+def test_conflict_is_where_the_gradient_opposes_the_memory():
+    g = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([1.0])}
+    memory = {"a": jnp.array([-3.0, 0.0]), "b": jnp.array([2.0])}
+    routed = Routed(jax.tree.map(jnp.zeros_like, g), g, g)
+    for per_leaf, b in ((True, 1.0), (False, 0.0)):
+        tx = conflict_scale(per_leaf)
+        out, state = tx.update(routed, tx.init(g), memory_gradient=memory)
+        assert out.first["b"][0] == b and not jnp.any(out.first["a"])
+        assert state.strength.tolist() == ([1.0, 0.0] if per_leaf else [1.0])
+
+
+@pytest.fixture(scope="module")
+def small():
+    bench = _benches.BENCHES["permuted-digits"]._replace(
+        options={"limit": 60, "tasks": 3}, steps=6, batch=4, seeds=2, samples=8,
+        rates=(1e-3, 1e-2),
+    )  # fmt: skip
+    _benches.BENCHES["small"] = bench
+    yield "small"
+    del _benches.BENCHES["small"]
+
+
+def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
+    calls = []
+    cell = forgetting.chosen("gpm/shared_v/adam")[0]
+
+    def run(made):
+        calls.append(made)
+        return _runner.run_cell(made, _cells.method(cell))
+
+    work = [(cell.name, run)]
+    first, again = (
+        _runner.run_cells("forgetting", small, tmp_path, work, tmp_path)
+        for _ in range(2)
+    )
+    assert len(calls) == 1
+    assert json.dumps(results.finite(first)) == json.dumps(again)
+    (row,) = again
+    assert len(row["runs"]) == 2 and len(row["sweep"]) == 2
+    assert row["learning_rate"] in (1e-3, 1e-2) and row["at_the_edge_of_the_sweep"]
+    content = json.loads((tmp_path / "forgetting_small.json").read_text())
+    assert content["pareto_front"] == [cell.name]
+    assert (tmp_path / "forgetting_small.png").stat().st_size > 5000
+
+    bench = _benches.BENCHES[small]
+    monkeypatch.setitem(_benches.BENCHES, small, bench._replace(steps=8))
+    with pytest.raises(SystemExit, match="steps was 6, is 8"):
+        _runner.run_cells("forgetting", small, tmp_path, work, tmp_path)
+
+
+def _finite(made, method, **options):
+    row = _runner.run_cell(made, method, **options)
+    assert all(np.isfinite(list(run.values())).all() for run in row["runs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", _cells.CELLS, ids=lambda cell: cell.name)
+def test_every_cell_runs(small, tmp_path, cell):
+    run = functools.partial(forgetting.run, cell)
+    (row,) = _runner.run_cells("x", small, tmp_path, [(cell.name, run)], tmp_path)
+    assert all(run["final"] is not None for run in row["runs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_runs(small, tmp_path, rule):
+    made = _benches.make(small, tmp_path)
+    for routing in ("shared_v", "decoupled"):
+        _finite(made, rule_method(rule, routing), memory=0.02)
