@@ -57,7 +57,7 @@ class Config:
     size: int = 10_000_000
     """Parameters of the sweep over ranks."""
     seconds: float = 2.0
-    """Time per point, after which no further round starts (at least 11 are run)."""
+    """Time per point, after which no further round starts (at least 5 are run)."""
     seed: int = 0
     quick: bool = False
     """Small sizes: does it run at all?"""
@@ -89,7 +89,12 @@ def measure(optimizers: dict, params: Any, config: Config) -> dict[str, dict]:
     states = {name: tx.init(params) for name, tx in optimizers.items()}
     runs = {n: _timing.stepper(c.step, params, states[n]) for n, c in made.items()}
     times = _timing.time_rounds(
-        runs, gradients, rounds=300, seconds=config.seconds, seed=config.seed
+        runs,
+        gradients,
+        rounds=300,
+        seconds=config.seconds,
+        seed=config.seed,
+        at_least=5,
     )
     return {
         name: {
@@ -179,7 +184,12 @@ def by_devices(number: int, config: Config) -> dict[str, dict]:
         runs[name] = _timing.stepper(step, params, state)
         about[name] = {"state_bytes": placement.bytes_per_device(state)}
     times = _timing.time_rounds(
-        runs, [params], rounds=300, seconds=config.seconds, seed=config.seed
+        runs,
+        [params],
+        rounds=300,
+        seconds=config.seconds,
+        seed=config.seed,
+        at_least=5,
     )
     for name, each in about.items():
         each["milliseconds"] = 1e3 * float(np.median(times[name]))
