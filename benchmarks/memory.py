@@ -163,15 +163,13 @@ def compiled(name: str, size: str) -> Any:
     mesh = placement.parse_mesh(MESHES[size], devices)
     specs = placement.param_specs(params)
     placement.check_fit(params, specs, mesh)
-    state = state_of(name, params)
-    everything = (params, state)
-    where = (specs, placement.state_specs(state, params, specs))
-    where = placement.shardings(mesh, where)
-
-    def struct(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    params, state = jax.tree.map(struct, everything, where)
+    params = placement.structs(params, placement.shardings(mesh, specs))
+    tx = optax.GradientTransformation(lambda p: RECIPES[name](p).init(p), None)
+    where = (
+        jax.tree.map(lambda x: x.sharding, params),
+        adamr.state_shardings(tx, params),
+    )
+    state = placement.structs(state_of(name, params), where[1])
 
     def step(params, state, gradient):
         updates, state = RECIPES[name](params).update(gradient, state, params)

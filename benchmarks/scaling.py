@@ -158,10 +158,6 @@ def by_devices(number: int, config: Config) -> dict[str, dict]:
     shapes = _models.shapes(_models.Size(2, 256, 512, 64, vocabulary=1024))
     specs = placement.param_specs(shapes)
     where = placement.shardings(mesh, specs)
-
-    def placed(make, like, specs):
-        return jax.jit(make, out_shardings=placement.shardings(mesh, specs))(like)
-
     params = jax.tree.map(
         lambda x, s: jax.device_put(jnp.ones(x.shape, x.dtype), s), shapes, where
     )
@@ -172,15 +168,14 @@ def by_devices(number: int, config: Config) -> dict[str, dict]:
     }
     runs, about = {}, {}
     for name, tx in optimizers.items():
-        like = jax.eval_shape(tx.init, shapes)
-        state = placed(tx.init, params, placement.state_specs(like, shapes, specs))
-        places = jax.tree.map(lambda x: x.sharding, (params, state))
+        beside = adamr.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=beside)(params)
 
         def step(params, state, gradient, tx=tx):
             updates, state = tx.update(gradient, state, params)
             return optax.apply_updates(params, updates), state
 
-        step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
+        step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(where, beside))
         runs[name] = _timing.stepper(step, params, state)
         about[name] = {"state_bytes": placement.bytes_per_device(state)}
     times = _timing.time_rounds(

@@ -1,12 +1,11 @@
-"""Where things lie: the mesh, and rules for parameters, optimizer state and batches.
+"""Where things lie: the mesh, and rules for parameters and batches.
 
     data     copies of the model, each with its part of the batch
     fsdp     the batch is split, and so are parameters and state: gathered for use
     tensor   the features inside a block are split
 
-A kernel's spec names a mesh axis per axis of the kernel. State follows its parameter:
-on every axis where it is as long as the parameter, it is split the same way; on the
-others (the rank of a basis, the axis along which v is shared) it is whole.
+A kernel's spec names a mesh axis per axis of the kernel. `adamr.state_shardings` puts
+the optimizer's state beside the parameters.
 """
 
 import math
@@ -96,42 +95,17 @@ def check_fit(params: Any, specs: Any, mesh: Mesh) -> None:
                 )
 
 
-def _following(x: Any, leaf: Any, spec: P) -> P:
-    """The spec of an array of state that belongs to the parameter `leaf`."""
-    shared = zip(x.shape, leaf.shape, spec, strict=False)
-    axes = [axis if here == there else None for here, there, axis in shared]
-    return P(*axes, *[None] * (x.ndim - len(axes)))
-
-
-def state_specs(opt_state: Any, params: Any, specs: Any) -> Any:
-    """A tree like `opt_state` of specs.
-
-    Inside the state, a tree like the parameters belongs to them leaf by leaf, and so
-    does a tuple with an array or None per leaf. Everything else is whole everywhere.
-    """
-    leaves, structure = jax.tree.flatten(params)
-    wanted = jax.tree.leaves(specs)
-
-    def in_leaf_order(node):
-        plain = isinstance(node, tuple) and len(node) == len(leaves)
-        return plain and all(x is None or hasattr(x, "shape") for x in node)
-
-    def belongs(node):
-        return jax.tree.structure(node) == structure or in_leaf_order(node)
-
-    def place(node):
-        if not belongs(node):
-            return P()
-        own, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is None)
-        each = zip(own, leaves, wanted, strict=True)
-        placed = [None if x is None else _following(x, p, s) for x, p, s in each]
-        return jax.tree.unflatten(treedef, placed)
-
-    return jax.tree.map(place, opt_state, is_leaf=belongs)
-
-
 def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def structs(shapes: Any, where: Any) -> Any:
+    """The shapes with the shardings, for programs that are compiled without arrays."""
+
+    def leaf(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, shapes, where)
 
 
 def gathered(specs: Any) -> Any:

@@ -124,17 +124,22 @@ def programs(
             params, axes=axes, max_rank=max_rank, unprotected=UNPROTECTED
         )
 
+    def begin(params):
+        return optimizer(learning_rate, empty(params)).init(params)
+
     def init():
         params = nnx.state(Transformer(preset, nnx.Rngs(seed)), nnx.Param)
-        return State(params, optimizer(learning_rate, empty(params)).init(params))
+        return State(params, begin(params))
 
     # `update` reads the subspace from the state: shapes are enough to build it.
     tx = optimizer(learning_rate, jax.eval_shape(empty, params))
     specs = placement.param_specs(params)
     placement.check_fit(params, specs, mesh)
-    shapes = jax.eval_shape(init)
-    state_specs = placement.state_specs(shapes.opt_state, shapes.params, specs)
-    placed = placement.shardings(mesh, State(specs, state_specs))
+    params = placement.structs(params, placement.shardings(mesh, specs))
+    state = adamr.state_shardings(
+        optax.GradientTransformation(begin, tx.update), params
+    )
+    placed = State(jax.tree.map(lambda x: x.sharding, params), state)
     in_use = placement.shardings(mesh, placement.gathered(specs))
     whole = NamedSharding(mesh, P())
     rows = NamedSharding(mesh, P(placement.BATCH))
@@ -166,15 +171,12 @@ def programs(
     def evaluate(params, windows):
         return jax.lax.map(lambda domain: loss_fn(params, domain), windows)
 
-    def abstract_array(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
     return Programs(
         init=jax.jit(init, out_shardings=placed),
         train=jax.jit(train, donate_argnums=0, out_shardings=(placed, whole)),
         protect=jax.jit(protect, donate_argnums=0, out_shardings=placed),
         evaluate=jax.jit(evaluate, out_shardings=whole),
-        like=jax.tree.map(abstract_array, shapes, placed),
+        like=placement.structs(jax.eval_shape(init), placed),
     )
 
 
