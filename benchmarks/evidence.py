@@ -1,0 +1,142 @@
+"""Every table of docs/evidence.md from one command, and whether a quick run agrees.
+
+    python -m benchmarks.evidence --quick                  two cores, minutes, no data
+    python -m benchmarks.evidence --data DIR               a night on two cores
+
+`--quick` makes all benchmarks smaller, writes to `--out`, and compares the direction of
+each headline with the committed results. Both go on where they were stopped.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import forgetting, interventions, mechanism, strength_rules
+from benchmarks._benches import BENCHES
+
+COMMITTED = Path("benchmarks/results")
+
+
+@dataclasses.dataclass
+class Config:
+    """The evidence: mechanism, causes, forgetting, strength rules."""
+
+    quick: bool = False
+    """Smaller, on the installed data, and compared with the committed results."""
+    data: Path = Path("data")
+    """Folder with `text/` and `vision/`, for the full run."""
+    out: Path | None = None
+    """Where results go. Default: benchmarks/results; runs/evidence with --quick."""
+
+
+class Headline(NamedTuple):
+    """A difference whose sign is the claim.
+
+    Attributes:
+      claim: what a positive sign says.
+      stem: results file, without `-quick` and `.json`.
+      difference: content -> number.
+    """
+
+    claim: str
+    stem: str
+    difference: Callable[[dict], float]
+
+
+def _mean(content: dict, cell: str, name: str) -> float:
+    (row,) = (row for row in content["rows"] if row["cell"] == cell)
+    return float(np.mean([run[name] for run in row["runs"]]))
+
+
+def _cells(better: str, worse: str, name: str = "final", sign: float = 1.0):
+    return lambda content: (
+        sign * (_mean(content, better, name) - _mean(content, worse, name))
+    )
+
+
+DIGITS = "forgetting_permuted_digits"
+HEADLINES = [
+    Headline(
+        "v shared along the fan-in ends above shared routing",
+        DIGITS,
+        _cells("gpm/shared_v/adam", "gpm/shared/adam"),
+    ),
+    Headline(
+        "shared routing forgets more than SGD with the same projection",
+        DIGITS,
+        _cells("gpm/shared/adam", "gpm/shared/sgd", "forgetting"),
+    ),
+    Headline(
+        "element-wise decoupled routing of a projection ends below v shared",
+        DIGITS,
+        _cells("gpm/shared_v/adam", "gpm/decoupled/adam"),
+    ),
+    Headline(
+        "the overlap-adaptive rule ends below v shared at full strength",
+        DIGITS,
+        _cells("gpm/shared_v/adam", "gpm/adaptive/adam"),
+    ),
+    Headline(
+        "the full projection forgets less than the falling rule",
+        "strength_rules_permuted_digits",
+        _cells("rule/shared_v/full", "rule/shared_v/falling", "forgetting", -1.0),
+    ),
+]
+
+
+def _quick_name(stem: str) -> str:
+    return f"{stem}_quick" if stem.startswith(("forgetting", "strength")) else stem
+
+
+def compare(out: Path, committed: Path, console: Console) -> int:
+    """Prints each headline in both results; the number of those that disagree."""
+    table = Table(title="headlines: positive says that the claim holds")
+    for heading in ("claim", "committed", "quick", ""):
+        table.add_column(heading)
+    wrong = 0
+    for headline in HEADLINES:
+        paths = committed / headline.stem, out / _quick_name(headline.stem)
+        full, quick = (
+            headline.difference(json.loads(path.with_suffix(".json").read_text()))
+            for path in paths
+        )
+        agree = full * quick > 0
+        wrong += not agree
+        table.add_row(
+            headline.claim, f"{full:+.3f}", f"{quick:+.3f}", "" if agree else "DIFFERS"
+        )
+    console.print(table)
+    return wrong
+
+
+def main(config: Config) -> None:
+    quick = config.quick
+    out = config.out or (Path("runs/evidence") if quick else COMMITTED)
+    text = None if quick else config.data / "text"
+    mechanism.main(mechanism.Config(data=text, quick=quick, out=out))
+    work = Path("runs/interventions.json")
+    if quick:
+        work = out / "interventions.part.json"
+    interventions.main(interventions.Config(data=text, quick=quick, out=out, work=work))
+    streams = ",".join(BENCHES)
+    forgetting.main(
+        forgetting.Config(
+            streams=streams, all=not quick, quick=quick, data=config.data, out=out
+        )
+    )
+    strength_rules.main(
+        strength_rules.Config(streams=streams, quick=quick, data=config.data, out=out)
+    )
+    if quick:
+        raise SystemExit(compare(out, COMMITTED, Console(width=120)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m benchmarks.evidence"))
