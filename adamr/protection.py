@@ -251,9 +251,12 @@ def in_eigenbasis(
 
     There the projector is diagonal, so attenuating a direction by 1 − α does exactly
     what Proposition 1 of the paper says: routed, the step along it is (1 − α) of
-    Adam's; shared, it is Adam's. Guarantee: with a fully projected first moment
-    UᵀΔ = 0; and ⟨g, Δ⟩ ≥ 0 on the first step. Proven in
-    `test_proposition_1_in_the_eigenbasis` and `test_leak_of_exact_protections`.
+    Adam's; shared, it is Adam's. Guarantee: with a fully projected first moment and
+    the raw gradient in the second, UᵀΔ = 0; and ⟨g, Δ⟩ ≥ 0 on the first step. Proven in
+    `test_proposition_1_in_the_eigenbasis` and `test_leak_of_exact_protections`. Do not
+    put `route_both_moments` before it at full strength: all that is left along U is
+    rounding, and a v of its own scales that up to whole steps
+    (`test_shared_routing_in_the_eigenbasis_scales_rounding_up`).
 
     Args:
       preconditioner: `faithful_second_moment(...)` or any plain optax preconditioner.

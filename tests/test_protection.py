@@ -202,6 +202,27 @@ def test_proposition_1_in_the_eigenbasis(alpha):
     np.testing.assert_allclose(shared / norm, 1 / (1 - alpha), rtol=0.01)
 
 
+def test_shared_routing_in_the_eigenbasis_scales_rounding_up():
+    """What `in_eigenbasis` warns of, and that decoupled routing has none of it."""
+    rng = np.random.default_rng(0)
+    s = adamr.make_subspace(jnp.zeros((32, 8)), orthonormal(0, 32, 4))
+
+    def worst(route):
+        tx = optax.chain(
+            route(adamr.project_out(s)),
+            adamr.in_eigenbasis(adamr.faithful_second_moment(eps=1e-12), s),
+        )
+        state, leaks = tx.init(jnp.zeros((32, 8))), []
+        for _ in range(5):
+            g = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+            step, state = tx.update(g, state)
+            leaks.append(leak(s, step))
+        return max(leaks)
+
+    assert worst(adamr.route_first_moment) < 1e-6
+    assert worst(adamr.route_both_moments) > 1e-2
+
+
 # The alias --------------------------------------------------------------------------
 
 
