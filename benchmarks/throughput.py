@@ -1,32 +1,42 @@
 """Steps per second of the shared loop against a plain Python loop, and with more seeds.
 
-    python -m benchmarks.throughput [--quick]
+    [NPROC=1] python -m benchmarks.throughput [--quick]
 
-One stream (permuted digits), one network (64-256-256-10), Adam, batch 10, nothing but
-training and one evaluation per task:
+Permuted digits, Adam, MLPs of several widths, nothing but training and one evaluation
+per task. All take turns, a task each:
 
     plain     a Python loop over one jitted step, batches gathered by NumPy
+    logged    the same, and the loss is fetched after each step, to be logged
     loop      `examples.loop.learn`: chunks of steps in `lax.scan`
-    seeds     the same with five seeds side by side
+    seeds     the same with five seeds
 
-Targets: loop >= 5 x plain in steps per second; seeds <= 2 x the time of loop.
+Targets, for the widths of the digits' MLP (256, 256): loop >= 5 x plain in steps per
+second; seeds <= 2 x the time of loop. What a loop in Python costs beside the step is
+about the same for all widths, so the ratio is bounded by the arithmetic of the step:
+`products` is the time of its matrix products at the speed of large ones on one core.
+
+NPROC=1 keeps XLA from handing parts of a small step to other threads.
 """
 
 import dataclasses
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
-from benchmarks import _timing
+from benchmarks import _limits, _timing
 from examples import loop, results, streams
 from examples.methods import METHODS, setting_for
 from examples.vision.problem import feed, problem
 
-BATCH, RATE, SEEDS = 10, 1e-3, 5
+RATE, SEEDS = 1e-3, 5
 
 
 @dataclasses.dataclass
@@ -37,14 +47,19 @@ class Config:
     """Optimizer steps per task."""
     tasks: int = 6
     """Tasks; the first one compiles and is not counted."""
+    batch: int = 10
+    """Images per step."""
+    widths: tuple[int, ...] = (256, 64, 16)
+    """Of the two hidden layers, a network each."""
     quick: bool = False
     """Few steps: does it run at all?"""
     out: Path = Path("benchmarks/results")
 
 
-def plain(stream: streams.Stream, steps: int) -> list[float]:
+def plain(
+    made: Any, stream: streams.Stream, steps: int, batch: int, logged: bool
+) -> Iterator[float]:
     """Seconds per task of a loop as it is usually written."""
-    made, _ = problem("mlp", stream.train.x.shape[2:], 10)
     tx = optax.adam(RATE)
 
     @jax.jit
@@ -62,63 +77,91 @@ def plain(stream: streams.Stream, steps: int) -> list[float]:
         return (made.logits(params, x).argmax(-1) == y).mean()
 
     params = made.init(jax.random.key(0))
-    state, seconds = tx.init(params), []
+    state, losses = tx.init(params), []
     for index in range(len(stream.task_names)):
         task = streams.task(stream, index)
         rng = np.random.default_rng([0, index])
         start = time.perf_counter()
-        for rows in streams.batch_indices(task.train, steps, BATCH, rng):
-            params, state, _ = step(
-                params, state, task.train.x[rows], task.train.y[rows]
-            )
+        for rows in streams.batch_indices(task.train, steps, batch, rng):
+            x, y = task.train.x[rows], task.train.y[rows]
+            params, state, loss = step(params, state, x, y)
+            if logged:
+                losses.append(float(loss))
         for x, y in zip(stream.test.x, stream.test.y, strict=True):
             accuracy(params, x, y)
         jax.block_until_ready(params)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        yield time.perf_counter() - start
 
 
-def shared(stream: streams.Stream, steps: int, seeds: int) -> list[float]:
+def shared(
+    made: Any, axes: Any, stream: streams.Stream, steps: int, batch: int, seeds: int
+) -> Iterator[float]:
     """Seconds per task of the shared loop."""
-    made, axes = problem("mlp", stream.train.x.shape[2:], 10)
     params = jax.eval_shape(made.init, jax.random.key(0))
     setting = setting_for(params, axes, tasks=len(stream.task_names))
     chunks = loop.learn(
-        made, METHODS["adam"], setting, feed(stream, BATCH), rates=[RATE] * seeds,
+        made, METHODS["adam"], setting, feed(stream, batch), rates=[RATE] * seeds,
         strengths=[0.0] * seeds, seeds=list(range(seeds)), steps=steps,
     )  # fmt: skip
-    seconds, start = [], time.perf_counter()
-    for _, runs, _ in chunks:
-        jax.block_until_ready(runs.params)
-        seconds.append(time.perf_counter() - start)
+    while True:
         start = time.perf_counter()
-    return seconds
+        if (chunk := next(chunks, None)) is None:
+            return
+        jax.block_until_ready(chunk[1].params)
+        yield time.perf_counter() - start
+
+
+def products(width: int, inputs: int, outputs: int, batch: int) -> float:
+    """Seconds of a step's matrix products at the speed of large ones on one core."""
+    kernels = [inputs * width, width * width, width * outputs]
+    operations = 2 * batch * (3 * sum(kernels) - kernels[0])  # no gradient of the input
+    a = jnp.ones((1024, 1024))
+    seconds = _limits.seconds_per_call(jax.jit(jnp.matmul), a, a, calls=2)
+    cores = int(os.environ.get("NPROC", os.cpu_count() or 1))
+    return operations / (2 * 1024**3 / seconds / cores)
+
+
+def measure(width: int, stream: streams.Stream, steps: int, batch: int) -> dict:
+    """All four on one network, a task each in turn."""
+    shape = stream.train.x.shape[2:]
+    made, axes = problem("mlp", shape, 10, hidden=(width, width))
+    rivals = {
+        "plain": plain(made, stream, steps, batch, logged=False),
+        "logged": plain(made, stream, steps, batch, logged=True),
+        "loop": shared(made, axes, stream, steps, batch, 1),
+        "seeds": shared(made, axes, stream, steps, batch, SEEDS),
+    }
+    turns = [
+        {name: next(each) for name, each in rivals.items()} for _ in stream.task_names
+    ]
+    seconds = {name: [turn[name] for turn in turns[1:]] for name in rivals}
+    per_step = {name: float(np.median(x)) / steps for name, x in seconds.items()}
+    return {
+        "steps per second": {name: 1 / x for name, x in per_step.items()},
+        "loop / plain, in steps per second": per_step["plain"] / per_step["loop"],
+        "loop / logged, in steps per second": per_step["logged"] / per_step["loop"],
+        f"{SEEDS} seeds / 1 seed, in time": per_step["seeds"] / per_step["loop"],
+        "products, seconds per step": products(width, int(np.prod(shape)), 10, batch),
+        "seconds per task": seconds,
+    }
 
 
 def main(config: Config) -> None:
     steps = 50 if config.quick else config.steps
     tasks = 3 if config.quick else config.tasks
     stream = streams.load("permuted-digits", tasks=tasks)
-    seconds = {
-        "plain": plain(stream, steps)[1:],
-        "loop": shared(stream, steps, 1)[1:],
-        "seeds": shared(stream, steps, SEEDS)[1:],
-    }
-    per_step = {name: float(np.median(x)) / steps for name, x in seconds.items()}
-    figures = {
-        "steps per second": {name: 1 / x for name, x in per_step.items()},
-        "loop / plain, in steps per second": per_step["plain"] / per_step["loop"],
-        f"{SEEDS} seeds / 1 seed, in time": per_step["seeds"] / per_step["loop"],
-    }
-    for name, value in figures.items():
-        print(name, value, sep=": ")
+    found = {}
+    for width in config.widths:
+        found[width] = measure(width, stream, steps, config.batch)
+        for name, value in found[width].items():
+            print(width, name, value, sep=": ")
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": _timing.machine(),
         "versions": results.versions(),
-        "config": {"steps": steps, "tasks": tasks, "batch": BATCH},
-        "seconds per task": seconds,
-        **figures,
+        "config": {"steps": steps, "tasks": tasks, "batch": config.batch},
+        "NPROC": os.environ.get("NPROC"),
+        "by width": found,
     }
     results.write(config.out / "throughput.json", content)
 

@@ -17,13 +17,15 @@ __all__ = ["feed", "problem", "union"]
 
 
 @functools.cache
-def problem(model: str, shape: tuple[int, ...], outputs: int) -> tuple[Problem, Any]:
+def problem(
+    model: str, shape: tuple[int, ...], outputs: int, **options: Any
+) -> tuple[Problem, Any]:
     """The loop's view of a network, and the `Axes` of its kernels."""
     if model == "linen_mlp":
         return _linen(shape, outputs)
 
     def make(key):
-        return MODELS[model](shape, outputs, nnx.Rngs(key))
+        return MODELS[model](shape, outputs, nnx.Rngs(key), **options)
 
     graph = nnx.graphdef(make(0))
     return (
