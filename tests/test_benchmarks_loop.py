@@ -78,6 +78,7 @@ def test_what_is_compared():
     assert found["accuracy, ours - avalanche"]["difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_throughput_times_all_four(tmp_path):
     throughput.main(throughput.Config(quick=True, widths=(8,), out=tmp_path))
     found = json.loads((tmp_path / "throughput.json").read_text())["by width"]["8"]
