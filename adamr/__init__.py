@@ -20,7 +20,6 @@ from adamr.consolidation import set_anchor as set_anchor
 from adamr.covariance import Covariance as Covariance
 from adamr.covariance import empty_covariance as empty_covariance
 from adamr.covariance import merge_covariance as merge_covariance
-from adamr.covariance import null_space_complement as null_space_complement
 from adamr.covariance import update_covariance as update_covariance
 from adamr.diagnostics import effective_learning_rate as effective_learning_rate
 from adamr.diagnostics import moment_statistics as moment_statistics
@@ -58,6 +57,7 @@ from adamr.modifiers.replay import mix_gradients as mix_gradients
 from adamr.modifiers.replay import replay_routing as replay_routing
 from adamr.modifiers.surgery import cagrad as cagrad
 from adamr.modifiers.surgery import pcgrad as pcgrad
+from adamr.null_space import null_space_complement as null_space_complement
 from adamr.offloading import offload as offload
 from adamr.offloading import onload as onload
 from adamr.optimizers import adamr as adamr

@@ -18,7 +18,8 @@ towards the raw gradient. The *merging* link ends the carrier and applies the mo
     recipes/         gpm, ewc, agem, …            optimizers.py      the alias `adamr`
     protection.py    exact protections            state.py           task boundaries
     subspace.py      protected per leaf           directions.py      as whole vectors
-    bases.py, growth.py, sketch.py, covariance.py, gram_schmidt.py   learning these
+    bases.py, growth.py, sketch.py, gram_schmidt.py,
+    covariance.py, null_space.py   learning these
     trust_region.py, scales.py, relaxation.py     learning inside them: TRGP, ROGO
     importance.py, path_integral.py, consolidation.py     a penalty's weights and anchor
     capture.py       layer inputs (Flax)          logits.py          logit gradients
