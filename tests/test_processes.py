@@ -50,9 +50,9 @@ class Run:
     def finish(self, count, devices):
         """To the end; where it began, and the result."""
         processes = self.start(count, devices)
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        ended = [process.returncode for process in processes]
-        assert not any(ended), self.errors.read_text()
+        outputs = ended(processes)
+        failed = any(process.returncode for process in processes)
+        assert not failed, self.errors.read_text()
         began = int(outputs[0].split("from ")[1].split()[0])
         with np.load(self.folder / "result.npz") as result:
             return began, {name: result[name] for name in result.files}
@@ -61,7 +61,16 @@ class Run:
 def stop(processes):
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
+
+
+def ended(processes):
+    """What each printed."""
+    try:
+        return [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        stop(processes)
 
 
 def until(process, step):
@@ -75,7 +84,7 @@ def kill_one(run, count, devices, seed):
     """Kills a process at a random moment, then the others, which cannot go on."""
     draw = random.Random(seed)
     processes = run.start(count, devices)
-    until(processes[0], draw.randint(4, STEPS - 4))
+    until(processes[0], draw.randint(4, STEPS - 8))
     time.sleep(draw.uniform(0, 0.1))
     processes[draw.randrange(count)].kill()
     time.sleep(draw.uniform(0, 0.5))
@@ -150,7 +159,7 @@ def test_sigterm_to_one_ends_all_at_the_same_step(new_run, references, index):
     processes = run.start(2, 1)
     until(processes[0], 5)
     processes[index].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], (
         run.errors.read_text()
     )
@@ -165,7 +174,6 @@ def test_sigterm_to_one_ends_all_at_the_same_step(new_run, references, index):
 def test_what_differs_between_processes_is_refused(new_run):
     run = new_run("differs")
     processes = run.start(2, 1, "--differ")
-    for process in processes:
-        process.communicate(timeout=300)
+    ended(processes)
     assert all(process.returncode for process in processes)
     assert "state differs between processes" in run.errors.read_text()

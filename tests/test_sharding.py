@@ -254,3 +254,23 @@ def test_what_directions_and_constraints_send(where):
     assert sent(adamr.project_out(d), p) == reduced(3, 3)
     memory = {"memory_gradient": p}
     assert sent(adamr.agem_constraint(), p, **memory) == reduced(1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fan-in", "fan-out", "fsdp x tensor"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_step_moves_a_leaf(case, layout):
+    """Sums cross devices, parameters and state do not."""
+    axes, _, *where = LAYOUTS[layout]
+    mesh = mesh_of(axes)
+    p = place(params(), mesh, *where)
+    tx = case.build(subspace())()
+    state = jax.jit(tx.init, out_shardings=state_shardings(tx, p))(p)
+    places = jax.tree.map(lambda x: x.sharding, (p, state))
+
+    def update(g, state, p):
+        return tx.update(g, state, p, **case.extra_args(g))
+
+    update = jax.jit(update, out_shardings=places).lower(p, state, p)
+    sent = collectives(update.compile())
+    assert {kind for kind, *_ in sent} <= {"all-reduce"}, sent
