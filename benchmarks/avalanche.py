@@ -52,13 +52,13 @@ class Config:
     """MNIST: a file or folder that `examples.streams` reads."""
     python: Path
     """An interpreter in which `import avalanche` works."""
-    tasks: int = 5
+    tasks: int = 4
     """Permutations."""
-    steps: int = 400
+    steps: int = 320
     """Steps per task: one epoch over steps x batch images."""
     batch: int = 10
     """Images per step."""
-    seeds: int = 5
+    seeds: int = 4
     """Runs per method."""
     rate: float = 0.05
     """Of SGD."""
@@ -66,7 +66,7 @@ class Config:
     """Of EWC, in the convention with 1/2."""
     memory: int = 60
     """Images per task that A-GEM keeps, and draws at each step."""
-    test: int = 2000
+    test: int = 500
     """Test images per task."""
     out: Path = Path("benchmarks/results")
 

@@ -15,7 +15,8 @@ second; seeds <= 2 x the time of loop. What a loop in Python costs beside the st
 about the same for all widths, so the ratio is bounded by the arithmetic of the step:
 `products` is the time of its matrix products at the speed of large ones on one core.
 
-NPROC=1 keeps XLA from handing parts of a small step to other threads.
+NPROC=1 keeps XLA from handing parts of a small step to other threads, which costs more
+than it gains; but several seeds then wait for each other.
 """
 
 import dataclasses
@@ -163,7 +164,9 @@ def main(config: Config) -> None:
         "NPROC": os.environ.get("NPROC"),
         "by width": found,
     }
-    results.write(config.out / "throughput.json", content)
+    threads = os.environ.get("NPROC")
+    name = f"throughput-nproc{threads}.json" if threads else "throughput.json"
+    results.write(config.out / name, content)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-if os.environ.get("NPROC") == "1":
-    # XLA has no threads of its own then, which small networks are better off without;
-    # what a thread calls must run on that thread, or runs would wait for each other.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
 PORTION = 512  # test examples scored at once
 
 __all__ = [

@@ -79,7 +79,8 @@ def test_what_is_compared():
 
 
 @pytest.mark.slow
-def test_throughput_times_all_four(tmp_path):
+def test_throughput_times_all_four(tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
     throughput.main(throughput.Config(quick=True, widths=(8,), out=tmp_path))
     found = json.loads((tmp_path / "throughput.json").read_text())["by width"]["8"]
     speed = found["steps per second"]
