@@ -6,6 +6,7 @@ runs an example that kills itself: before its count-th operation on files of a
 checkpoint, or at its count-th task boundary, which is computed but not yet saved.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -45,6 +46,14 @@ class Example:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    @functools.cached_property
+    def whole(self):
+        """What `finish` gives when it is left alone, and how long it takes then."""
+        wanted, start = self.finish("whole"), time.monotonic()
+        assert self.finish("twin") == wanted  # compiled already
+        self.seconds = time.monotonic() - start
+        return wanted
 
     def finish(self, name):
         """To the end: the runs but for their seconds, the events, the last states."""
@@ -87,26 +96,25 @@ def wait_for(path, process, seconds=300):
 
 def check_random_moments(example, how, kills):
     """Stopped at random moments, again and again; ends as if it never was."""
-    start = time.monotonic()
-    wanted = example.finish("whole")
-    duration = time.monotonic() - start  # with compilation: an upper bound
+    wanted, name = example.whole, f"killed-{how}"
     rng, codes = np.random.default_rng(int(how)), []
     for _ in range(kills):
-        process = example.start(example.folder / "killed")
-        time.sleep(rng.uniform(0.1, 0.9) * duration / 2)
+        process = example.start(example.folder / name)
+        time.sleep(rng.uniform(0.1, 0.9) * example.seconds)
         process.send_signal(how)
         process.communicate(timeout=300)
         codes.append(process.returncode)
     assert set(codes) <= {0, 143 if how == signal.SIGTERM else -how}
-    assert example.finish("killed") == wanted
+    assert example.finish(name) == wanted
 
 
 def check_place(example, where, count):
     """Killed at one place; ends as if it never was."""
-    process = example.start(example.folder / "killed", place=(where, count))
+    name = f"killed-{where}-{count}"
+    process = example.start(example.folder / name, place=(where, count))
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
-    assert example.finish("killed") == example.finish("whole")
+    assert example.finish(name) == example.whole
 
 
 def _kill_at(where, count, arguments):

@@ -20,16 +20,19 @@ from examples.lm.model import PRESETS
 from examples.runs import Done
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_text(made):
     """Two domains as pairs, one plain."""
-    made = tmp_path / "text"
     made.mkdir()
     for name, line in (("abc", "abcdefgh\n"), ("digits", "0123456789\n")):
         (made / f"{name}.train.txt").write_text(line * 60)
         (made / f"{name}.valid.txt").write_text(line * 20)
     (made / "words.txt").write_text("the quick brown fox\n" * 60)
     return made
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_text(tmp_path / "text")
 
 
 def _run(folder, out, *more):
@@ -260,10 +263,11 @@ def test_default_methods_cover_the_comparison():
 ARGUMENTS = ["--preset", "tiny", "--steps", "40", "--methods", "adaptive,alias"]
 
 
-@pytest.fixture
-def example(folder, tmp_path):
-    arguments = [*ARGUMENTS, "--data", folder]
-    return example_kills.Example("examples.lm", arguments, tmp_path)
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    arguments = [*ARGUMENTS, "--data", write_text(folder / "text")]
+    return example_kills.Example("examples.lm", arguments, folder)
 
 
 @pytest.mark.slow

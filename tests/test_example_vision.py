@@ -316,10 +316,12 @@ def test_intervals_and_paired_tests():
     np.testing.assert_allclose(test["p"], 0.063, atol=0.02)
 
 
-@pytest.fixture
-def example(tmp_path):
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
     arguments = ["--method", "gpm,er", "--tasks", "3", "--steps", "100"]
-    return example_kills.Example("examples.vision", arguments, tmp_path)
+    return example_kills.Example(
+        "examples.vision", arguments, tmp_path_factory.mktemp("vision")
+    )
 
 
 @pytest.mark.slow
