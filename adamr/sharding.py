@@ -32,8 +32,8 @@ def sharding_of(x: Any) -> NamedSharding | None:
     return found if isinstance(found, NamedSharding) else None
 
 
-def _like(x: Any, leaf: Any) -> Any:
-    """A copy of `x` whose axes lie as those of the same size and place in `leaf`.
+def _like(x: Any, leaf: Any, lead: int) -> Any:
+    """A copy of `x` whose axes, but for the first `lead`, lie as those of `leaf`.
 
     An `x` that is sharded by hand stays where it is.
     """
@@ -44,8 +44,8 @@ def _like(x: Any, leaf: Any) -> Any:
         if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated:
             return jnp.array(x, copy=True)
         x = np.asarray(x)  # a constant of no mesh
-    along = zip(x.shape, leaf.shape, where.spec, strict=False)
-    axes = [axis if n == m else None for n, m, axis in along]
+    along = zip(x.shape[lead:], leaf.shape, where.spec, strict=False)
+    axes = [None] * lead + [axis if n == m else None for n, m, axis in along]
     where = NamedSharding(where.mesh, PartitionSpec(*axes))
     if _trees.is_traced(leaf) or _trees.is_traced(x):
         return jax.sharding.reshard(jnp.asarray(x), where)
@@ -69,11 +69,11 @@ def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | No
     return NamedSharding(meshes[0], PartitionSpec(*map(axes.get, result)))
 
 
-def copied_beside(params: Any, entries: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fresh buffers in leaf order (bases, weights), each beside its parameter."""
+def copied_beside(params: Any, entries: tuple[Any, ...], lead: int = 0) -> tuple:
+    """Fresh buffers in leaf order (bases, weights, rows), each beside its parameter."""
     leaves = _trees.flatten(params)[0] or [None] * len(entries)
     pairs = zip(entries, leaves, strict=True)
-    return tuple(None if x is None else _like(x, leaf) for x, leaf in pairs)
+    return tuple(None if x is None else _like(x, leaf, lead) for x, leaf in pairs)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:

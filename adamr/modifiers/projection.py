@@ -46,7 +46,8 @@ def copy_subspace(subspace: Any, params: Any) -> Any:
     """Fresh buffers: the optimizer's state may be donated, the argument may not."""
     if isinstance(subspace, Subspace):
         return Subspace(*(copied_beside(params, field) for field in subspace))
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), subspace)
+    rows = copied_beside(params, subspace.rows, lead=1)
+    return Directions(rows, jnp.array(subspace.used, copy=True))
 
 
 def projection(
