@@ -41,6 +41,8 @@ from examples import loop, results, streams
 from examples.methods import METHODS, setting_for
 from examples.vision.problem import feed, problem
 
+# Without the paths of the machine; the settings stand beside it.
+COMMAND = "NPROC=1 python -m benchmarks.avalanche --data mnist.npz --python PYTHON"
 RIVAL = Path(__file__).with_name("_avalanche_rival.py")
 
 
@@ -218,7 +220,7 @@ def main(config: Config) -> None:
     del settings["python"], settings["out"]
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
-        "machine": _timing.machine(),
+        "machine": _timing.machine() | {"command": COMMAND},
         "versions": {**results.versions(), **theirs["versions"]},
         "config": settings,
         "threads": {
