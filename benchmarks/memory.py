@@ -22,6 +22,7 @@ import tyro
 import adamr
 from adamr.state import find_nodes
 from benchmarks import _models
+from benchmarks._tables import table, written
 from examples.pod import placement
 
 PAGE = Path("docs/scaling.md")
@@ -115,12 +116,6 @@ def basis_bytes(state: Any) -> int:
     return nbytes(find_nodes(state, adamr.Subspace))
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
-
-
 def recipes() -> str:
     """State of every recipe at 8B parameters in float32."""
     params = _models.shapes(_models.SIZES["8B"])
@@ -199,16 +194,6 @@ def devices() -> str:
             )
     heads = ["", "parameters and state", "gradient", "temporary, GB"]
     return table(heads, rows)
-
-
-def written(page: str, name: str, content: str) -> str:
-    """The page with the table between its two marks replaced."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-    table = lambda marks: f"{marks[1]}\n{content}\n\n{marks[2]}"  # noqa: E731
-    page, found = re.subn(pattern, table, page, flags=re.S)
-    if found != 1:
-        raise ValueError(f"{PAGE} has {found} tables {name}, expected one.")
-    return page
 
 
 @dataclasses.dataclass

@@ -1,0 +1,142 @@
+"""python -m docs.evidence: puts the committed results into docs/evidence.md.
+
+Every number of a table there comes from a file in benchmarks/results; which command
+made it stands beside the table.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks._benches import BENCHES
+from benchmarks._cells import SGD_FACTOR
+from benchmarks._pareto import front, values
+from benchmarks._tables import table, written
+from examples.results import interval, paired
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT = "gpm/shared_v/adam"
+
+
+def _read(stem: str) -> dict:
+    return json.loads((RESULTS / f"{stem}.json").read_text())
+
+
+def _found(what: str) -> list[str]:
+    """The benches that have results."""
+    return [
+        name
+        for name in BENCHES
+        if (RESULTS / f"{what}_{name.replace('-', '_')}.json").exists()
+    ]
+
+
+def _number(mean: float, half: float) -> str:
+    if not np.isfinite(mean):
+        return "diverged"
+    return f"{mean:.3f}" + (f" ±{half:.3f}" if np.isfinite(half) else "")
+
+
+def _cells(content: dict, default: str) -> str:
+    """One stream: final, learned, forgetting, and the difference to the default."""
+    measure, rows = content["bench"]["measure"], content["rows"]
+    sign, best = 1.0 if measure == "accuracy" else -1.0, front(rows, measure)
+    own = {row["cell"]: row for row in rows}
+
+    def final(row):
+        mean = np.mean(values(row, "final"))
+        return -sign * mean if np.isfinite(mean) else np.inf
+
+    lines = []
+    for row in sorted(rows, key=final):
+        name = row["cell"]
+        rate = row["learning_rate"] * (SGD_FACTOR if name.endswith("/sgd") else 1)
+        against = ""
+        if name != default and default in own:
+            test = paired(values(row, "final"), values(own[default], "final"))
+            against = _number(test["difference"], test["half_width"])
+        lines.append(
+            [
+                f"`{name}`" + (" **front**" if name in best else ""),
+                *(
+                    _number(*interval(values(row, key)))
+                    for key in ("final", "learned", "forgetting")
+                ),
+                against,
+                f"{rate:g}" + "!" * row["at_the_edge_of_the_sweep"],
+            ]
+        )
+    heads = ["cell", "final", "learned", "forgetting", "final − default", "rate"]
+    return table(heads, lines)
+
+
+def _of(what: str, default: str) -> str:
+    parts = []
+    for name in _found(what):
+        content = _read(f"{what}_{name.replace('-', '_')}")
+        bench = content["bench"]
+        parts.append(
+            f"**{name}** ({bench['measure']}, {bench['steps']} steps a task of "
+            f"{bench['batch']}, {bench['seeds']} seeds, sweep of {len(bench['rates'])} "
+            f"configurations; threshold {bench['threshold']}):"
+        )
+        parts.append(_cells(content, default))
+        parts.append(f"![{name}](../benchmarks/results/{what}_"
+                     f"{name.replace('-', '_')}.png)")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def forgetting() -> str:
+    return _of("forgetting", DEFAULT)
+
+
+def strength() -> str:
+    return _of("strength_rules", "rule/shared_v/full")
+
+
+def mechanism() -> str:
+    """At α = 0.9, where 1 / (1 − α) is 10."""
+    content = _read("mechanism")
+    at = content["alphas"].index(0.9)
+    lines = []
+    for row in content["rows"]:
+        if row["scale"] != 1:
+            continue
+        shared, decoupled = row["shared"], row.get("decoupled")
+        explained = shared.get("explained")
+        lines.append(
+            [
+                f"{row['stream']}, {row['optimizer']}, {row['v']}",
+                f"{shared['inflation'][at]:.2f}",
+                f"{100 * shared['error']:.2f} %",
+                f"{explained[at]:.2f}" if explained else "",
+                f"{decoupled['inflation'][at]:.2f}" if decoupled else "",
+            ]
+        )
+    heads = [
+        "stream, optimizer, v", "shared", "worst error of 1/(1−α)", "explained",
+        "decoupled",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "mechanism": mechanism,
+    "forgetting": forgetting,
+    "strength": strength,
+}
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, make in TABLES.items():
+        page = written(page, name, make())
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
