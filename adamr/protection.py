@@ -48,6 +48,7 @@ from adamr.subspace import (
     project_leaf,
     reconstruct,
     used,
+    without,
 )
 
 __all__ = [
@@ -296,7 +297,8 @@ def in_eigenbasis(
                 return step.astype(like.dtype)
             along, rest = step.along.astype(jnp.float32), step.rest.astype(jnp.float32)
             back = reconstruct(basis, weights, along)
-            back = back + project_leaf(basis, used(basis, weights), rest)
+            inside = coordinates(basis, weights, rest)  # 0 along padding
+            back = back + without(basis, used(basis, weights), rest, inside)
             return back.astype(like.dtype)
 
         steps = _trees.map_positions(leaf, plain, steps, *basis)
