@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from adamr.routing import Routed
-from benchmarks import _benches, _cells, _pareto, _runner, forgetting
+from benchmarks import _benches, _cells, _pareto, _runner, evidence, forgetting
 from benchmarks.strength_rules import RULES, conflict_scale
 from benchmarks.strength_rules import method as rule_method
 from examples import results
@@ -141,3 +142,25 @@ def test_every_rule_runs(small, tmp_path, rule):
     made = _benches.make(small, tmp_path)
     for routing in ("shared_v", "decoupled"):
         _finite(made, rule_method(rule, routing), memory=0.02)
+
+
+def test_headlines_are_compared_where_both_results_exist(tmp_path, capsys):
+    def write(folder, stem, final):
+        rows = [
+            {"cell": cell, "runs": [{"final": x, "forgetting": 1 - x}] * 2}
+            for cell, x in final.items()
+        ]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{stem}.json").write_text(json.dumps({"rows": rows}))
+
+    full, quick = tmp_path / "full", tmp_path / "quick"
+    cells = ["gpm/shared_v/adam", "gpm/shared/adam", "gpm/shared/sgd"]
+    write(full, evidence.DIGITS, dict(zip(cells, (0.9, 0.8, 0.85), strict=True)))
+    stem = f"{evidence.DIGITS}_quick"
+    write(quick, stem, dict(zip(cells, (0.7, 0.6, 0.65), strict=True)))
+    console = Console(width=120)
+    assert evidence.compare(quick, full, console) == 0
+    assert capsys.readouterr().out.count("not run") == 6
+    write(quick, stem, dict(zip(cells, (0.5, 0.6, 0.65), strict=True)))
+    assert evidence.compare(quick, full, console) == 1
+    assert "DIFFERS" in capsys.readouterr().out
