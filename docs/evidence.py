@@ -27,10 +27,11 @@ def _read(stem: str) -> dict:
 
 
 def _found(what: str) -> list[str]:
-    """The benches that have results."""
+    """The benches that have results, those made smaller by `--quick` included."""
     return [
         name
-        for name in BENCHES
+        for each in BENCHES
+        for name in (each, f"{each}-quick")
         if (RESULTS / f"{what}_{name.replace('-', '_')}.json").exists()
     ]
 

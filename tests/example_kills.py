@@ -104,7 +104,8 @@ def check_random_moments(example, how, kills):
         process.send_signal(how)
         process.communicate(timeout=300)
         codes.append(process.returncode)
-    assert set(codes) <= {0, 143 if how == signal.SIGTERM else -how}
+    # SIGTERM while Python still starts finds no handler: the process just dies.
+    assert set(codes) <= ({0, 143, -how} if how == signal.SIGTERM else {0, -how})
     assert example.finish(name) == wanted
 
 
