@@ -111,9 +111,10 @@ class Made(NamedTuple):
 def make(name: str, data: Path) -> Made:
     """Reads the data of a bench from the folder `data`."""
     bench = BENCHES[name]
-    options = dict(bench.options)
     stream = streams.load(
-        bench.stream, data=None if bench.data is None else data / bench.data, **options
+        bench.stream,
+        data=None if bench.data is None else data / bench.data,
+        **bench.options,
     )
     if bench.model == "lm":
         return Made(bench, stream, *language_problem(LM), UNPROTECTED)

@@ -53,7 +53,7 @@ def conflict_scale(per_leaf: bool) -> optax.GradientTransformationExtraArgs:
         del state, params, extra
         raw, treedef = jax.tree.flatten(routed.raw)
         inner = jnp.stack(
-            [jnp.vdot(g, r) for g, r in zip(raw, jax.tree.leaves(memory_gradient))]  # noqa: B905
+            jax.tree.leaves(jax.tree.map(jnp.vdot, routed.raw, memory_gradient))
         )
         inner = inner if per_leaf else jnp.sum(inner)[None]
         strength = (inner < 0).astype(jnp.float32)

@@ -21,9 +21,9 @@ from adamr.capture import kernel_axes
 from adamr.checkpoint import Checkpoints, Restored
 from examples.lm.data import Domain, sample_windows, spaced_windows
 from examples.lm.model import Preset, Transformer
+from examples.lm.problem import UNPROTECTED
 from examples.pod import placement
 
-UNPROTECTED = ("embedding", "norm", "head")
 CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found
 
 
