@@ -53,8 +53,8 @@ def strategy(name, model, settings):
         return Naive(**common)
     if name == "ewc":
         return EWC(ewc_lambda=settings["strength"] / 2, **common)
-    patterns = settings["memory"]
-    return AGEM(patterns_per_exp=patterns, sample_size=patterns, **common)
+    drawn = settings["batch"] if name == "agem" else int(name.removeprefix("agem_"))
+    return AGEM(patterns_per_exp=settings["memory"], sample_size=drawn, **common)
 
 
 def run(name, stream, seed, settings, tasks):

@@ -12,8 +12,10 @@ methods mean the same thing:
     ewc     Σ_k λ F_k (θ - θ_k)² in the loss, F_k the mean over a task's batches of the
             squared gradient of a batch's mean loss (Avalanche's definition); λ there is
             strength / 2 here
-    agem    memory of the same size per task; each step a reference gradient on as many
-            examples drawn from all memories; projected where the product is negative
+    agem    memory of the same size per task; each step a reference gradient on one
+            batch drawn from all memories; projected where the product is negative
+    agem_N  the same with N examples in the reference gradient, whose matrix products
+            then are most of the step on both sides
 
 Training steps per second leave out the first task, in which ours compiles and neither
 has a past to protect; boundaries count. Ours include the evaluation after each task,
@@ -38,7 +40,7 @@ import tyro
 import adamr
 from benchmarks import _timing
 from examples import loop, results, streams
-from examples.methods import METHODS, setting_for
+from examples.methods import METHODS, memory_gradient, setting_for
 from examples.vision.problem import feed, problem
 
 # Without the paths of the machine; the settings stand beside it.
@@ -67,7 +69,7 @@ class Config:
     strength: float = 100.0
     """Of EWC, in the convention with 1/2."""
     memory: int = 60
-    """Images per task that A-GEM keeps, and draws at each step."""
+    """Images per task that A-GEM keeps; `agem_N` draws as many at each step."""
     test: int = 500
     """Test images per task."""
     out: Path = Path("benchmarks/results")
@@ -88,13 +90,21 @@ def fisher_of_batches(problem, params, data: loop.Data, batch: int):
     return jax.tree.map(lambda s: s / len(parts[0]), total)
 
 
-def methods(batch: int) -> dict:
+def methods(batch: int, memory: int) -> dict:
     """Avalanche's strategies as the loop runs them, on plain SGD."""
 
     def consolidate(problem, setting, params, opt_state, data, key):
         del setting, key
         fisher = fisher_of_batches(problem, params, data, batch)
         return adamr.consolidate(opt_state, params, fisher)
+
+    def agem(count: int):
+        return METHODS["agem"]._replace(
+            build=lambda rate, *_: optax.chain(
+                adamr.agem_constraint(), optax.sgd(rate)
+            ),
+            evidence=functools.partial(memory_gradient, count=count),
+        )
 
     return {
         "naive": METHODS["sgd"],
@@ -104,11 +114,8 @@ def methods(batch: int) -> dict:
             ),
             boundary=consolidate,
         ),
-        "agem": METHODS["agem"]._replace(
-            build=lambda rate, *_: optax.chain(
-                adamr.agem_constraint(), optax.sgd(rate)
-            ),
-        ),
+        "agem": agem(batch),
+        f"agem_{memory}": agem(memory),
     }
 
 
@@ -199,7 +206,7 @@ def main(config: Config) -> None:
     )
     made, axes = problem("mlp", stream.train.x.shape[2:], 10)
     seeds, ours, together = list(range(config.seeds)), {}, {}
-    for name, method in methods(config.batch).items():
+    for name, method in methods(config.batch, config.memory).items():
         ours[name] = [
             learn(made, axes, method, stream, config, [seed]) for seed in seeds
         ]

@@ -19,7 +19,14 @@ import optax
 import adamr
 from examples.loop import Data, Memory
 
-__all__ = ["METHODS", "Method", "Setting", "grow", "setting_for"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Setting",
+    "grow",
+    "memory_gradient",
+    "setting_for",
+]
 
 
 class Setting(NamedTuple):
@@ -98,8 +105,12 @@ def _draw(memory: Memory, key: jax.Array, count: int) -> Data:
     return Data(inputs[task, place], labels[task, place], classes[task])
 
 
-def _memory_gradient(gradient_of, params, memory, key, *, name="memory_gradient"):
-    gradient = gradient_of(params, _draw(memory, key, memory.data.labels.shape[1]))
+def memory_gradient(
+    gradient_of, params, memory, key, *, name="memory_gradient", count=None
+):
+    """The gradient on `count` stored examples; None: as many as a task's memory has."""
+    count = memory.data.labels.shape[1] if count is None else count
+    gradient = gradient_of(params, _draw(memory, key, count))
     any_seen = jnp.any(memory.seen)
     return {name: jax.tree.map(lambda g: jnp.where(any_seen, g, 0.0), gradient)}
 
@@ -314,17 +325,17 @@ METHODS: dict[str, Method] = {
     "agem": Method(
         "A-GEM in Adam's metric",
         lambda rate, _, s: adamr.agem(rate),
-        evidence=_memory_gradient,
+        evidence=memory_gradient,
     ),
     "er": Method(
         "experience replay, half of the gradient from memory",
         lambda rate, _, s: adamr.er(rate),
-        evidence=_memory_gradient,
+        evidence=memory_gradient,
     ),
     "mudman": Method(
         "MUDMAN's disruption mask",
         lambda rate, _, s: adamr.mudman(rate),
-        evidence=functools.partial(_memory_gradient, name="retain_gradient"),
+        evidence=functools.partial(memory_gradient, name="retain_gradient"),
     ),
     "hft": Method(
         "Half Fine-Tuning",
