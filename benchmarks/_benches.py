@@ -8,7 +8,7 @@ from benchmarks._problems import language_problem
 from examples import streams
 from examples.lm.model import Preset
 from examples.lm.problem import UNPROTECTED
-from examples.loop import Problem
+from examples.problem import Problem
 from examples.vision.problem import problem
 
 __all__ = ["BENCHES", "Bench", "Made", "make"]

@@ -8,7 +8,7 @@ from flax import nnx
 
 from adamr import capture
 from examples.lm.model import Preset, Transformer
-from examples.loop import Data, Problem
+from examples.problem import Data, Problem
 from examples.vision.models import MLP
 
 __all__ = ["language_problem", "mlp_problem"]

@@ -41,6 +41,7 @@ import adamr
 from benchmarks import _timing
 from examples import loop, results, streams
 from examples.methods import METHODS, memory_gradient, setting_for
+from examples.problem import Data, loss_of
 from examples.vision.problem import feed, problem
 
 # Without the paths of the machine; the settings stand beside it.
@@ -76,12 +77,12 @@ class Config:
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "batch"))
-def fisher_of_batches(problem, params, data: loop.Data, batch: int):
+def fisher_of_batches(problem, params, data: Data, batch: int):
     """Mean over batches of the squared gradient of the batch's mean loss."""
 
     def squares(total, part):
-        objective = functools.partial(loop.loss_of, problem)
-        gradient = jax.grad(objective)(params, loop.Data(*part, data.classes))
+        objective = functools.partial(loss_of, problem)
+        gradient = jax.grad(objective)(params, Data(*part, data.classes))
         return jax.tree.map(lambda s, g: s + g * g, total, gradient), None
 
     parts = tuple(x.reshape(-1, batch, *x.shape[1:]) for x in data[:2])

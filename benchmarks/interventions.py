@@ -28,6 +28,7 @@ from benchmarks._problems import language_problem, mlp_problem
 from examples import loop, results, streams
 from examples.lm.model import Preset
 from examples.methods import Setting, setting_for
+from examples.problem import Problem
 from examples.vision.problem import feed
 
 SWEEP_SEED, SWEEP_TASKS = 100, 3
@@ -67,7 +68,7 @@ class Scene(NamedTuple):
     """
 
     stream: streams.Stream
-    problem: loop.Problem
+    problem: Problem
     setting: Setting
     batch: int
     steps: int

@@ -3,15 +3,13 @@
 A *run* is one seed at one learning rate. All runs of a method go through the same
 program, side by side by `jax.vmap` on an accelerator and one per core on a CPU, and a
 chunk of steps is one `lax.scan`: the program is compiled at the first chunk of the
-first task and serves the whole feed. Between
-chunks every task's test data is scored, which gives the anytime tensor; between tasks
-the method's boundary (a basis grows, a Fisher is estimated) works run by run.
+first task and serves the whole feed. Between chunks every task's test data is scored,
+which gives the anytime tensor; between tasks the method's boundary (a basis grows, a
+Fisher is estimated) works run by run.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,93 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-PORTION = 512  # test examples scored at once
+from examples.memory import empty_memory, remember, with_classes
+from examples.parallel import by_cores, over_runs
+from examples.problem import Data, Feed, Problem, loss_of
+from examples.scoring import accuracy_and_loss, in_portions
 
 __all__ = [
-    "Data",
-    "Feed",
     "History",
-    "Memory",
     "Position",
-    "Problem",
     "Runs",
-    "learn",
     "empty_history",
-    "loss_of",
+    "learn",
     "start",
 ]
-
-
-class Data(NamedTuple):
-    """Examples of one task, or of several with a leading axis.
-
-    Attributes:
-      inputs: (n, ...).
-      labels: (n, ...) int32.
-      classes: (all classes,) bool, False for logits that do not take part.
-    """
-
-    inputs: Any
-    labels: Any
-    classes: Any
-
-
-class Feed(NamedTuple):
-    """What the loop needs of a feed.
-
-    Attributes:
-      names: of the tasks.
-      batches: `(task, seed, first, steps) -> (steps, ...)`: what `Problem.batch` needs
-        for these steps of a task, the same at every call with the same arguments.
-      train: task -> its training data, as `Problem.batch` takes it.
-      samples: task -> its `Data`, from which its boundary and the memory draw.
-      test: `Data` with a leading axis of tasks.
-      weight: (tasks, n) of the test examples, 0 for padding.
-      masks: task being learned -> (tasks, all classes) bool, the classes that compete.
-    """
-
-    names: list[str]
-    batches: Callable[[int, int, int, int], Any]
-    train: Callable[[int], Any]
-    samples: Callable[[int], Data]
-    test: Data
-    weight: Any
-    masks: Callable[[int], Any]
-
-
-class Problem(NamedTuple):
-    """A model as the loop sees it; functions of one run.
-
-    Attributes:
-      init: key -> params.
-      logits: (params, inputs) -> (batch, ..., all classes).
-      batch: (task's training data, what `Stream.batches` gave) -> `Data`.
-      capture: (params, inputs) -> layer inputs, a tree like params; runs eagerly.
-      observe: (gradient, updates, opt_state, setting) -> scalars of a step by name.
-      observed: the names of these scalars.
-      convolves: XLA's CPU compiler is ten times slower with gradients of convolutions
-        inside a loop than outside, so there each step becomes a call of its own.
-    """
-
-    init: Callable[[jax.Array], Any]
-    logits: Callable[[Any, Any], jax.Array]
-    batch: Callable[[Any, Any], Data]
-    capture: Callable[[Any, Any], Any]
-    observe: Callable[..., dict[str, jax.Array]] = lambda *_: {}
-    observed: tuple[str, ...] = ()
-    convolves: bool = False
-
-
-class Memory(NamedTuple):
-    """A fixed number of examples of every finished task.
-
-    Attributes:
-      data: `Data` with a leading axis of tasks; zeros where nothing is stored yet.
-      seen: (tasks,) bool.
-    """
-
-    data: Data
-    seen: jax.Array
 
 
 class Position(NamedTuple):
@@ -143,45 +67,6 @@ class History(NamedTuple):
     loss: np.ndarray
     curves: dict[str, np.ndarray]
     baseline: np.ndarray
-
-
-def loss_of(problem: Problem, params: Any, data: Data) -> jax.Array:
-    """Mean cross-entropy in nats over the classes that take part."""
-    logits = _masked(problem.logits(params, data.inputs), data.classes)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, data.labels).mean()
-
-
-def _masked(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    shape = (*classes.shape[:-1], *[1] * (logits.ndim - classes.ndim), -1)
-    return jnp.where(classes.reshape(shape), logits, -1e30)
-
-
-def over_runs(function: Callable) -> Callable:
-    """`jax.vmap`; a single run keeps the faster unbatched program."""
-
-    def call(*args):
-        if len(jax.tree.leaves(args[0])[0]) > 1:
-            return jax.vmap(function)(*args)
-        one = function(*jax.tree.map(lambda x: x[0], args))
-        return jax.tree.map(lambda x: x[None], one)
-
-    return call
-
-
-def _by_cores(function: Callable, *runs: Any) -> Any:
-    """`function(*runs)`; on a CPU run by run, as many at a time as there are cores.
-
-    A CPU gains nothing from batched products and loses much with batched convolutions,
-    and one run's arrays fit its cache. Each run ends the same, bit for bit, whatever
-    runs beside it.
-    """
-    count = len(jax.tree.leaves(runs)[0])
-    if count == 1 or jax.default_backend() != "cpu":
-        return function(*runs)
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], runs) for i in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda x: jax.block_until_ready(function(*x)), parts))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *done)
 
 
 @functools.partial(
@@ -241,46 +126,6 @@ def _step_by_step(train: Callable, *run: Any) -> tuple:
     return params, state, keys, mean
 
 
-def _in_portions(test: Data, weight: Any) -> tuple[Data, jax.Array]:
-    """Test data as (tasks, portions, size, ...), padded with its own first examples."""
-    count = weight.shape[1]
-    size = min(PORTION, count)
-    rows = np.arange(-(-count // size) * size) % count
-    weight = np.where(np.arange(len(rows)) < count, weight[:, rows], 0.0)
-
-    def split(x):
-        x = np.asarray(x)[:, rows]
-        return jnp.asarray(x.reshape(len(x), -1, size, *x.shape[2:]))
-
-    inputs, labels = split(test.inputs), split(test.labels)
-    weight = jnp.asarray(weight.reshape(labels.shape[:3]), jnp.float32)
-    return Data(inputs, labels, test.classes), weight
-
-
-@functools.partial(jax.jit, static_argnames="problem")
-def _score(problem, test, weight, params):
-    """Accuracy and loss, (runs, tasks), in portions so that memory stays small."""
-
-    def run(params):
-        def task(both):
-            data, weight = both
-
-            def portion(now):
-                inputs, labels, weight = now
-                logits = _masked(problem.logits(params, inputs), data.classes)
-                right = logits.argmax(-1) == labels
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                over = tuple(range(1, labels.ndim))
-                return weight @ right.mean(over), weight @ losses.mean(over)
-
-            right, loss = jax.lax.map(portion, (data.inputs, data.labels, weight))
-            return right.sum() / weight.sum(), loss.sum() / weight.sum()
-
-        return jax.lax.map(task, (test, weight))
-
-    return over_runs(run)(params)
-
-
 def start(
     problem, method, setting, rates, strengths, seeds, feed: Feed, memory_size: int
 ) -> Runs:
@@ -291,37 +136,8 @@ def start(
     initial = jax.vmap(lambda rate, k, p: method.build(rate, k, setting).init(p))
     memory = None
     if method.evidence is not None:
-        like, runs, tasks = feed.samples(0), len(seeds), len(feed.names)
-        room = (runs, tasks, memory_size)
-        memory = Memory(
-            Data(
-                jnp.zeros((*room, *like.inputs.shape[1:]), like.inputs.dtype),
-                jnp.zeros((*room, *like.labels.shape[1:]), jnp.int32),
-                jnp.ones((runs, tasks, like.classes.shape[-1]), bool),
-            ),
-            jnp.zeros((runs, tasks), bool),
-        )
+        memory = empty_memory(feed, len(seeds), memory_size)
     return Runs(params, initial(rates, strengths, params), memory, both[:, 1])
-
-
-def _remembered(memory: Memory, data: Data, task: int, seeds) -> Memory:
-    """The memory with some examples of a task in it, drawn anew for every run."""
-    room = memory.data.labels.shape[2]
-    chosen = np.stack(
-        [
-            np.random.default_rng([seed, task, 1]).choice(
-                len(data.labels), room, replace=room > len(data.labels)
-            )
-            for seed in seeds
-        ]
-    )
-    new = Data(
-        np.asarray(data.inputs)[chosen],
-        np.asarray(data.labels)[chosen],
-        np.broadcast_to(np.asarray(data.classes), memory.data.classes[:, 0].shape),
-    )
-    put = jax.tree.map(lambda m, x: m.at[:, task].set(x), memory.data, new)
-    return Memory(put, memory.seen.at[:, task].set(True))
 
 
 def _boundary(problem, method, setting, runs: Runs, data: Data, task: int):
@@ -394,7 +210,7 @@ def learn(
         done = Position(0, 0)
     else:
         done, runs, history = resume
-    test, weight = _in_portions(feed.test, np.asarray(feed.weight))
+    test, weight = in_portions(feed.test, np.asarray(feed.weight))
     for task in range(tasks):
         if (task, steps) <= done:
             continue
@@ -404,24 +220,22 @@ def learn(
         train = functools.partial(_train, problem, method, setting, data)
         if problem.convolves and jax.default_backend() == "cpu":
             train = functools.partial(_step_by_step, train)
-        score = functools.partial(_score, problem, test, weight)
+        score = functools.partial(accuracy_and_loss, problem, test, weight)
         if task == 0 and done == Position(0, 0):
-            history.baseline[:], _ = _by_cores(score, runs.params)
+            history.baseline[:], _ = by_cores(score, runs.params)
         if runs.memory is not None:
-            wide = jnp.broadcast_to(masks, runs.memory.data.classes.shape)
-            stored = runs.memory.data._replace(classes=wide)
-            runs = runs._replace(memory=runs.memory._replace(data=stored))
+            runs = runs._replace(memory=with_classes(runs.memory, masks))
         for first in range(0, steps, chunk):
             if (task, first) < done:
                 continue
             batches = [feed.batches(task, seed, first, chunk) for seed in seeds]
             batches = jax.tree.map(lambda *x: np.stack(x), *batches)
-            params, state, keys, seen = _by_cores(
+            params, state, keys, seen = by_cores(
                 train, rates, strengths, *runs, batches
             )
             runs = Runs(params, state, runs.memory, keys)
             at = first // chunk
-            accuracy, loss = _by_cores(score, runs.params)
+            accuracy, loss = by_cores(score, runs.params)
             history.accuracy[:, task, at] = accuracy
             history.loss[:, task, at] = loss
             for name, values in seen.items():
@@ -431,6 +245,6 @@ def learn(
                 samples = feed.samples(task)
                 runs = _boundary(problem, method, setting, runs, samples, task)
             if end == steps and runs.memory is not None:
-                memory = _remembered(runs.memory, feed.samples(task), task, seeds)
+                memory = remember(runs.memory, feed.samples(task), task, seeds)
                 runs = runs._replace(memory=memory)
             yield Position(task, end), runs, history

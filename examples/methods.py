@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 import adamr
-from examples.loop import Data, Memory
+from examples.memory import Memory
+from examples.problem import Data
 
 __all__ = [
     "METHODS",

@@ -20,6 +20,7 @@ from rich.table import Table
 from adamr import checkpoint
 from examples import loop, results
 from examples.methods import Method
+from examples.problem import Feed, Problem
 
 TUNING_SEED = 1000  # of no reported run
 
@@ -95,10 +96,10 @@ class Bench(NamedTuple):
     """
 
     methods: dict[str, Method]
-    problem: loop.Problem
-    feed: loop.Feed
-    tuning: Callable[[], loop.Feed]
-    union: Callable[[Sequence[int]], loop.Feed]
+    problem: Problem
+    feed: Feed
+    tuning: Callable[[], Feed]
+    union: Callable[[Sequence[int]], Feed]
     setting: Callable[[str, int], Any]
     score: Callable[[loop.History], np.ndarray]
     steps: int
@@ -138,7 +139,7 @@ def learn(
     folder: Path,
     bench: Bench,
     name: str,
-    feed: loop.Feed,
+    feed: Feed,
     *,
     rates: Sequence[float],
     strengths: Sequence[float],

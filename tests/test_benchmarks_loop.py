@@ -11,7 +11,7 @@ pytest.importorskip("tyro")
 
 from adamr import get_anchor
 from benchmarks import avalanche, throughput
-from examples import loop
+from examples.problem import Data, loss_of
 from examples.vision.problem import problem
 
 MADE, _ = problem("mlp", (6,), 3, hidden=(5, 4))
@@ -21,17 +21,17 @@ def batches(count, size, seed=0):
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(count * size, 6)).astype(np.float32)
     labels = rng.integers(0, 3, count * size).astype(np.int32)
-    return loop.Data(inputs, labels, np.ones(3, bool))
+    return Data(inputs, labels, np.ones(3, bool))
 
 
 def test_fisher_is_the_mean_square_of_batch_gradients():
     data, params = batches(3, 4), MADE.init(jax.random.key(0))
     found = avalanche.fisher_of_batches(MADE, params, data, 4)
-    gradient = jax.grad(lambda p, part: loop.loss_of(MADE, p, part))
+    gradient = jax.grad(lambda p, part: loss_of(MADE, p, part))
     wanted = 0.0
     for i in range(3):
         rows = slice(4 * i, 4 * i + 4)
-        part = loop.Data(data.inputs[rows], data.labels[rows], data.classes)
+        part = Data(data.inputs[rows], data.labels[rows], data.classes)
         leaves = jax.tree.leaves(gradient(params, part))
         wanted = wanted + np.concatenate([np.ravel(g) ** 2 for g in leaves]) / 3
     found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
@@ -39,7 +39,7 @@ def test_fisher_is_the_mean_square_of_batch_gradients():
 
 
 def test_ewc_is_sgd_on_the_sum_of_the_tasks_penalties():
-    method, rate, strength = avalanche.methods(4)["ewc"], 0.1, 3.0
+    method, rate, strength = avalanche.methods(4, 6)["ewc"], 0.1, 3.0
     tx, params = method.build(rate, strength, None), MADE.init(jax.random.key(0))
     state, penalties = tx.init(params), []
     for seed in (1, 2):

@@ -20,6 +20,7 @@ import adamr
 from examples import loop, results, streams
 from examples.driver import TUNING_TASKS
 from examples.methods import METHODS, setting_for
+from examples.problem import Data, loss_of
 from examples.vision.__main__ import Config, main, prepare
 from examples.vision.problem import feed, problem, union
 
@@ -214,7 +215,7 @@ def test_a_union_draws_from_its_tasks_and_masks_each_ones_classes():
     np.testing.assert_array_equal(batch.classes, stream.class_mask[tasks[0]])
     assert batch.classes[np.arange(200), batch.labels].all()
     np.testing.assert_array_equal(joint.test.inputs[0], stream.test.x[3])
-    assert np.isfinite(loop.loss_of(made, made.init(jax.random.key(0)), batch))
+    assert np.isfinite(loss_of(made, made.init(jax.random.key(0)), batch))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -266,8 +267,8 @@ def test_the_convolutional_networks_learn(model):
     images = np.random.default_rng(0).normal(size=(20, 32, 32, 3)).astype(np.float32)
     made, axes = problem(model, (32, 32, 3), 5)
     params = made.init(jax.random.key(0))
-    data = loop.Data(images, np.arange(20) % 5, np.ones(5, bool))
-    objective = jax.jit(lambda p: loop.loss_of(made, p, data))
+    data = Data(images, np.arange(20) % 5, np.ones(5, bool))
+    objective = jax.jit(lambda p: loss_of(made, p, data))
     slope = jax.jit(jax.grad(objective))
     before = float(objective(params))
     for _ in range(20):

@@ -19,6 +19,7 @@ from examples.lm.data import Domain, check_lengths, load_folder
 from examples.lm.methods import DEFAULT, METHODS
 from examples.lm.model import PRESETS
 from examples.lm.problem import feed, for_tuning, problem, setting
+from examples.problem import Feed
 from examples.runs import Bench
 
 _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items())
@@ -101,7 +102,7 @@ def prepare(config: Config, console: Console) -> Bench:
         domains,
     )
 
-    def tuning() -> loop.Feed:
+    def tuning() -> Feed:
         first = for_tuning(domains[: driver.TUNING_TASKS])
         check_lengths(first, preset.context)
         return feed(first, preset)
