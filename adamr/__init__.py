@@ -13,8 +13,6 @@ from adamr.bases import empty_subspace as empty_subspace
 from adamr.bases import make_subspace as make_subspace
 from adamr.classp import classp as classp
 from adamr.consolidation import consolidate as consolidate
-from adamr.consolidation import consolidate_path as consolidate_path
-from adamr.consolidation import consolidate_walk as consolidate_walk
 from adamr.consolidation import get_anchor as get_anchor
 from adamr.consolidation import set_anchor as set_anchor
 from adamr.covariance import Covariance as Covariance
@@ -61,6 +59,8 @@ from adamr.null_space import null_space_complement as null_space_complement
 from adamr.offloading import offload as offload
 from adamr.offloading import onload as onload
 from adamr.optimizers import adamr as adamr
+from adamr.path_consolidation import consolidate_path as consolidate_path
+from adamr.path_consolidation import consolidate_walk as consolidate_walk
 from adamr.path_integral import track_path as track_path
 from adamr.path_integral import track_walk as track_walk
 from adamr.protection import in_eigenbasis as in_eigenbasis

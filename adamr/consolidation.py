@@ -2,8 +2,6 @@
 
     get_anchor, set_anchor   read and write (Ω, θ*)
     consolidate              EWC, online EWC, MAS, L2: an importance from data comes in
-    consolidate_path         SI: the path integral of `track_path` becomes importance
-    consolidate_walk         RWalk: likewise, for `track_walk`
 
 They find their targets inside chain, masked, partition, MultiSteps, inject_hyperparams,
 apply_if_finite and nnx.Optimizer by type. Shapes, dtypes and placement stay, so the
@@ -20,13 +18,10 @@ import jax.numpy as jnp
 from adamr import _trees
 from adamr._trees import placed_like
 from adamr.modifiers.penalty import Anchor, widen
-from adamr.path_integral import PathState, WalkState
 from adamr.state import _map_nodes, find_nodes
 
 __all__ = [
     "consolidate",
-    "consolidate_path",
-    "consolidate_walk",
     "get_anchor",
     "set_anchor",
 ]
@@ -52,7 +47,9 @@ def _anchors(opt_state: Any) -> list[Anchor]:
     return found
 
 
-def _rewrite(opt_state: Any, function: Callable[..., tuple], **trees: Any) -> Any:
+def rewrite_anchors(
+    opt_state: Any, function: Callable[..., tuple], **trees: Any
+) -> Any:
     """(Ω, θ*) <- `function(Ω, θ*, *leaves)` on every leaf of every anchor.
 
     `trees` are like params; None in one of them reaches the function as 0.
@@ -154,7 +151,7 @@ def set_anchor(opt_state: Any, anchor: Anchor) -> Any:
     """
     if not isinstance(anchor, Anchor):
         raise TypeError(f"anchor must be an Anchor, got {type(anchor).__name__}.")
-    return _rewrite(
+    return rewrite_anchors(
         opt_state,
         lambda omega, old, new_omega, new: (new_omega, new),
         importance=_usable(anchor.importance),
@@ -231,120 +228,6 @@ def consolidate(
         share = jnp.where(safe, f / jnp.where(safe, total, 1), 0)
         return total, anchor + share * (theta - anchor)
 
-    return _rewrite(opt_state, merge, params=params, importance=_usable(importance))
-
-
-def _trackers(opt_state: Any, kind: type, wrapper: str) -> None:
-    if not find_nodes(opt_state, kind):
-        raise ValueError(
-            f"opt_state holds no {kind.__name__}: build the optimizer as "
-            f"{wrapper}(optimizer), with the penalty inside."
-        )
-
-
-def consolidate_path(
-    opt_state: Any, params: Any, damping: jax.typing.ArrayLike = 0.1
-) -> Any:
-    """Ends a task of Synaptic Intelligence: the path integral ω becomes importance.
-
-        Ω <- relu(Ω + ω / ((θ − θ*)² + damping)),   θ* <- θ,   ω <- 0
-
-    As in the authors' code the relu acts on the sum. Their penalty c Σ Ω (θ − θ*)² has
-    no 1/2: strength = 2 c (`si` converts). `test_t16_path_integral`: for a quadratic
-    loss and damping 0, Ω is half its curvature, so c = 1 gives the loss back.
-
-    Args:
-      opt_state: of any wrapper around `track_path(optimizer)` with a penalty in it.
-      params: θ at the end of the task.
-      damping: ξ ≥ 0; the authors use 0.1 and 1e-3. A parameter that did not move, with
-        damping 0, gets nothing.
-
-    Returns:
-      A new state, in which the step does not recompile.
-
-    Raises:
-      ValueError: if the state holds no `PathState` or no penalty in it; for params that
-        do not fit.
-
-    References: Zenke, Poole, Ganguli, arXiv:1703.04200.
-    """
-    _trackers(opt_state, PathState, "track_path")
-
-    def end(node):
-        def merge(omega, anchor, theta, path):
-            distance = jnp.square(theta - anchor) + damping
-            gained = jnp.where(distance > 0, path / distance, 0)
-            gained = jnp.where(jnp.isfinite(gained), gained, 0)
-            return jax.nn.relu(omega + gained), theta
-
-        inner = _rewrite(node.inner, merge, params=params, path=node.omega)
-        return PathState(_cleared(node.omega), inner)
-
-    return _map_nodes(end, opt_state, PathState)
-
-
-def _cleared(tree: Any) -> Any:
-    return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), tree)
-
-
-def _normalised(tree: Any) -> Any:
-    """(x − min) / (max − min) over all leaves; zeros where all are equal."""
-    leaves = jax.tree.leaves(tree)
-    low = jnp.min(jnp.stack([jnp.min(x) for x in leaves]))
-    span = jnp.max(jnp.stack([jnp.max(x) for x in leaves])) - low
-    safe = jnp.where(span > 0, span, 1)
-    return jax.tree.map(lambda x: (x - low) / safe, tree)
-
-
-def consolidate_walk(opt_state: Any, params: Any) -> Any:
-    """Ends a task of RWalk: Fisher information and score become importance.
-
-        s <- ½ (s_past + s_task)        after the first task s_task
-        Ω <- [F] + [s],   θ* <- θ       [x]: to [0, 1] over all parameters
-        s_task <- 0                     F runs on, a new interval begins
-
-    The authors' penalty λ Σ Ω (θ − θ*)² has no 1/2: strength = 2 λ. Their code adds
-    ½ (s_past + s_task) to s_past instead of replacing it; this is the paper's average.
-
-    Args:
-      opt_state: of any wrapper around `track_walk(optimizer)` with a penalty in it.
-      params: θ at the end of the task.
-
-    Returns:
-      A new state, in which the step does not recompile.
-
-    Raises:
-      ValueError: if the state holds no `WalkState` or no penalty in it; for params that
-        do not fit.
-
-    References: Chaudhry et al., arXiv:1801.10112.
-    """
-    _trackers(opt_state, WalkState, "track_walk")
-
-    def end(node):
-        past = jax.tree.map(
-            lambda old, new: jnp.where(node.tasks > 0, 0.5 * (old + new), new),
-            node.past_score,
-            node.score,
-        )
-        inner = _rewrite(
-            node.inner,
-            lambda omega, anchor, theta, fisher, score: (fisher + score, theta),
-            params=params,
-            fisher=_normalised(node.fisher),
-            score=_normalised(past),
-        )
-        theta = _trees.flatten_like(params, "params", node.mark)
-        return WalkState(
-            count=placed_like(node.count, jnp.zeros_like(node.count)),
-            tasks=placed_like(node.tasks, node.tasks + 1),
-            fisher=node.fisher,
-            squares=_cleared(node.squares),
-            omega=_cleared(node.omega),
-            mark=_trees.map_positions(placed_like, node.mark, theta),
-            score=_cleared(node.score),
-            past_score=jax.tree.map(placed_like, node.past_score, past),
-            inner=inner,
-        )
-
-    return _map_nodes(end, opt_state, WalkState)
+    return rewrite_anchors(
+        opt_state, merge, params=params, importance=_usable(importance)
+    )

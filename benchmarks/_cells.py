@@ -27,7 +27,8 @@ import optax
 
 import adamr
 from examples import methods
-from examples.methods import Method, Setting
+from examples.methods import Method
+from examples.setting import Setting
 
 __all__ = ["CELLS", "DIRECTIONS", "MODIFIERS", "Cell", "method"]
 

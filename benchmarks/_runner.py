@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks import _pareto, _timing
 from benchmarks._benches import BENCHES, Made, make
 from examples import loop, results, streams
-from examples.methods import Method, Setting, setting_for
+from examples.methods import Method
+from examples.setting import Setting, setting_for
 from examples.vision.problem import feed
 
 __all__ = ["configurations", "quicker", "run_cell", "run_cells"]

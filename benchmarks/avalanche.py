@@ -40,8 +40,10 @@ import tyro
 import adamr
 from benchmarks import _timing
 from examples import loop, results, streams
-from examples.methods import METHODS, memory_gradient, setting_for
+from examples.memory import memory_gradient
+from examples.methods import METHODS
 from examples.problem import Data, loss_of
+from examples.setting import setting_for
 from examples.vision.problem import feed, problem
 
 # Without the paths of the machine; the settings stand beside it.

@@ -27,8 +27,8 @@ from benchmarks._interventions import ALPHA, ARMS, method_for
 from benchmarks._problems import language_problem, mlp_problem
 from examples import loop, results, streams
 from examples.lm.model import Preset
-from examples.methods import Setting, setting_for
 from examples.problem import Problem
+from examples.setting import Setting, setting_for
 from examples.vision.problem import feed
 
 SWEEP_SEED, SWEEP_TASKS = 100, 3

@@ -34,7 +34,8 @@ import tyro
 
 from benchmarks import _limits, _timing
 from examples import loop, results, streams
-from examples.methods import METHODS, setting_for
+from examples.methods import METHODS
+from examples.setting import setting_for
 from examples.vision.problem import feed, problem
 
 RATE, SEEDS = 1e-3, 5

@@ -1,4 +1,8 @@
-"""What replay and gradient constraints keep: some examples of every finished task."""
+"""Some examples of every finished task, and the gradients of the loss on them.
+
+What replay and gradient constraints need. `gradient_of(params, data)` below is the
+gradient of the mean loss; its results are extra arguments of `update`.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +12,14 @@ import numpy as np
 
 from examples.problem import Data, Feed
 
-__all__ = ["Memory", "empty_memory", "remember", "with_classes"]
+__all__ = [
+    "Memory",
+    "empty_memory",
+    "memory_gradient",
+    "memory_gradients",
+    "remember",
+    "with_classes",
+]
 
 
 class Memory(NamedTuple):
@@ -59,3 +70,33 @@ def remember(memory: Memory, data: Data, task: int, seeds: list[int]) -> Memory:
     )
     put = jax.tree.map(lambda m, x: m.at[:, task].set(x), memory.data, new)
     return Memory(put, memory.seen.at[:, task].set(True))
+
+
+def _draw(memory: Memory, key: jax.Array, count: int) -> Data:
+    """Examples drawn from all seen tasks alike."""
+    which, where = jax.random.split(key)
+    weights = memory.seen.astype(jnp.float32)
+    weights = jnp.where(weights.sum() > 0, weights, 1.0)
+    task = jax.random.choice(
+        which, len(weights), (count,), p=weights / jnp.sum(weights)
+    )
+    place = jax.random.randint(where, (count,), 0, memory.data.labels.shape[1])
+    inputs, labels, classes = memory.data
+    return Data(inputs[task, place], labels[task, place], classes[task])
+
+
+def memory_gradient(
+    gradient_of, params, memory, key, *, name="memory_gradient", count=None
+):
+    """The gradient on `count` stored examples; None: as many as a task's memory has."""
+    count = memory.data.labels.shape[1] if count is None else count
+    gradient = gradient_of(params, _draw(memory, key, count))
+    any_seen = jnp.any(memory.seen)
+    return {name: jax.tree.map(lambda g: jnp.where(any_seen, g, 0.0), gradient)}
+
+
+def memory_gradients(gradient_of, params, memory, key):
+    """One gradient per task."""
+    del key
+    each = jax.vmap(gradient_of, in_axes=(None, 0))(params, memory.data)
+    return {"memory_gradients": each, "memory_mask": memory.seen}

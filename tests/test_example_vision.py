@@ -19,8 +19,9 @@ from rich.console import Console
 import adamr
 from examples import loop, results, streams
 from examples.driver import TUNING_TASKS
-from examples.methods import METHODS, setting_for
+from examples.methods import METHODS
 from examples.problem import Data, loss_of
+from examples.setting import setting_for
 from examples.vision.__main__ import Config, main, prepare
 from examples.vision.problem import feed, problem, union
 

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import optax
 
 import adamr
-from examples.methods import Method, Setting, grow
+from examples.boundaries import grow
+from examples.methods import Method
+from examples.setting import Setting
 
 FIXED_STRENGTH = 0.5
 

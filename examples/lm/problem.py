@@ -15,8 +15,8 @@ from adamr import capture, diagnostics
 from adamr.subspace import rank
 from examples.lm.data import HELD_OUT_SHARE, Domain, sample_windows, spaced_windows
 from examples.lm.model import BYTES, Preset, create
-from examples.methods import Setting, setting_for
 from examples.problem import Data, Feed, Problem
+from examples.setting import Setting, setting_for
 
 UNPROTECTED = ("embedding", "norm", "head")
 CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found

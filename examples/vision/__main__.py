@@ -14,8 +14,9 @@ import tyro
 from rich.console import Console
 
 from examples import driver, loop, pictures, results, streams
-from examples.methods import METHODS, setting_for
+from examples.methods import METHODS
 from examples.runs import Bench, Done, UsageError
+from examples.setting import setting_for
 from examples.vision.problem import feed, problem, union
 
 DEFAULT = "adam,sgd,gpm,gpm_shared,ewc,agem,er"

@@ -1,0 +1,104 @@
+"""What methods do between two tasks, with the finished task's data and one run.
+
+    (problem, setting, params, opt_state, data, key) -> opt_state
+
+They run eagerly, between two chunks of steps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adamr
+from examples.problem import Data
+
+__all__ = [
+    "add_directions",
+    "anchor_here",
+    "consolidate",
+    "consolidate_path",
+    "consolidate_walk",
+    "grow",
+    "redraw",
+]
+
+
+def _some(data: Data, key: jax.Array, count: int) -> Data:
+    n = len(data.labels)
+    chosen = np.asarray(jax.random.permutation(key, n)[: min(count, n)])
+    return Data(data.inputs[chosen], data.labels[chosen], data.classes)
+
+
+def grow(problem, setting, params, opt_state, data, key, *, importance=None):
+    inputs = _some(data, key, setting.samples).inputs
+    subspace = adamr.grow_subspace(
+        adamr.get_subspace(opt_state),
+        problem.capture(params, inputs),
+        threshold=setting.threshold,
+        importance=importance,
+    )
+    return adamr.set_subspace(opt_state, subspace)
+
+
+def _logits_fn(problem, data):
+    def one(params, x):
+        logits = problem.logits(params, x[None])[0]
+        return jnp.where(jnp.asarray(data.classes), logits, -1e30)
+
+    return one
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "kind"))
+def _fisher(problem, params, data, key, kind):
+    logits = _logits_fn(problem, data)
+    if kind == "mas":
+        return adamr.memory_aware_importance(
+            lambda p, x: problem.logits(p, x[None])[0], params, data.inputs,
+            chunk_size=32,
+        )  # fmt: skip
+    key = key if kind == "sampled" else None
+    return adamr.fisher_information(
+        logits, params, data.inputs, kind=kind, key=key, chunk_size=32
+    )
+
+
+def consolidate(
+    problem, setting, params, opt_state, data, key, *, kind="true", **options
+):
+    some, draw = jax.random.split(key)
+    data = _some(data, some, setting.samples)
+    fisher = _fisher(problem, params, data, draw, kind)
+    return adamr.consolidate(opt_state, params, fisher, **options)
+
+
+def add_directions(problem, setting, params, opt_state, data, key):
+    directions = adamr.get_subspace(opt_state)
+    data = _some(data, key, setting.new_directions)
+    directions = adamr.ogd_directions(
+        directions, lambda p, x: problem.logits(p, x[None])[0], params, data.inputs,
+        data.labels, chunk_size=32,
+    )  # fmt: skip
+    return adamr.set_subspace(opt_state, directions)
+
+
+def anchor_here(problem, setting, params, opt_state, data, key):
+    del problem, setting, data, key
+    ones = jax.tree.map(jnp.ones_like, params)
+    return adamr.consolidate(opt_state, params, ones, rule="replace")
+
+
+def consolidate_path(problem, setting, params, opt_state, data, key):
+    del problem, setting, data, key
+    return adamr.consolidate_path(opt_state, params, damping=1e-3)
+
+
+def consolidate_walk(problem, setting, params, opt_state, data, key):
+    del problem, setting, data, key
+    return adamr.consolidate_walk(opt_state, params)
+
+
+def redraw(problem, setting, params, opt_state, data, key):
+    del problem, setting, params, data, key
+    return adamr.reset_moments(adamr.redraw_half(opt_state))
