@@ -45,6 +45,7 @@ class Bench(NamedTuple):
       threshold: energy share that subspaces protect.
       samples: examples that a task boundary looks at.
       rates: learning rates of the sweep.
+      sgd_factor: plain SGD sweeps these rates times this.
       penalties: method -> strengths, swept with a thinned grid of rates.
     """
 
@@ -59,11 +60,13 @@ class Bench(NamedTuple):
     threshold: float
     samples: int
     rates: tuple[float, ...]
+    sgd_factor: float
     penalties: dict[str, tuple[float, float]]
 
 
 _IMAGE_RATES = (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2)
 _TEXT_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3)
+_FAST_RATES = (4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
 _IMAGE_PENALTIES = {"ewc": (30.0, 300.0), "si": (0.03, 0.3)}
 _TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
 
@@ -71,16 +74,16 @@ _TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
 def _digits(stream: str, steps: int) -> Bench:
     return Bench(
         stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, _IMAGE_RATES,
-        _IMAGE_PENALTIES,
+        100.0, _IMAGE_PENALTIES,
     )  # fmt: skip
 
 
-def _text(domains: str) -> Bench:
+def _text(domains: str, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
     names = domains.split()
     options = {"domains": names, "tasks": len(names), "context": LM.context}
     return Bench(
         f"text-{len(names)}", {**options, "limit": 2500}, "text", "lm", "loss",
-        LM.steps, LM.batch, 3, 0.95, 128, _TEXT_RATES, _TEXT_PENALTIES,
+        LM.steps, LM.batch, 3, 0.95, 128, rates, 1000.0, _TEXT_PENALTIES,
     )  # fmt: skip
 
 
@@ -88,11 +91,11 @@ BENCHES = {
     "permuted-digits": _digits("permuted-digits", 500),
     "split-digits": _digits("split-digits", 200),
     "text-low-8": _text(LOW),
-    "text-high-8": _text(HIGH),
+    "text-high-8": _text(HIGH, _FAST_RATES),
     "text-mixed-16": _text(MIXED),
     "split-cifar100": Bench(
         "split-cifar100", {"limit": 1000}, "vision/cifar100.npz", "resnet18",
-        "accuracy", 100, 10, 3, 0.97, 32, _TEXT_RATES, _IMAGE_PENALTIES,
+        "accuracy", 100, 10, 3, 0.97, 32, _TEXT_RATES, 100.0, _IMAGE_PENALTIES,
     ),
 }  # fmt: skip
 

@@ -33,7 +33,6 @@ from examples.setting import Setting
 __all__ = ["CELLS", "DIRECTIONS", "MODIFIERS", "Cell", "method"]
 
 WEIGHT_DECAY = 0.01
-SGD_FACTOR = 100.0  # of the sweep's learning rates, for plain SGD
 DIRECTIONS = 20  # of OGD, per task
 
 
@@ -189,14 +188,14 @@ def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
 
 
 @functools.cache
-def method(cell: Cell) -> Method:
-    """The cell as `examples.loop.learn` takes it."""
+def method(cell: Cell, sgd_factor: float = 100.0) -> Method:
+    """The cell as `examples.loop.learn` takes it; see `Bench.sgd_factor`."""
     modifier = MODIFIERS[cell.modifier]
 
     def build(rate, strength, setting):
         if cell.optimizer == "sgd":
             change = modifier.make(strength, setting)
-            made = optax.chain(change, optax.sgd(SGD_FACTOR * rate))
+            made = optax.chain(change, optax.sgd(sgd_factor * rate))
         elif cell.routing == "own":
             made = modifier.own(rate, strength)
         else:

@@ -66,7 +66,7 @@ def run(cell: Cell, made: Made) -> dict:
     modifier = MODIFIERS[cell.modifier]
     return run_cell(
         made,
-        method(cell),
+        method(cell, made.bench.sgd_factor),
         strengths=made.bench.penalties.get(cell.modifier),
         memory=modifier.memory,
         directions=DIRECTIONS if cell.modifier == "ogd" else 0,

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._benches import BENCHES
-from benchmarks._cells import SGD_FACTOR
 from benchmarks._pareto import front, values
 from benchmarks._tables import table, written
 from examples.results import interval, paired
@@ -46,6 +45,7 @@ def _cells(content: dict, default: str) -> str:
     """One stream: final, learned, forgetting, and the difference to the default."""
     measure, rows = content["bench"]["measure"], content["rows"]
     sign, best = 1.0 if measure == "accuracy" else -1.0, front(rows, measure)
+    sgd_factor = content["bench"]["sgd_factor"]
     own = {row["cell"]: row for row in rows}
 
     def final(row):
@@ -55,7 +55,7 @@ def _cells(content: dict, default: str) -> str:
     lines = []
     for row in sorted(rows, key=final):
         name = row["cell"]
-        rate = row["learning_rate"] * (SGD_FACTOR if name.endswith("/sgd") else 1)
+        rate = row["learning_rate"] * (sgd_factor if name.endswith("/sgd") else 1)
         against = ""
         if name != default and default in own:
             test = paired(values(row, "final"), values(own[default], "final"))
