@@ -62,10 +62,12 @@ def count(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _axes(path: str, shape: tuple[int, ...]) -> adamr.Axes | None:
-    return adamr.Axes((1,), (0,)) if len(shape) == 3 else None
+def empty(params: Any, max_rank: int | None, head: bool = False) -> adamr.Subspace:
+    """A basis for every kernel of every layer, and for the head if told."""
 
+    def axes(path: str, shape: tuple[int, ...]) -> adamr.Axes | None:
+        if head and path == "head":
+            return adamr.Axes((0,))
+        return adamr.Axes((1,), (0,)) if len(shape) == 3 else None
 
-def empty(params: Any, max_rank: int | None) -> adamr.Subspace:
-    """A basis for every kernel of every layer; not for embedding, norms and head."""
-    return adamr.empty_subspace(params, axes=_axes, max_rank=max_rank)
+    return adamr.empty_subspace(params, axes=axes, max_rank=max_rank)

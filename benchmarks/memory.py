@@ -33,9 +33,9 @@ GB = 1e9
 MESHES = {"1B": "data=1", "8B": "fsdp=8", "70B": "fsdp=16,tensor=4"}
 
 
-def _alias(rank: int | None = RANK, **options) -> Callable:
+def _alias(rank: int | None = RANK, head: bool = False, **options) -> Callable:
     def build(params):
-        project = adamr.project_out(_models.empty(params, rank))
+        project = adamr.project_out(_models.empty(params, rank, head))
         return adamr.adamr(RATE, project, **options)
 
     return build
@@ -67,6 +67,7 @@ RECIPES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     f"`adamr`, `gpm`, rank {RANK}": _alias(),
     "the same, overlap-adaptive": _alias(strength=adamr.overlap_adaptive_scale()),
     "the same, m and v in bf16": _alias(**HALF),
+    "the same, the head protected, too": _alias(head=True),
     "`adamr`, `gpm`, rank 256": _alias(256),
     "`adamr`, `gpm`, full rank": _alias(None),
     f"`sgp`, rank {RANK}": _projected(adamr.sgp),
@@ -88,8 +89,8 @@ RECIPES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "`mudman`": lambda p: adamr.mudman(RATE),
     "`hft`": lambda p: adamr.hft(RATE, jax.random.key(0)),
 }
-COMPARED = list(RECIPES)[:6]  # at every size
-PLACED = [COMPARED[i] for i in (0, 1, 2, 4)]  # on simulated devices
+COMPARED = list(RECIPES)[:7]  # at every size
+PLACED = [COMPARED[i] for i in (0, 1, 2, 5)]  # on simulated devices
 
 
 def nbytes(tree: Any) -> int:
