@@ -8,7 +8,7 @@
     shared          g̃ in both moments: what `chain(modifier, adam)` does
     decoupled       g̃ in the first moment, g in the second (guarded)
     adaptive        decoupled, with the overlap-adaptive strength of arXiv:2604.22407
-    shared_v        decoupled, v shared along each kernel's fan-in
+    shared_v        decoupled, v shared along the fan-in of what can be protected
     eigenbasis      decoupled, moments in the eigenbasis of the protected space
     update          g in both moments, the update projected
     two_sided       gradient and update projected
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 import adamr
+from benchmarks._shared_v import shared_second_moment
 from examples import methods
 from examples.methods import Method
 from examples.setting import Setting
@@ -172,7 +173,10 @@ def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
         case "adaptive":
             links = [first, adamr.overlap_adaptive_scale(), moments()]
         case "shared_v":
-            return [first, moments(share="fan_in"), *_decay(cell.optimizer, guard)]
+            shared = shared_second_moment(
+                setting.subspace, estimator=ESTIMATORS[cell.optimizer]
+            )
+            return [first, shared, *_decay(cell.optimizer, guard)]
         case "eigenbasis":
             links = [first, adamr.in_eigenbasis(moments(), guard)]
         case "update":

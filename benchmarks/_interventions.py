@@ -25,6 +25,7 @@ import adamr
 from adamr import diagnostics
 from adamr.protection import in_eigenbasis
 from adamr.routing import Routed
+from benchmarks._shared_v import shared_second_moment
 from examples.methods import METHODS, Method
 
 __all__ = ["ARMS", "Arm", "VARIANTS", "method_for"]
@@ -153,12 +154,11 @@ def _matched(
 
 
 def _direction(arm: Arm, variant: str, subspace: adamr.Subspace):
-    moments = optax.chain(
-        _feed(arm.denominator, guard=variant == "element"),
-        adamr.faithful_second_moment(
-            guard=False, share="fan_in" if variant == "fan_in" else None
-        ),
-    )
+    if variant == "fan_in":
+        merge = shared_second_moment(subspace, guard=False)
+    else:
+        merge = adamr.faithful_second_moment(guard=False)
+    moments = optax.chain(_feed(arm.denominator, guard=variant == "element"), merge)
     if variant == "eigenbasis":
         moments = in_eigenbasis(moments, subspace)
     made = optax.chain(

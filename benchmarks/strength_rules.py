@@ -33,6 +33,7 @@ import adamr
 from adamr.routing import Routed
 from benchmarks._cells import MODIFIERS
 from benchmarks._runner import quicker, run_cell, run_cells
+from benchmarks._shared_v import shared_second_moment
 from examples.methods import Method
 
 MEMORY = 0.01  # share of each task's examples, for the rules that look at old losses
@@ -87,7 +88,6 @@ RULES = {
     "conflict": lambda: conflict_scale(False),
     "conflict_leaf": lambda: conflict_scale(True),
 }
-SHARES = {"shared_v": "fan_in", "decoupled": None}
 
 
 @functools.cache
@@ -98,7 +98,9 @@ def method(rule: str, routing: str) -> Method:
         return optax.chain(
             adamr.route_first_moment(adamr.project_out(setting.subspace)),
             RULES[rule](),
-            adamr.faithful_second_moment(share=SHARES[routing]),
+            shared_second_moment(setting.subspace)
+            if routing == "shared_v"
+            else adamr.faithful_second_moment(),
             optax.scale_by_learning_rate(rate),
         )
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = "gpm/shared_v/adam"
+AGAINST = "final - route_both"  # of the interventions
 
 
 def _read(stem: str) -> dict:
@@ -35,10 +36,11 @@ def _found(what: str) -> list[str]:
     ]
 
 
-def _number(mean: float, half: float) -> str:
-    if not np.isfinite(mean):
+def _number(mean: float | None, half: float | None) -> str:
+    if mean is None or not np.isfinite(mean):
         return "diverged"
-    return f"{mean:.3f}" + (f" ±{half:.3f}" if np.isfinite(half) else "")
+    known = half is not None and np.isfinite(half)
+    return f"{mean:.3f}" + (f" ±{half:.3f}" if known else "")
 
 
 def _cells(content: dict, default: str) -> str:
@@ -125,8 +127,36 @@ def mechanism() -> str:
     return table(heads, lines)
 
 
+def causes() -> str:
+    """Each arm at its own rate, and against shared routing at the rate of all arms."""
+    content = _read("interventions")
+    lines = []
+    for row in content["rows"]:
+        own, common = row["own"], row["common"]
+        lines.append(
+            [
+                f"{row['stream']}, {row['v']}",
+                f"{row['about']} (`{row['arm']}`)",
+                *(
+                    _number(own[key]["mean"], own[key]["half_width"])
+                    for key in ("final", "learned", "forgetting", "motion")
+                ),
+                *(
+                    _number(test["difference"], test["half_width"])
+                    for test in (own[AGAINST], common[AGAINST])
+                ),
+            ]
+        )
+    heads = [
+        "stream, v", "arm", "final", "learned", "forgetting", "motion along U",
+        "final − shared", "the same at one rate for all",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "mechanism": mechanism,
+    "causes": causes,
     "forgetting": forgetting,
     "strength": strength,
 }

@@ -3,17 +3,21 @@
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
+import adamr
 from adamr.routing import Routed
 from benchmarks import _benches, _cells, _pareto, _runner, evidence, forgetting
 from benchmarks.strength_rules import RULES, conflict_scale
 from benchmarks.strength_rules import method as rule_method
 from examples import results
+from examples.setting import setting_for
 
 
 @pytest.mark.parametrize("name", _benches.BENCHES)
@@ -164,3 +168,17 @@ def test_headlines_are_compared_where_both_results_exist(tmp_path, capsys):
     write(quick, stem, dict(zip(cells, (0.5, 0.6, 0.65), strict=True)))
     assert evidence.compare(quick, full, console) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_shared_v_is_the_alias_where_some_kernels_are_unprotected():
+    shapes = {"embedding": (7, 4), "kernel": (4, 3), "scale": (4,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    setting = setting_for(params, None, tasks=2, unprotected=("embedding",))
+    ours = _cells.method(_cells.Cell("gpm", "shared_v")).build(1e-3, 0.0, setting)
+    alias = adamr.gpm(1e-3, setting.subspace)
+    state, other = ours.init(params), alias.init(params)
+    for seed in range(3):
+        g = optax.tree.random_like(jax.random.key(seed), params)
+        steps, state = ours.update(g, state, params)
+        expected, other = alias.update(g, other, params)
+        chex.assert_trees_all_equal(steps, expected)
