@@ -128,9 +128,7 @@ def main(config: Config) -> None:
     interventions.main(interventions.Config(data=text, quick=quick, out=out, work=work))
     streams = ",".join(BENCHES)
     forgetting.main(
-        forgetting.Config(
-            streams=streams, all=not quick, quick=quick, data=config.data, out=out
-        )
+        forgetting.Config(streams=streams, quick=quick, data=config.data, out=out)
     )
     strength_rules.main(
         strength_rules.Config(streams=streams, quick=quick, data=config.data, out=out)
