@@ -67,7 +67,7 @@ class Bench(NamedTuple):
 _IMAGE_RATES = (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2)
 _TEXT_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3)
 _FAST_RATES = (4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
-_IMAGE_PENALTIES = {"ewc": (300.0, 3000.0), "si": (0.3, 3.0)}
+_IMAGE_PENALTIES = {"ewc": (30.0, 300.0), "si": (0.03, 0.3)}
 _TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
 
 
