@@ -11,7 +11,7 @@ from examples.lm.problem import UNPROTECTED
 from examples.problem import Problem
 from examples.vision.problem import problem
 
-__all__ = ["BENCHES", "Bench", "Made", "make"]
+__all__ = ["BENCHES", "ON_TWO_CORES", "Bench", "Made", "make"]
 
 # Orders of the shared text domains, by how much the domains have in common.
 LOW = (
@@ -44,6 +44,7 @@ class Bench(NamedTuple):
       seeds: runs of every method.
       threshold: energy share that subspaces protect.
       samples: examples that a task boundary looks at.
+      max_rank: of a basis; None: the fan-in.
       rates: learning rates of the sweep.
       sgd_factor: plain SGD sweeps these rates times this.
       penalties: method -> strengths, swept with a thinned grid of rates.
@@ -59,6 +60,7 @@ class Bench(NamedTuple):
     seeds: int
     threshold: float
     samples: int
+    max_rank: int | None
     rates: tuple[float, ...]
     sgd_factor: float
     penalties: dict[str, tuple[float, float]]
@@ -73,8 +75,8 @@ _TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
 
 def _digits(stream: str, steps: int) -> Bench:
     return Bench(
-        stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, _IMAGE_RATES,
-        100.0, _IMAGE_PENALTIES,
+        stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, None,
+        _IMAGE_RATES, 100.0, _IMAGE_PENALTIES,
     )  # fmt: skip
 
 
@@ -83,7 +85,14 @@ def _text(domains: str, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
     options = {"domains": names, "tasks": len(names), "context": LM.context}
     return Bench(
         f"text-{len(names)}", {**options, "limit": 2500}, "text", "lm", "loss",
-        LM.steps, LM.batch, 3, 0.95, 128, rates, 1000.0, _TEXT_PENALTIES,
+        LM.steps, LM.batch, 3, 0.95, 128, None, rates, 1000.0, _TEXT_PENALTIES,
+    )  # fmt: skip
+
+
+def _cifar(model: str, steps: int, samples: int, max_rank: int | None) -> Bench:
+    return Bench(
+        "split-cifar100", {"limit": 2000}, "vision/cifar100.npz", model, "accuracy",
+        steps, 10, 3, 0.97, samples, max_rank, _TEXT_RATES, 100.0, _IMAGE_PENALTIES,
     )  # fmt: skip
 
 
@@ -93,11 +102,12 @@ BENCHES = {
     "text-low-8": _text(LOW),
     "text-high-8": _text(HIGH, _FAST_RATES),
     "text-mixed-16": _text(MIXED),
-    "split-cifar100": Bench(
-        "split-cifar100", {"limit": 1000}, "vision/cifar100.npz", "resnet18",
-        "accuracy", 100, 10, 3, 0.97, 32, _TEXT_RATES, 100.0, _IMAGE_PENALTIES,
-    ),
+    "split-cifar100": _cifar("mlp", 100, 128, 256),
+    "split-cifar100-resnet18": _cifar("resnet18", 500, 32, None),
 }  # fmt: skip
+
+
+ON_TWO_CORES = [name for name in BENCHES if not name.endswith("resnet18")]
 
 
 class Made(NamedTuple):

@@ -58,6 +58,7 @@ def _setting(made: Made, tasks: int, directions: int) -> Setting:
         threshold=made.bench.threshold,
         samples=made.bench.samples,
         new_directions=directions,
+        max_rank=made.bench.max_rank,
     )
 
 

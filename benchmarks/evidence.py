@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import forgetting, interventions, mechanism, strength_rules
-from benchmarks._benches import BENCHES
+from benchmarks._benches import ON_TWO_CORES
 
 COMMITTED = Path("benchmarks/results")
 
@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     if quick:
         work = out / "interventions.part.json"
     interventions.main(interventions.Config(data=text, quick=quick, out=out, work=work))
-    streams = ",".join(BENCHES)
+    streams = ",".join(ON_TWO_CORES)
     forgetting.main(
         forgetting.Config(streams=streams, quick=quick, data=config.data, out=out)
     )

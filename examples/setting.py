@@ -34,10 +34,13 @@ def setting_for(
     threshold: float = 0.97,
     samples: int = 128,
     new_directions: int = 0,
+    max_rank: int | None = None,
 ) -> Setting:
     """A setting for a model; each direction costs a copy of the model in memory."""
     return Setting(
-        adamr.empty_subspace(params, axes=axes, unprotected=unprotected),
+        adamr.empty_subspace(
+            params, axes=axes, unprotected=unprotected, max_rank=max_rank
+        ),
         adamr.empty_directions(params, tasks * new_directions)
         if new_directions
         else None,
