@@ -69,6 +69,7 @@ class Bench(NamedTuple):
 _IMAGE_RATES = (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2)
 _TEXT_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3)
 _FAST_RATES = (4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
+_SLOW_RATES = (2e-5, 5e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 _IMAGE_PENALTIES = {"ewc": (30.0, 300.0), "si": (0.03, 0.3)}
 _TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
 
@@ -92,7 +93,7 @@ def _text(domains: str, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
 def _cifar(model: str, steps: int, samples: int, max_rank: int | None) -> Bench:
     return Bench(
         "split-cifar100", {"limit": 2000}, "vision/cifar100.npz", model, "accuracy",
-        steps, 10, 3, 0.97, samples, max_rank, _TEXT_RATES, 100.0, _IMAGE_PENALTIES,
+        steps, 10, 3, 0.97, samples, max_rank, _SLOW_RATES, 100.0, _IMAGE_PENALTIES,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.forgetting --quick            permuted digits, main cells
     python -m benchmarks.forgetting --streams text-low-8 --cells 'gpm/*/adam'
-    python -m benchmarks.forgetting --all              every cell: a day on two cores
+    python -m benchmarks.forgetting --all              every cell, on an accelerator
 
 Each cell (`benchmarks/_cells.py`) has its own sweep with the budget of every other
 one, and its seeds (`benchmarks/_runner.py`). `<out>/forgetting_<stream>.json` grows
