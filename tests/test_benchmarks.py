@@ -85,7 +85,7 @@ def test_accelerator_on_what_is_at_hand(tmp_path):
 
 @pytest.mark.slow
 def test_all_parts_of_accelerator(tmp_path):
-    results = measured(tmp_path, "update", "projection", "training")
+    results = measured(tmp_path, *accelerator.Config().parts)
     assert set(results["ratios"]) == set(accelerator.RATIOS)
     assert results["ratios"]["training with the alias"]["pairs"] == 11
     assert set(results["training"]) == {"adam", "alias", "adaptive"}
