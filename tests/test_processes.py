@@ -84,7 +84,8 @@ def kill_one(run, count, devices, seed):
     """Kills a process at a random moment, then the others, which cannot go on."""
     draw = random.Random(seed)
     processes = run.start(count, devices)
-    until(processes[0], draw.randint(4, STEPS - 8))
+    # The save at step 6 has waited for the one at step 3.
+    until(processes[0], draw.randint(7, STEPS - 8))
     time.sleep(draw.uniform(0, 0.1))
     processes[draw.randrange(count)].kill()
     time.sleep(draw.uniform(0, 0.5))
