@@ -69,6 +69,10 @@ COLOURS = {
     "none": "#777777", "gpm": "#0b62a4", "sgp": "#4aa3df", "ogd": "#7b3294",
     "ewc": "#d95f02", "si": "#e6ab02", "agem": "#1b9e77", "gem": "#66a61e",
     "p_mgem": "#a6d854", "replay_0.5": "#e7298a", "replay_1": "#b3004b",
+    # of benchmarks.strength_rules
+    "full": "#0b62a4", "half": "#777777", "falling": "#b3004b",
+    "falling_1": "#e7298a", "falling_leaf": "#d95f02", "rising": "#1b9e77",
+    "rising_leaf": "#66a61e", "conflict": "#7b3294", "conflict_leaf": "#c2a5cf",
 }  # fmt: skip
 MARKERS = {
     "shared": "o", "decoupled": "v", "adaptive": "^", "shared_v": "s",
@@ -76,12 +80,18 @@ MARKERS = {
 }  # fmt: skip
 
 
+def _coloured(cell: str) -> str:
+    """The modifier, or the rule of a `rule/routing/name`."""
+    first, *_, last = cell.split("/")
+    return last if first == "rule" else first
+
+
 def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     """Forgetting (less is up) against plasticity (more is right), one mark a cell."""
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes, best = figure.subplots(), front(rows, measure)
     for row in rows:
-        modifier, routing, *_ = row["cell"].split("/")
+        routing = row["cell"].split("/")[1]
         (x, dx), (y, dy) = (
             interval(values(row, name)) for name in ("learned", "forgetting")
         )
@@ -89,15 +99,14 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
             continue
         sgd = row["cell"].endswith("/sgd")
         axes.errorbar(
-            x, y, xerr=dx, yerr=dy, color=COLOURS.get(modifier, "black"),
+            x, y, xerr=dx, yerr=dy, color=COLOURS.get(_coloured(row["cell"]), "black"),
             marker=MARKERS.get(routing, "."), markersize=9, linewidth=0.7,
             markerfacecolor="none" if sgd else None, alpha=0.9,
             markeredgecolor="black" if row["cell"] in best else None,
         )  # fmt: skip
-    used = [row["cell"].split("/") for row in rows]
-    for modifier in dict.fromkeys(m for m, *_ in used):
-        axes.plot([], [], "o", color=COLOURS.get(modifier, "black"), label=modifier)
-    for routing in dict.fromkeys(r for _, r, *_ in used):
+    for kind in dict.fromkeys(_coloured(row["cell"]) for row in rows):
+        axes.plot([], [], "o", color=COLOURS.get(kind, "black"), label=kind)
+    for routing in dict.fromkeys(row["cell"].split("/")[1] for row in rows):
         axes.plot([], [], MARKERS.get(routing, "."), color="black", label=routing)
     if measure == "loss":
         axes.invert_xaxis()
