@@ -33,7 +33,6 @@ import adamr
 from adamr.routing import Routed
 from benchmarks._cells import MODIFIERS
 from benchmarks._runner import quicker, run_cell, run_cells
-from benchmarks._shared_v import shared_second_moment
 from examples.methods import Method
 
 MEMORY = 0.01  # share of each task's examples, for the rules that look at old losses
@@ -95,12 +94,13 @@ def method(rule: str, routing: str) -> Method:
     """GPM's projection at the strength of a rule."""
 
     def build(rate, _, setting):
+        project = adamr.project_out(setting.subspace)
+        if routing == "shared_v":
+            return adamr.adamr(rate, project, strength=RULES[rule]())
         return optax.chain(
-            adamr.route_first_moment(adamr.project_out(setting.subspace)),
+            adamr.route_first_moment(project),
             RULES[rule](),
-            shared_second_moment(setting.subspace)
-            if routing == "shared_v"
-            else adamr.faithful_second_moment(),
+            adamr.faithful_second_moment(),
             optax.scale_by_learning_rate(rate),
         )
 

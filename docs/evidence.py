@@ -27,11 +27,10 @@ def _read(stem: str) -> dict:
 
 
 def _found(what: str) -> list[str]:
-    """The benches that have results, those made smaller by `--quick` included."""
+    """The benches that have results."""
     return [
         name
-        for each in BENCHES
-        for name in (each, f"{each}-quick")
+        for name in BENCHES
         if (RESULTS / f"{what}_{name.replace('-', '_')}.json").exists()
     ]
 
