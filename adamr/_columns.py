@@ -79,20 +79,32 @@ def _append(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(fresh[..., None, :], moved, columns)
 
 
+def _spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a Gram matrix, largest first, and eigenvectors as columns."""
+    energy, vectors = jnp.linalg.eigh(gram)
+    return jnp.maximum(energy[..., ::-1], 0.0), vectors[..., ::-1]
+
+
+def _left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """σ², largest first, and the left singular vectors of x; those of σ = 0 are 0."""
+    n, samples = x.shape[-2:]
+    if n <= samples:
+        return _spectrum(_matmul(x, _transpose(x)))
+    energy, right = _spectrum(_matmul(_transpose(x), x))
+    inverse = jnp.where(energy > 0, jax.lax.rsqrt(jnp.where(energy > 0, energy, 1)), 0)
+    return energy, _matmul(x, right) * inverse[..., None, :]
+
+
 def _extend(columns, samples, threshold: float, least: float = 0.0) -> jax.Array:
     """The fewest directions that reach the energy share, appended to `columns`."""
     residual = _residual(columns, _transpose(samples))
-    gram = _matmul(residual, _transpose(residual))
-    floor = jnp.maximum(_FLOOR[str(gram.dtype)], least)
-    return _extend_by(columns, gram, threshold, floor)
+    floor = jnp.maximum(_FLOOR[str(residual.dtype)], least)
+    return _extend_by(columns, *_left_vectors(residual), threshold, floor)
 
 
-def _extend_by(columns, gram, threshold: float, floor: Any) -> jax.Array:
-    """The same from the Gram matrix of what `columns` leave over."""
-    fan_in, capacity = columns.shape[-2:]
-    energy, vectors = jnp.linalg.eigh(gram)
-    energy = jnp.maximum(energy[..., ::-1], 0.0)
-    vectors = vectors[..., ::-1]
+def _extend_by(columns, energy, vectors, threshold: float, floor: Any) -> jax.Array:
+    """The same from the spectrum of what `columns` leave over."""
+    capacity = columns.shape[-1]
     have = 1.0 - jnp.sum(energy, axis=-1, keepdims=True)
     before = have + jnp.cumsum(energy, axis=-1) - energy
     short = before < threshold - (_TOLERANCE if threshold < 1 else 0.0)
@@ -100,7 +112,7 @@ def _extend_by(columns, gram, threshold: float, floor: Any) -> jax.Array:
     free = capacity - jnp.sum(_used(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted, axis=-1, dtype=jnp.int32), free)
 
-    most = min(capacity, fan_in)
+    most = min(capacity, vectors.shape[-1])
     chosen = _places(most, count.shape) < count[..., None]
     new = jnp.where(chosen[..., None, :], vectors[..., :most], 0.0)
     # Twice is enough; QR fills zero columns with anything: mask after it.

@@ -20,6 +20,7 @@ from adamr._columns import (
     _on_host,
     _places,
     _residual,
+    _spectrum,
     _to_columns,
     _to_storage,
     _transpose,
@@ -80,7 +81,7 @@ def _grow_leaf_by(basis, weights, gram, threshold, importance, rounding=0.0):
     rest = _residual(columns, _transpose(_residual(columns, gram)))
     rest = (rest + _transpose(rest)) / 2
     floor = jnp.maximum(_FLOOR["float32"], rounding)
-    grown = _extend_by(columns, rest, threshold, floor)
+    grown = _extend_by(columns, *_spectrum(rest), threshold, floor)
     grown = jnp.where(usable, grown, columns)
     energy = jnp.sum(grown * _matmul(gram, grown), axis=-2)
     lam = _weights(columns, lam, grown, usable, energy, importance)
@@ -143,7 +144,8 @@ def grow_subspace(
     asked of them: (I − UUᵀ) G (I − UUᵀ) replaces R̂ᵀR̂. It is n × n however many they
     were, and devices that saw parts of them need one sum (`merge_covariance`), no
     gather. Its float32 sums leave 1e-6 of the energy as noise. Samples over several
-    processes take this way by themselves; sharded samples inside jit cost one sum, too.
+    processes take this way by themselves; sharded samples inside jit cost one sum, too
+    (fewer than n are gathered instead, which is less).
 
     Args:
       subspace: what is protected so far.

@@ -23,6 +23,13 @@ def over_runs(function: Callable) -> Callable:
     return call
 
 
+def _cores() -> int | None:
+    """Those this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def by_cores(function: Callable, *runs: Any) -> Any:
     """`function(*runs)`; on a CPU run by run, as many at a time as there are cores.
 
@@ -34,6 +41,6 @@ def by_cores(function: Callable, *runs: Any) -> Any:
     if count == 1 or jax.default_backend() != "cpu":
         return function(*runs)
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], runs) for i in range(count)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         done = list(pool.map(lambda x: jax.block_until_ready(function(*x)), parts))
     return jax.tree.map(lambda *x: jnp.concatenate(x), *done)

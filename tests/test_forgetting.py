@@ -30,6 +30,18 @@ def test_every_method_has_the_same_budget(name):
         assert len(penalised) == len(set(penalised)) == len(plain)
 
 
+def test_a_sweep_goes_on_where_its_best_is_at_the_edge():
+    plain = _runner.configurations((1e-3, 2e-3, 4e-3), None)
+    assert _runner.untried_neighbours(plain, (2e-3, 0.0)) == []
+    assert _runner.untried_neighbours(plain, (4e-3, 0.0)) == [(8e-3, 0.0)]
+    assert _runner.untried_neighbours(plain, (1e-3, 0.0)) == [(5e-4, 0.0)]
+    strong = _runner.configurations((1e-3, 2e-3, 4e-3, 8e-3), (0.3, 3.0))
+    assert _runner.untried_neighbours(strong, (8e-3, 3.0)) == [(0.032, 3.0), (8e-3, 30)]
+    tried = [*strong, (8e-3, 30.0), (0.032, 3.0)]
+    left = _runner.untried_neighbours(tried, (8e-3, 30.0))
+    assert left == [(2e-3, 30.0), (0.032, 30.0), (8e-3, 300.0)]
+
+
 def test_summary_in_closed_form():
     matrix = np.array([[0.9, 0.1, 0.1], [0.6, 0.8, 0.1], [0.5, 0.9, 0.7]])
     got = _runner.summarize(matrix, 1.0)
@@ -115,8 +127,12 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
     assert len(calls) == 1
     assert json.dumps(results.finite(first)) == json.dumps(again)
     (row,) = again
-    assert len(row["runs"]) == 2 and len(row["sweep"]) == 2
-    assert row["learning_rate"] in (1e-3, 1e-2) and row["at_the_edge_of_the_sweep"]
+    assert len(row["runs"]) == 2 and len(row["sweep"]) > 2  # both rates are edges
+    tried = [(rate, k) for rate, k, _ in row["sweep"]]
+    best = max(row["sweep"], key=lambda one: one[2])[:2]
+    assert best == [row["learning_rate"], row["strength"]]
+    left = _runner.untried_neighbours(tried, tuple(best))
+    assert row["at_the_edge_of_the_sweep"] == bool(left)
     content = json.loads((tmp_path / "forgetting_small.json").read_text())
     assert content["pareto_front"] == [cell.name]
     assert (tmp_path / "forgetting_small.png").stat().st_size > 5000

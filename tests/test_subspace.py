@@ -1,5 +1,7 @@
 """Subspaces: layouts, projection, growth, merging, truncation, the sketch."""
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -210,6 +212,26 @@ def test_a_full_basis_stays_full_and_lets_exactly_nothing_through():
     assert int(adamr.rank(s)[0]) == 8
     np.testing.assert_array_equal(s.bases[0], again.bases[0])
     assert not np.any(adamr.project(s, jnp.ones((8, 2))))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("threshold", [0.9, 1.0])
+def test_few_samples_and_many_give_the_same_bases(jit, threshold):
+    """Zero rows add nothing but take the way of more samples than the fan-in."""
+    rng = np.random.default_rng(0)
+    s = adamr.empty_subspace({"w": jnp.zeros((40, 3))})
+    grow = functools.partial(adamr.grow_subspace, threshold=threshold)
+    grow = jax.jit(grow) if jit else grow
+    few = many = s
+    for _ in range(3):
+        x = (rng.normal(size=(8, 40)) * np.geomspace(1, 0.02, 40)).astype(np.float32)
+        few = grow(few, {"w": x})
+        many = grow(many, {"w": np.concatenate([x, np.zeros((40, 40), x.dtype)])})
+        assert adamr.rank(few)[0] == adamr.rank(many)[0] > 0
+        each = [np.asarray(u.bases[0][:, 0], np.float64) for u in (few, many)]
+        one, other = (u @ u.T for u in each)
+        np.testing.assert_allclose(one, other, atol=2e-4 if jit else 1e-6)
+    assert threshold < 1 or adamr.rank(few)[0] == 24
 
 
 @pytest.mark.parametrize("condition", [1.0, 20.0, 300.0, 3e4])
