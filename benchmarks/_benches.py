@@ -47,7 +47,7 @@ class Bench(NamedTuple):
       max_rank: of a basis; None: the fan-in.
       rates: learning rates of the sweep.
       sgd_factor: plain SGD sweeps these rates times this.
-      penalties: method -> strengths, swept with a thinned grid of rates.
+      strengths: method -> two of its strengths, swept with a thinned grid of rates.
     """
 
     stream: str
@@ -63,21 +63,22 @@ class Bench(NamedTuple):
     max_rank: int | None
     rates: tuple[float, ...]
     sgd_factor: float
-    penalties: dict[str, tuple[float, float]]
+    strengths: dict[str, tuple[float, float]]
 
 
 _IMAGE_RATES = (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2)
 _TEXT_RATES = (1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3)
 _FAST_RATES = (4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2)
 _SLOW_RATES = (2e-5, 5e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-_IMAGE_PENALTIES = {"ewc": (30.0, 300.0), "si": (0.03, 0.3)}
-_TEXT_PENALTIES = {"ewc": (1.0, 30.0), "si": (0.03, 0.3)}
+_STRENGTHS = {"si": (0.03, 0.3), "gem": (0.05, 0.5), "p_mgem": (0.05, 0.5)}
+_IMAGE_STRENGTHS = {"ewc": (30.0, 300.0), **_STRENGTHS}
+_TEXT_STRENGTHS = {"ewc": (1.0, 30.0), **_STRENGTHS}
 
 
 def _digits(stream: str, steps: int) -> Bench:
     return Bench(
         stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, None,
-        _IMAGE_RATES, 100.0, _IMAGE_PENALTIES,
+        _IMAGE_RATES, 100.0, _IMAGE_STRENGTHS,
     )  # fmt: skip
 
 
@@ -86,14 +87,14 @@ def _text(domains: str, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
     options = {"domains": names, "tasks": len(names), "context": LM.context}
     return Bench(
         f"text-{len(names)}", {**options, "limit": 2500}, "text", "lm", "loss",
-        LM.steps, LM.batch, 3, 0.95, 128, None, rates, 1000.0, _TEXT_PENALTIES,
+        LM.steps, LM.batch, 3, 0.95, 128, None, rates, 1000.0, _TEXT_STRENGTHS,
     )  # fmt: skip
 
 
 def _cifar(model: str, steps: int, samples: int, max_rank: int | None) -> Bench:
     return Bench(
         "split-cifar100", {"limit": 2000}, "vision/cifar100.npz", model, "accuracy",
-        steps, 10, 3, 0.97, samples, max_rank, _SLOW_RATES, 100.0, _IMAGE_PENALTIES,
+        steps, 10, 3, 0.97, samples, max_rank, _SLOW_RATES, 100.0, _IMAGE_STRENGTHS,
     )  # fmt: skip
 
 

@@ -99,8 +99,8 @@ def _replay(share: float) -> Modifier:
 
 def _constraint(name: str, make, own) -> Modifier:
     return Modifier(
-        lambda _, s: make(),
-        own=lambda rate, _: own(rate),
+        lambda k, s: make(k),
+        own=own,
         evidence=methods.METHODS[name].evidence,
         memory=0.01,
     )
@@ -136,10 +136,14 @@ MODIFIERS = {
         boundary=methods.METHODS["si"].boundary,
         wrap=adamr.track_path,
     ),
-    "agem": _constraint("agem", adamr.agem_constraint, adamr.agem),
+    "agem": _constraint(
+        "agem", lambda _: adamr.agem_constraint(), lambda rate, _: adamr.agem(rate)
+    ),
     "gem": _constraint("gem", adamr.gem_constraint, adamr.gem),
     "p_mgem": _constraint(
-        "p_mgem", lambda: adamr.gem_constraint(partition="leaf"), adamr.p_mgem
+        "p_mgem",
+        functools.partial(adamr.gem_constraint, partition="leaf"),
+        adamr.p_mgem,
     ),
     "replay_0.5": _replay(0.005),
     "replay_1": _replay(0.01),

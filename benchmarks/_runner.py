@@ -55,7 +55,7 @@ def configurations(
 def _with_ends(values: set[float]) -> list[float]:
     """Sorted, with one more at both ends, by the steps there."""
     known = sorted(values)
-    if len(known) < 2:
+    if len(known) < 2:  # a method without a strength
         return known
     ends = known[0] ** 2 / known[1], known[-1] ** 2 / known[-2]
     below, above = (float(f"{x:.2g}") for x in ends)

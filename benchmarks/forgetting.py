@@ -67,7 +67,7 @@ def run(cell: Cell, made: Made) -> dict:
     return run_cell(
         made,
         method(cell, made.bench.sgd_factor),
-        strengths=made.bench.penalties.get(cell.modifier),
+        strengths=made.bench.strengths.get(cell.modifier),
         memory=modifier.memory,
         directions=DIRECTIONS if cell.modifier == "ogd" else 0,
     )

@@ -30,7 +30,8 @@ class Method(NamedTuple):
       evidence: see the module; None: the method needs no memory.
       boundary: see the module; None: nothing happens between tasks.
       learning_rate: for the permuted digits; sweep it elsewhere.
-      strength: of a penalty, in the convention with 1/2; None: the method has none.
+      strength: of a penalty, in the convention with 1/2, or γ of GEM; None: the method
+        has none.
     """
 
     about: str
@@ -156,13 +157,15 @@ METHODS: dict[str, Method] = {
     ),
     "gem": Method(
         "GEM in Adam's metric",
-        lambda rate, _, s: adamr.gem(rate),
+        lambda rate, k, s: adamr.gem(rate, k),
         evidence=memory_gradients,
+        strength=0.5,
     ),
     "p_mgem": Method(
         "parameter-wise mGEM in Adam's metric",
-        lambda rate, _, s: adamr.p_mgem(rate),
+        lambda rate, k, s: adamr.p_mgem(rate, k),
         evidence=memory_gradients,
+        strength=0.5,
     ),
     "agem": Method(
         "A-GEM in Adam's metric",

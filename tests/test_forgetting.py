@@ -25,7 +25,7 @@ def test_every_method_has_the_same_budget(name):
     bench = _benches.BENCHES[name]
     plain = _runner.configurations(bench.rates, None)
     assert len(plain) == len(bench.rates) == len(set(plain))
-    for strengths in bench.penalties.values():
+    for strengths in bench.strengths.values():
         penalised = _runner.configurations(bench.rates, strengths)
         assert len(penalised) == len(set(penalised)) == len(plain)
 
