@@ -27,7 +27,7 @@ import optax
 
 import adamr
 from benchmarks._shared_v import shared_second_moment
-from examples import methods
+from examples import boundaries, methods
 from examples.methods import Method
 from examples.setting import Setting
 
@@ -136,6 +136,14 @@ MODIFIERS = {
         boundary=methods.METHODS["si"].boundary,
         wrap=adamr.track_path,
     ),
+    "gpm_si": Modifier(
+        lambda k, s: optax.chain(
+            adamr.quadratic_penalty(2 * k), adamr.project_out(s.subspace)
+        ),
+        lambda s: s.subspace,
+        boundary=boundaries.grow_and_consolidate_path,
+        wrap=adamr.track_path,
+    ),
     "agem": _constraint(
         "agem", lambda _: adamr.agem_constraint(), lambda rate, _: adamr.agem(rate)
     ),
@@ -219,6 +227,7 @@ def _cells() -> list[Cell]:
                   "update", "two_sided"]  # fmt: skip
     other = ["shared", "decoupled", "adaptive", "shared_v", "own"]
     routings = {"gpm": projection, "sgp": projection}
+    routings["gpm_si"] = ["shared", "shared_v"]
     routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
     routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
     cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]

@@ -69,10 +69,13 @@ def _cells(content: dict, default: str) -> str:
                     for key in ("final", "learned", "forgetting")
                 ),
                 against,
-                f"{rate:g}" + "!" * row["at_the_edge_of_the_sweep"],
+                f"{rate:g}"
+                + (f", {row['strength']:g}" if row["strength"] else "")
+                + "!" * row["at_the_edge_of_the_sweep"],
             ]
         )
-    heads = ["cell", "final", "learned", "forgetting", "final − default", "rate"]
+    heads = ["cell", "final", "learned", "forgetting", "final − default",
+             "rate, strength"]  # fmt: skip
     return table(heads, lines)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "consolidate_path",
     "consolidate_walk",
     "grow",
+    "grow_and_consolidate_path",
     "redraw",
 ]
 
@@ -92,6 +93,11 @@ def anchor_here(problem, setting, params, opt_state, data, key):
 def consolidate_path(problem, setting, params, opt_state, data, key):
     del problem, setting, data, key
     return adamr.consolidate_path(opt_state, params, damping=1e-3)
+
+
+def grow_and_consolidate_path(problem, setting, params, opt_state, data, key):
+    opt_state = grow(problem, setting, params, opt_state, data, key)
+    return consolidate_path(problem, setting, params, opt_state, data, key)
 
 
 def consolidate_walk(problem, setting, params, opt_state, data, key):
