@@ -67,6 +67,27 @@ def test_t3_response_to_a_protected_input_never_changes(recipe, rate):
     assert float(jnp.min(jnp.linalg.norm(p["w"] - w, axis=0))) > 1e-3
 
 
+def test_si_beside_gpm_keeps_the_protected_response_and_holds_what_is_open():
+    """The penalty changes the gradient before the projection: the alias takes both."""
+    p = {"b": jnp.zeros(3), "w": jax.random.normal(jax.random.key(0), (4, 3))}
+    a = np.full((1, 4), 0.5, np.float32)
+    moved = []
+    for strength in (0.0, 1e3):
+        penalty = adamr.quadratic_penalty(strength)
+        modifier = optax.chain(penalty, adamr.project_out(adamr.empty_subspace(p)))
+        tx = adamr.track_path(adamr.adamr(1e-3, modifier))
+        q, state = run(tx, p, [jax.tree.map(jnp.ones_like, p)] * 5)
+        grown = adamr.grow_subspace(adamr.get_subspace(state), {"b": None, "w": a})
+        state = adamr.set_subspace(state, grown)
+        state = adamr.consolidate_path(state, q, damping=1e-3)
+        r, _ = run(tx, q, scaled_noise(p, range(5, 15)), state)
+        old, new = (a @ np.asarray(x["w"], np.float64) for x in (q, r))
+        np.testing.assert_allclose(new, old, atol=1e-6)
+        assert float(jnp.linalg.norm(r["w"] - q["w"])) > 1e-3
+        moved.append(float(jnp.linalg.norm(r["b"] - q["b"])))
+    assert moved[1] < 0.5 * moved[0]
+
+
 def test_t3_can_fail_adam_on_projected_gradients_moves_the_response():
     a = np.full(4, 0.5, np.float32)
     p = {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}
