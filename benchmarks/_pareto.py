@@ -87,6 +87,13 @@ def _coloured(cell: str) -> str:
     return last if first == "rule" else first
 
 
+def _limits(means: np.ndarray) -> tuple[float, float]:
+    """A range that single outliers do not stretch."""
+    low, high = np.quantile(means[np.isfinite(means)], (0.02, 0.98))
+    pad = 0.15 * (high - low) or 0.01
+    return float(low - pad), float(high + pad)
+
+
 def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     """Forgetting (less is up) against plasticity (more is right), one mark a cell."""
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
@@ -109,14 +116,19 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
         axes.plot([], [], "o", color=COLOURS.get(kind, "black"), label=kind)
     for routing in dict.fromkeys(row["cell"].split("/")[1] for row in rows):
         axes.plot([], [], MARKERS.get(routing, "."), color="black", label=routing)
-    if measure == "loss":
-        axes.invert_xaxis()
-    axes.invert_yaxis()
+    x, y = (
+        np.array([np.mean(values(row, name)) for row in rows])
+        for name in ("learned", "forgetting")
+    )
+    (left, right), (top, bottom) = _limits(x), _limits(y)
+    outside = np.sum(~((left <= x) & (x <= right) & (top <= y) & (y <= bottom)))
+    axes.set_xlim((left, right) if measure == "accuracy" else (right, left))
+    axes.set_ylim(bottom, top)
     axes.set_xlabel(f"learned {measure} (plasticity: better to the right)")
     axes.set_ylabel(f"forgetting of {measure} (less is up)")
     axes.set_title(
         f"{bench}: every cell at its own best rate; black edge: on the front; "
-        "open: SGD",
+        "open: SGD" + (f"; {outside} outside" if outside else ""),
         fontsize=9,
     )
     axes.grid(alpha=0.25)

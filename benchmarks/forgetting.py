@@ -22,7 +22,10 @@ from benchmarks._cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
 from benchmarks._runner import quicker, run_cell, run_cells
 
 HEADLINE = "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam"
-MAIN = f"{HEADLINE} sgp/*/adam ogd/*/adam */shared/adam */own/adam */decoupled/adam"
+MAIN = (
+    f"{HEADLINE} gpm_si/*/adam sgp/*/adam ogd/*/adam "
+    "*/shared/adam */own/adam */decoupled/adam"
+)
 QUICK = (
     "none/shared/adam gpm/shared/sgd gpm/shared/adam gpm/decoupled/adam "
     "gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam"
