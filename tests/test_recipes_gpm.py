@@ -86,6 +86,10 @@ def test_si_beside_gpm_keeps_the_protected_response_and_holds_what_is_open():
         assert float(jnp.linalg.norm(r["w"] - q["w"])) > 1e-3
         moved.append(float(jnp.linalg.norm(r["b"] - q["b"])))
     assert moved[1] < 0.5 * moved[0]
+    alias = adamr.adamr(1e-3, adamr.project_out(adamr.empty_subspace(p)))
+    sizes = [optax.tree.size(t.init(p)) for t in (tx, alias)]
+    assert sizes[0] - sizes[1] == pytest.approx(3 * optax.tree.size(p), abs=2)
+    assert optax.tree.size(adamr.si(1e-3, 1.0).init(p)) > 5 * optax.tree.size(p)
 
 
 def test_t3_can_fail_adam_on_projected_gradients_moves_the_response():
