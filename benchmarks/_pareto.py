@@ -87,11 +87,14 @@ def _coloured(cell: str) -> str:
     return last if first == "rule" else first
 
 
-def _limits(means: np.ndarray) -> tuple[float, float]:
-    """A range that single outliers do not stretch."""
-    low, high = np.quantile(means[np.isfinite(means)], (0.02, 0.98))
-    pad = 0.15 * (high - low) or 0.01
-    return float(low - pad), float(high + pad)
+def _limits(means: np.ndarray, halves: np.ndarray) -> tuple[float, float]:
+    """A range that single outliers do not stretch, with room for the intervals."""
+    means, halves = means[np.isfinite(means)], halves[np.isfinite(halves)]
+    low, high = np.quantile(means, (0.25, 0.75))
+    far = 8 * (high - low) or np.inf
+    kept = means[(means >= low - far) & (means <= high + far)]
+    pad = max(0.08 * float(np.ptp(kept)), float(np.median(halves)), 1e-3)
+    return float(kept.min()) - pad, float(kept.max()) + pad
 
 
 def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
@@ -117,10 +120,11 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     for routing in dict.fromkeys(row["cell"].split("/")[1] for row in rows):
         axes.plot([], [], MARKERS.get(routing, "."), color="black", label=routing)
     x, y = (
-        np.array([np.mean(values(row, name)) for row in rows])
+        np.array([interval(values(row, name)) for row in rows])
         for name in ("learned", "forgetting")
     )
-    (left, right), (top, bottom) = _limits(x), _limits(y)
+    (left, right), (top, bottom) = _limits(*x.T), _limits(*y.T)
+    x, y = x[:, 0], y[:, 0]
     outside = np.sum(~((left <= x) & (x <= right) & (top <= y) & (y <= bottom)))
     axes.set_xlim((left, right) if measure == "accuracy" else (right, left))
     axes.set_ylim(bottom, top)
