@@ -84,11 +84,15 @@ def _digits(stream: str, steps: int) -> Bench:
     )  # fmt: skip
 
 
-def _text(domains: str, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
-    names = domains.split()
-    options = {"domains": names, "tasks": len(names), "context": LM.context}
+def _text(domains: str | None, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
+    """None: eight domains that are installed with Python and the packages."""
+    options, data, count = {"context": LM.context, "limit": 2500}, None, 8
+    if domains is not None:
+        names, data = domains.split(), "text"
+        count = len(names)
+        options |= {"domains": names, "tasks": count}
     return Bench(
-        f"text-{len(names)}", {**options, "limit": 2500}, "text", "lm", "loss",
+        f"text-{count}", options, data, "lm", "loss",
         LM.steps, LM.batch, 3, 0.95, 128, None, rates, 1000.0, _TEXT_STRENGTHS,
     )  # fmt: skip
 
@@ -106,6 +110,7 @@ BENCHES = {
     "text-low-8": _text(LOW),
     "text-high-8": _text(HIGH, _FAST_RATES),
     "text-mixed-16": _text(MIXED),
+    "text-installed": _text(None),
     "split-cifar100": _cifar("mlp", 100, 128, 256),
     "split-cifar100-resnet18": _cifar("resnet18", 500, 32, None),
 }  # fmt: skip

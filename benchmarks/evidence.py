@@ -88,6 +88,11 @@ HEADLINES = [
         "strength_rules_permuted_digits",
         _cells("rule/shared_v/full", "rule/shared_v/falling", "forgetting", -1.0),
     ),
+    Headline(
+        "on text SI beside GPM ends below GPM alone",
+        "forgetting_text_installed",
+        _cells("gpm_si/shared_v/adam", "gpm/shared_v/adam", sign=-1.0),
+    ),
 ]
 
 

@@ -1,6 +1,6 @@
 """What every modifier forgets, and learns, under every routing and optimizer.
 
-    python -m benchmarks.forgetting --quick            permuted digits, main cells
+    python -m benchmarks.forgetting --quick            installed data, main cells
     python -m benchmarks.forgetting --streams text-low-8 --cells 'gpm/*/adam'
     python -m benchmarks.forgetting --all              every cell, on an accelerator
 
@@ -26,10 +26,11 @@ MAIN = (
     f"{HEADLINE} gpm_si/*/adam sgp/*/adam ogd/*/adam "
     "*/shared/adam */own/adam */decoupled/adam"
 )
-QUICK = (
-    "none/shared/adam gpm/shared/sgd gpm/shared/adam gpm/decoupled/adam "
-    "gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam"
-)
+QUICK = {
+    "permuted-digits": "none/shared/adam gpm/shared/sgd gpm/shared/adam "
+    "gpm/decoupled/adam gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam",
+    "text-installed": "none/shared/adam gpm/shared_v/adam gpm_si/shared_v/adam",
+}
 
 
 @dataclasses.dataclass
@@ -37,13 +38,13 @@ class Config:
     """Forgetting and plasticity of modifier × routing × optimizer, tuned alike."""
 
     streams: str = "permuted-digits,split-digits"
-    """By commas; the text and CIFAR streams need --data."""
+    """By commas; digits and text-installed need no --data."""
     cells: str = MAIN
     """Patterns of modifier/routing/optimizer, by blanks, in the order to run them."""
     all: bool = False
     """Every cell on every stream."""
     quick: bool = False
-    """Permuted digits with half the steps and seeds, the cells of the headline."""
+    """Digits and installed text with half the steps, the cells of the headlines."""
     data: Path = Path("data")
     """Folder with `text/` and `vision/`."""
     out: Path = Path("benchmarks/results")
@@ -78,9 +79,8 @@ def run(cell: Cell, made: Made) -> dict:
 
 def main(config: Config) -> None:
     names = list(BENCHES) if config.all else config.streams.split(",")
-    patterns = "*" if config.all else config.cells
     if config.quick:
-        names, patterns = ["permuted-digits"], QUICK
+        names = list(QUICK)
     for name in names:
         if name not in BENCHES:
             raise SystemExit(
@@ -88,6 +88,7 @@ def main(config: Config) -> None:
             )
     for name in names:
         bench = quicker(name) if config.quick else name
+        patterns = QUICK[name] if config.quick else "*" if config.all else config.cells
         work = [(c.name, functools.partial(run, c)) for c in chosen(patterns)]
         run_cells("forgetting", bench, config.data, work, config.out)
 
