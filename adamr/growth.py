@@ -145,7 +145,7 @@ def grow_subspace(
     were, and devices that saw parts of them need one sum (`merge_covariance`), no
     gather. Its float32 sums leave 1e-6 of the energy as noise. Samples over several
     processes take this way by themselves; sharded samples inside jit cost one sum, too
-    (fewer than n are gathered instead, which is less).
+    (fewer than n: the samples are gathered).
 
     Args:
       subspace: what is protected so far.

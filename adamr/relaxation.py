@@ -22,6 +22,7 @@ from adamr._columns import (
     _matmul,
     _normalized,
     _on_host,
+    _spectrum,
     _to_columns,
     _to_storage,
     _transpose,
@@ -44,11 +45,11 @@ def _search(start, start_weights, basis, weights, rows, energy, threshold):
     inside = _matmul(_transpose(columns), gradient)
     done = _matmul(_transpose(columns), opened)
     inside = inside - _matmul(done, _matmul(_transpose(done), inside))
-    square, vectors = jnp.linalg.eigh(_matmul(inside, _transpose(inside)))
+    square, vectors = _spectrum(_matmul(inside, _transpose(inside)))
     # Squared cosines: at most 1, so that a threshold above 1 relaxes nothing.
-    square = jnp.clip(square[..., ::-1], 0.0, 1.0)
+    square = jnp.minimum(square, 1.0)
     wanted = (jnp.sqrt(square) >= threshold) & (square > _FLOOR[str(square.dtype)])
-    new = jnp.where(wanted[..., None, :], _matmul(columns, vectors[..., ::-1]), 0.0)
+    new = jnp.where(wanted[..., None, :], _matmul(columns, vectors), 0.0)
     grown = _append(opened, new, jnp.sum(wanted, axis=-1, dtype=jnp.int32))
     lam = _used(grown).astype(columns.dtype)
     return _to_storage(grown, lam, start, start_weights)

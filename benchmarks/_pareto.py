@@ -89,11 +89,11 @@ def _coloured(cell: str) -> str:
 
 def _limits(means: np.ndarray, halves: np.ndarray) -> tuple[float, float]:
     """A range that single outliers do not stretch, with room for the intervals."""
-    means, halves = means[np.isfinite(means)], halves[np.isfinite(halves)]
     low, high = np.quantile(means, (0.25, 0.75))
     far = 8 * (high - low) or np.inf
     kept = means[(means >= low - far) & (means <= high + far)]
-    pad = max(0.08 * float(np.ptp(kept)), float(np.median(halves)), 1e-3)
+    half = float(np.median(np.nan_to_num(halves)))  # one seed has no interval
+    pad = max(0.08 * float(np.ptp(kept)), half, 1e-3)
     return float(kept.min()) - pad, float(kept.max()) + pad
 
 
@@ -101,16 +101,19 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     """Forgetting (less is up) against plasticity (more is right), one mark a cell."""
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes, best = figure.subplots(), front(rows, measure)
-    for row in rows:
+    x, y = (
+        np.array([interval(values(row, name)) for row in rows])
+        for name in ("learned", "forgetting")
+    )
+    finite = np.isfinite(x[:, 0] + y[:, 0])
+    for row, known, (at, dx), (lost, dy) in zip(rows, finite, x, y, strict=True):
         routing = row["cell"].split("/")[1]
-        (x, dx), (y, dy) = (
-            interval(values(row, name)) for name in ("learned", "forgetting")
-        )
-        if not np.isfinite(x + y):
+        if not known:
             continue
         sgd = row["cell"].endswith("/sgd")
         axes.errorbar(
-            x, y, xerr=dx, yerr=dy, color=COLOURS.get(_coloured(row["cell"]), "black"),
+            at, lost, xerr=dx, yerr=dy,
+            color=COLOURS.get(_coloured(row["cell"]), "black"),
             marker=MARKERS.get(routing, "."), markersize=9, linewidth=0.7,
             markerfacecolor="none" if sgd else None, alpha=0.9,
             markeredgecolor="black" if row["cell"] in best else None,
@@ -119,15 +122,14 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
         axes.plot([], [], "o", color=COLOURS.get(kind, "black"), label=kind)
     for routing in dict.fromkeys(row["cell"].split("/")[1] for row in rows):
         axes.plot([], [], MARKERS.get(routing, "."), color="black", label=routing)
-    x, y = (
-        np.array([interval(values(row, name)) for row in rows])
-        for name in ("learned", "forgetting")
-    )
-    (left, right), (top, bottom) = _limits(*x.T), _limits(*y.T)
-    x, y = x[:, 0], y[:, 0]
-    outside = np.sum(~((left <= x) & (x <= right) & (top <= y) & (y <= bottom)))
-    axes.set_xlim((left, right) if measure == "accuracy" else (right, left))
-    axes.set_ylim(bottom, top)
+    outside = np.sum(~finite)
+    if finite.any():
+        x, y = x[finite], y[finite]
+        (left, right), (top, bottom) = _limits(*x.T), _limits(*y.T)
+        x, y = x[:, 0], y[:, 0]
+        outside += np.sum((x < left) | (x > right) | (y < top) | (y > bottom))
+        axes.set_xlim((left, right) if measure == "accuracy" else (right, left))
+        axes.set_ylim(bottom, top)
     axes.set_xlabel(f"learned {measure} (plasticity: better to the right)")
     axes.set_ylabel(f"forgetting of {measure} (less is up)")
     axes.set_title(

@@ -94,25 +94,23 @@ def _adaptive_unguarded(learning_rate, _, s: Setting):
     return _adaptive(learning_rate, _, s, guard=False)
 
 
-def _alias(learning_rate, _, s: Setting):
+def _through_alias(learning_rate, modifier):
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         _tell(1.0),
-        adamr.adamr(learning_rate, adamr.project_out(s.subspace)),
+        adamr.adamr(learning_rate, modifier),
     )
+
+
+def _alias(learning_rate, _, s: Setting):
+    return _through_alias(learning_rate, adamr.project_out(s.subspace))
 
 
 def _alias_si(learning_rate, strength, s: Setting):
     modifier = optax.chain(
         adamr.quadratic_penalty(strength), adamr.project_out(s.subspace)
     )
-    return adamr.track_path(
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            _tell(1.0),
-            adamr.adamr(learning_rate, modifier),
-        )
-    )
+    return adamr.track_path(_through_alias(learning_rate, modifier))
 
 
 def _update(learning_rate, _, s: Setting):
