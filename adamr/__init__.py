@@ -73,6 +73,7 @@ from adamr.recipes.constraint import gem as gem
 from adamr.recipes.constraint import p_mgem as p_mgem
 from adamr.recipes.gpm import adam_nscl as adam_nscl
 from adamr.recipes.gpm import gpm as gpm
+from adamr.recipes.gpm import gpm_si as gpm_si
 from adamr.recipes.gpm import sgp as sgp
 from adamr.recipes.mask import hft as hft
 from adamr.recipes.mask import mudman as mudman

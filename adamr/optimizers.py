@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from adamr import _trees
 from adamr.directions import Directions
 from adamr.routing import faithful_second_moment, route_first_moment
+from adamr.second_moments import contracted
 from adamr.state import find_nodes
 from adamr.strength import constant_scale
-from adamr.subspace import Subspace, layout, project
+from adamr.subspace import Subspace, project
 
 __all__ = ["AdamrState", "adamr"]
 
@@ -18,17 +18,6 @@ __all__ = ["AdamrState", "adamr"]
 class AdamrState(NamedTuple):
     links: Any
     learning_rate: Any
-
-
-def _mixed_axes(subspaces: list[Subspace], params: Any):
-    """`share` rule: the axes that the modifier's projections contract, per leaf."""
-    names = _trees.flatten_with_names(params)[0]
-    axes: dict[str, set[int]] = {name: set() for name in names}
-    for subspace in subspaces:
-        for name, basis, weights in zip(names, *subspace, strict=False):
-            if basis is not None and weights is not None:
-                axes[name] |= set(layout(basis, weights).protected)
-    return lambda path, shape: tuple(sorted(axes[path]))
 
 
 def adamr(
@@ -119,7 +108,7 @@ def adamr(
     def init_fn(params):
         state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
         subspaces = find_nodes(state, Subspace)
-        share = _mixed_axes(subspaces, params) if subspaces else None
+        share = contracted(subspaces, params) if subspaces else None
         return AdamrState(chained(share).init(params), rate.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):

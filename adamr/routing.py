@@ -41,7 +41,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.second_moments import ESTIMATORS, Share, fan_in, shared_zeros, squares
+from adamr.second_moments import ESTIMATORS, Share, shared_zeros, squares
+from adamr.subspace import Subspace
 
 __all__ = [
     "FaithfulSecondMomentState",
@@ -193,18 +194,20 @@ def moments(
     """`init(params) -> state`, `advance(routed, state) -> (Moments, state)`."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected {list(ESTIMATORS)}.")
-    if not (share is None or share == "fan_in" or callable(share)):
+    named = share is None or share == "fan_in"
+    valid = named or isinstance(share, Subspace) or callable(share)
+    if not valid:
         raise ValueError(
-            f"share is {share!r}, expected None, 'fan_in' or (path, shape) -> axes."
+            f"share is {share!r}, expected None, 'fan_in', a Subspace or a function "
+            "(path, shape) -> axes."
         )
-    rule: Any = fan_in if share == "fan_in" else share
     kind = ESTIMATORS[estimator]
 
     def init(params):
-        if rule is None:
+        if share is None:
             nu = optax.tree.zeros_like(params, dtype=nu_dtype)
         else:
-            nu = shared_zeros(params, rule, nu_dtype)
+            nu = shared_zeros(params, share, nu_dtype)
         return FaithfulSecondMomentState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.full_like(params, kind.initial, dtype=mu_dtype),
@@ -240,7 +243,7 @@ def faithful_second_moment(
     estimator: Literal[
         "adam", "amsgrad", "rmsprop", "adagrad", "yogi", "adafactor"
     ] = "adam",
-    share: Literal["fan_in"] | Share | None = None,
+    share: Share | None = None,
     guard: bool = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
@@ -255,8 +258,9 @@ def faithful_second_moment(
       estimator: of v. Each equals its optax twin when the modifier is the identity;
         adagrad and yogi start their accumulators where optax starts them.
       share: axes over which v is one number, the mean of the squares along them. None:
-        element-wise. "fan_in": the input axes of every kernel. Or a function (path,
-        shape) -> axes; () leaves a leaf element-wise. Sharing v along the axis of a
+        element-wise. "fan_in": the input axes of every kernel. A `Subspace`: those that
+        its projection contracts. Or a function (path, shape) -> axes; () leaves a leaf
+        element-wise. Sharing v along the axis of a
         projection makes preconditioner and projector commute, so a projected first
         moment gives a step that lies in the allowed space exactly.
       guard: element-wise leaves feed v with max(second², first²). Without it (the paper

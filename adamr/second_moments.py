@@ -9,8 +9,8 @@ Sharing: a leaf of v whose axis has size 1 where the gradient's is larger holds 
 number along that axis. The shape says it all, so `update` needs no other description.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from jax.typing import ArrayLike
 
 from adamr import _trees
 from adamr.axes import default_axes
+from adamr.subspace import Subspace, layout
 
-__all__ = ["ESTIMATORS", "Estimator", "Share", "shared_zeros", "squares"]
+__all__ = ["ESTIMATORS", "Estimator", "Share", "contracted", "shared_zeros", "squares"]
 
-Share = Callable[[str, tuple[int, ...]], tuple[int, ...]]
+Rule = Callable[[str, tuple[int, ...]], tuple[int, ...]]
+Share = Literal["fan_in"] | Subspace | Rule
 
 
 class Estimator(NamedTuple):
@@ -170,12 +172,27 @@ def fan_in(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return axes.protected if axes else ()
 
 
+def contracted(subspaces: Sequence[Subspace], params: Any) -> Rule:
+    """The axes that the subspaces' projections contract, per leaf of params."""
+    names = _trees.flatten_with_names(params)[0]
+    axes: dict[str, set[int]] = {name: set() for name in names}
+    for subspace in subspaces:
+        for name, basis, weights in zip(names, *subspace, strict=False):
+            if basis is not None and weights is not None:
+                axes[name] |= set(layout(basis, weights).protected)
+    return lambda path, shape: tuple(sorted(axes[path]))
+
+
 def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
     """Zeros for v in leaf order, with size 1 along the axes that `share` names."""
     names, leaves = _trees.flatten_with_names(params)
+    if isinstance(share, Subspace):
+        rule = contracted([share], params)
+    else:
+        rule = fan_in if share == "fan_in" else share
 
     def zeros(leaf, path):
-        axes = share(path, leaf.shape)
+        axes = rule(path, leaf.shape)
         if not axes:
             return jnp.zeros_like(leaf, dtype=dtype)
         # A reduction, not a shape: so the result keeps the other axes' sharding.

@@ -12,9 +12,9 @@
     eigenbasis      decoupled, moments in the eigenbasis of the protected space
     update          g in both moments, the update projected
     two_sided       gradient and update projected
-    own             the library's recipe for a penalty, a constraint or replay
+    own             the library's recipe for what has a penalty, a constraint or replay
 
-The last routings but `own` are for projections, `own` for everything else.
+The last routings but `own` are for projections.
 """
 
 import functools
@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import optax
 
 import adamr
-from benchmarks._shared_v import shared_second_moment
 from examples import boundaries, methods
 from examples.methods import Method
 from examples.setting import Setting
@@ -53,16 +52,16 @@ class Modifier(NamedTuple):
     Attributes:
       make: (strength, setting) -> g -> g̃.
       protects: `setting` -> what projections protect; None: not a projection.
-      own: (rate, strength) -> the library's recipe; None: there is none.
+      own: (rate, strength, setting) -> the library's recipe; None: there is none.
       evidence: see `examples.methods`.
       boundary: see `examples.methods`.
       memory: share of each task's examples that are kept.
-      wrap: around the finished optimizer.
+      wrap: around the optimizer, but for the library's recipe.
     """
 
     make: Callable[[Any, Setting], optax.GradientTransformation]
     protects: Callable[[Setting], Any] | None = None
-    own: Callable[[Any, Any], optax.GradientTransformation] | None = None
+    own: Callable[..., optax.GradientTransformation] | None = None
     evidence: Callable[..., dict] | None = None
     boundary: Callable[..., Any] | None = None
     memory: float = 0.0
@@ -80,7 +79,7 @@ def _from_first_task(modifier: optax.GradientTransformationExtraArgs):
     return optax.GradientTransformationExtraArgs(modifier.init, update)
 
 
-def _er(rate, _):
+def _er(rate, _, s):
     return optax.chain(
         _from_first_task(adamr.replay_routing(0.5)),
         adamr.faithful_second_moment(),
@@ -125,14 +124,14 @@ MODIFIERS = {
     ),
     "ewc": Modifier(
         lambda k, s: adamr.quadratic_penalty(k),
-        own=lambda rate, k: adamr.ewc(rate, k),
+        own=lambda rate, k, s: adamr.ewc(rate, k),
         boundary=functools.partial(
             methods.METHODS["ewc"].boundary, kind="sampled"
         ),
     ),
     "si": Modifier(
         lambda k, s: adamr.quadratic_penalty(2 * k),
-        own=lambda rate, k: adamr.ewc(rate, 2 * k),
+        own=lambda rate, c, s: adamr.si(rate, c),
         boundary=methods.METHODS["si"].boundary,
         wrap=adamr.track_path,
     ),
@@ -141,17 +140,20 @@ MODIFIERS = {
             adamr.quadratic_penalty(2 * k), adamr.project_out(s.subspace)
         ),
         lambda s: s.subspace,
+        own=lambda rate, c, s: adamr.gpm_si(rate, s.subspace, c),
         boundary=boundaries.grow_and_consolidate_path,
         wrap=adamr.track_path,
     ),
     "agem": _constraint(
-        "agem", lambda _: adamr.agem_constraint(), lambda rate, _: adamr.agem(rate)
+        "agem", lambda _: adamr.agem_constraint(), lambda rate, _, s: adamr.agem(rate)
     ),
-    "gem": _constraint("gem", adamr.gem_constraint, adamr.gem),
+    "gem": _constraint(
+        "gem", adamr.gem_constraint, lambda rate, k, s: adamr.gem(rate, k)
+    ),
     "p_mgem": _constraint(
         "p_mgem",
         functools.partial(adamr.gem_constraint, partition="leaf"),
-        adamr.p_mgem,
+        lambda rate, k, s: adamr.p_mgem(rate, k),
     ),
     "replay_0.5": _replay(0.005),
     "replay_1": _replay(0.01),
@@ -185,9 +187,7 @@ def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
         case "adaptive":
             links = [first, adamr.overlap_adaptive_scale(), moments()]
         case "shared_v":
-            shared = shared_second_moment(
-                setting.subspace, estimator=ESTIMATORS[cell.optimizer]
-            )
+            shared = moments(share=setting.subspace)
             return [first, shared, *_decay(cell.optimizer, guard)]
         case "eigenbasis":
             links = [first, adamr.in_eigenbasis(moments(), guard)]
@@ -209,15 +209,13 @@ def method(cell: Cell, sgd_factor: float = 100.0) -> Method:
     modifier = MODIFIERS[cell.modifier]
 
     def build(rate, strength, setting):
+        if cell.routing == "own":
+            return modifier.own(rate, strength, setting)
         if cell.optimizer == "sgd":
             change = modifier.make(strength, setting)
-            made = optax.chain(change, optax.sgd(sgd_factor * rate))
-        elif cell.routing == "own":
-            made = modifier.own(rate, strength)
-        else:
-            links = _links(cell, modifier, strength, setting)
-            made = optax.chain(*links, optax.scale_by_learning_rate(rate))
-        return modifier.wrap(made)
+            return modifier.wrap(optax.chain(change, optax.sgd(sgd_factor * rate)))
+        links = _links(cell, modifier, strength, setting)
+        return modifier.wrap(optax.chain(*links, optax.scale_by_learning_rate(rate)))
 
     return Method(cell.name, build, modifier.evidence, modifier.boundary)
 
@@ -227,7 +225,7 @@ def _cells() -> list[Cell]:
                   "update", "two_sided"]  # fmt: skip
     other = ["shared", "decoupled", "adaptive", "shared_v", "own"]
     routings = {"gpm": projection, "sgp": projection}
-    routings["gpm_si"] = ["shared", "shared_v"]
+    routings["gpm_si"] = ["shared", "shared_v", "own"]
     routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
     routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
     cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]

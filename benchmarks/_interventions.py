@@ -25,7 +25,6 @@ import adamr
 from adamr import diagnostics
 from adamr.protection import in_eigenbasis
 from adamr.routing import Routed
-from benchmarks._shared_v import shared_second_moment
 from examples.methods import METHODS, Method
 
 __all__ = ["ARMS", "Arm", "VARIANTS", "method_for"]
@@ -155,7 +154,7 @@ def _matched(
 
 def _direction(arm: Arm, variant: str, subspace: adamr.Subspace):
     if variant == "fan_in":
-        merge = shared_second_moment(subspace, guard=False)
+        merge = adamr.faithful_second_moment(share=subspace, guard=False)
     else:
         merge = adamr.faithful_second_moment(guard=False)
     moments = optax.chain(_feed(arm.denominator, guard=variant == "element"), merge)

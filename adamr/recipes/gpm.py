@@ -1,16 +1,16 @@
-"""Subspace methods by name: GPM, SGP, Adam-NSCL (TRGP and ROGO: `recipes.trgp`).
+"""Subspace methods by name: GPM, alone and beside SI, SGP, Adam-NSCL.
 
     recipe      step of W                        what the task boundary does
     gpm         Adam with v shared per output,   grow_subspace
     sgp           first moment projected         grow_subspace(importance=α)
+    gpm_si      gpm, and SI's proximal pull      grow_subspace, consolidate_path
     adam_nscl   plain Adam, update projected     update_covariance,
                                                    null_space_complement
-    trgp        gpm, and Adam on the scales      grow_task_subspace, trust_region
-    rogo        gpm, and Adam on the scales      fold_scales, grow_subspace
 
-All start with `empty_subspace(params)`, with which they train the first task freely. A
-boundary changes values in the state, never shapes: the compiled step runs on. Heads,
-embeddings and biases that stay unprotected get plain Adam.
+TRGP and ROGO are in `recipes.trgp`. All start with `empty_subspace(params)`, with which
+they train the first task freely. A boundary changes values in the state, never shapes:
+the compiled step runs on. Heads, embeddings and biases that stay unprotected get plain
+Adam; `gpm_si` holds them, too.
 """
 
 from typing import Any, NamedTuple
@@ -21,13 +21,15 @@ import optax
 
 from adamr import _trees
 from adamr.modifiers.projection import copy_subspace, project_out, require_subspace
+from adamr.modifiers.proximal import proximal_second_moment
 from adamr.optimizers import adamr
+from adamr.path_integral import track_path
 from adamr.protection import protect_update
 from adamr.recipes._signature import passes_on_to
-from adamr.routing import require_plain
+from adamr.routing import require_plain, route_first_moment
 from adamr.subspace import Subspace, check_leaves, layout, project_leaf, used
 
-__all__ = ["NormalizedProtectionState", "adam_nscl", "gpm", "sgp"]
+__all__ = ["NormalizedProtectionState", "adam_nscl", "gpm", "gpm_si", "sgp"]
 
 
 @passes_on_to(adamr)
@@ -112,6 +114,77 @@ def sgp(
       Saha, Roy, Continual Learning with Scaled Gradient Projection, arXiv:2302.01386.
     """
     return adamr(learning_rate, project_out(subspace), **kwargs)
+
+
+def gpm_si(
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    c: jax.typing.ArrayLike = 0.3,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GPM, and Synaptic Intelligence for what its projection leaves open.
+
+        Δ = P u,   P = I − U Uᵀ
+        θ − η u    the proximal point of c Σ Ω (θ − θ*)² at Adam's, in Adam's metric
+
+    with v shared along the fan-in, as in `gpm`, and Ω from the path, as in `si`.
+    Guarantees: UᵀΔ = 0 (`test_gpm_si_keeps_the_protected_response`), and the pull is
+    stable at any c (`test_gpm_si_is_stable_at_any_strength`): on P's range it is the
+    contraction I − P S P, S = 2ηcΩD / (1 + 2ηcΩD) in [0, 1). The penalty holds what the
+    projection does not: embeddings, norms, heads, biases, directions below the
+    threshold. c = 0 has the steps of `gpm`. Keeps three numbers per parameter more than
+    `gpm`. docs/evidence.md says what it gains where.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      subspace: what is protected; for the first task `empty_subspace(params)`.
+      c: ≥ 0, of SI.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
+
+    Returns:
+      An optimizer. At a boundary grow the subspace as for `gpm`, then
+      `consolidate_path`, whose damping was 1e-3 in the evidence.
+
+    Raises:
+      ValueError: for a negative c; at update, without `params`.
+
+    >>> from adamr import consolidate_path, empty_subspace, get_subspace, grow_subspace
+    >>> from adamr import set_subspace
+    >>> params = {"b": jnp.zeros(1), "w": jnp.zeros((3, 1))}
+    >>> tx = gpm_si(0.1, empty_subspace(params), c=100.0)
+    >>> state = tx.init(params)
+    >>> g = {"b": jnp.ones(1), "w": jnp.array([[1.0], [1.0], [0.0]])}
+    >>> step, state = tx.update(g, state, params)  # task 1
+    >>> params = optax.apply_updates(params, step)
+    >>> inputs = {"b": None, "w": jnp.array([[1.0, 0.0, 0.0]])}
+    >>> grown = grow_subspace(get_subspace(state), inputs, threshold=0.97)
+    >>> state = consolidate_path(set_subspace(state, grown), params, damping=1e-3)
+    >>> g = {"b": jnp.ones(1), "w": jnp.ones((3, 1))}
+    >>> step, state = tx.update(g, state, params)  # task 2
+    >>> print(step["w"][:, 0].round(3) + 0.0, step["b"].round(3) + 0.0)
+    [ 0.    -0.001 -0.058] [-0.001]
+
+    References:
+      Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762. Zenke, Poole,
+      Ganguli, Continual Learning Through Synaptic Intelligence, arXiv:1703.04200.
+    """
+    return track_path(
+        optax.chain(
+            route_first_moment(optax.identity()),
+            proximal_second_moment(
+                learning_rate, 2 * c, b1, b2, eps, eps_root, share=subspace,
+                mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+            ),
+            protect_update(subspace),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )  # fmt: skip
 
 
 class NormalizedProtectionState(NamedTuple):
