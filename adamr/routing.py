@@ -189,14 +189,13 @@ class Moments(NamedTuple):
 
 
 def moments(
-    b1, b2, eps, eps_root, *, estimator, share, guard, mu_dtype, nu_dtype
+    b1, b2, eps, eps_root, *, estimator, share: Share | None, guard, mu_dtype, nu_dtype
 ) -> tuple[Callable, Callable]:
     """`init(params) -> state`, `advance(routed, state) -> (Moments, state)`."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected {list(ESTIMATORS)}.")
     named = share is None or share == "fan_in"
-    valid = named or isinstance(share, Subspace) or callable(share)
-    if not valid:
+    if not (named or isinstance(share, Subspace) or callable(share)):
         raise ValueError(
             f"share is {share!r}, expected None, 'fan_in', a Subspace or a function "
             "(path, shape) -> axes."

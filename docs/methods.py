@@ -83,6 +83,16 @@ METHODS: dict[str, Method] = {
         lambda: adamr.project_out(subspace()), leak,
         boundary=("grow_subspace", "set_subspace"), closed_forms=(5,), parity=("sgp",),
     ),
+    "gpm_si": Method(
+        "2103.09762, 1703.04200", lambda: adamr.gpm_si(RATE, subspace()),
+        lambda: adamr.project_out(subspace()), leak,
+        boundary=("grow_subspace", "set_subspace", "consolidate_path"),
+        closed_forms=(
+            "test_gpm_si_keeps_the_protected_response_and_holds_what_is_open",
+            "test_gpm_si_is_stable_at_any_strength",
+            "test_gpm_si_equals_its_float64_twin",
+        ),
+    ),
     "adam_nscl": Method(
         "2103.07113", lambda: adamr.adam_nscl(RATE, subspace()),
         lambda: adamr.project_out(subspace()), leak,

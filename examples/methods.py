@@ -103,6 +103,12 @@ METHODS: dict[str, Method] = {
         lambda rate, _, s: adamr.sgp(rate, s.subspace),
         boundary=functools.partial(boundaries.grow, importance=10.0),
     ),
+    "gpm_si": Method(
+        "GPM, and SI's proximal pull on what it leaves open",
+        lambda rate, c, s: adamr.gpm_si(rate, s.subspace, c),
+        boundary=boundaries.grow_and_consolidate_path,
+        strength=0.1,
+    ),
     "adam_nscl": Method(
         "Adam-NSCL's update projection, on GPM's bases",
         lambda rate, _, s: adamr.adam_nscl(rate, s.subspace),

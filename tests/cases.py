@@ -253,6 +253,10 @@ CASES = [
     ),
     Case("sgp", lambda s: lambda learning_rate=0.1: adamr.sgp(learning_rate, s)),
     Case(
+        "gpm_si",
+        lambda s: lambda learning_rate=0.1, c=3.0: adamr.gpm_si(learning_rate, s, c),
+    ),
+    Case(
         "adam_nscl",
         lambda s: (
             lambda learning_rate=0.1, b1=0.9: adamr.adam_nscl(learning_rate, s, b1)
@@ -519,7 +523,7 @@ COMPOSED = frozenset(
     """
     route_both_moments route_second_moment overlap_mean_debiased overlap_leaf_rising
     faithful_rmsprop faithful_adagrad faithful_yogi faithful_shared_amsgrad
-    adamr_elementwise gpm adam_nscl ogd gem agem p_mgem gem_exact_by_leaf
+    adamr_elementwise gpm gpm_si adam_nscl ogd gem agem p_mgem gem_exact_by_leaf
     l2_sp_additive l2_sp ewc online_ewc mas er mudman hft adamp fopng_as_published
     """.split()
 )

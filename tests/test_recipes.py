@@ -25,6 +25,7 @@ def arguments(name):
     subspace = adamr.empty_subspace(PARAMS)
     more = {
         "gpm": {"subspace": subspace},
+        "gpm_si": {"subspace": subspace},
         "sgp": {"subspace": subspace},
         "adam_nscl": {"subspace": subspace},
         "ogd": {"directions": adamr.empty_directions(PARAMS, 2)},
@@ -36,8 +37,8 @@ def arguments(name):
 
 
 RECIPES = [
-    "adam_nscl", "agem", "er", "ewc", "gem", "gpm", "hft", "l2_sp", "mas", "mudman",
-    "ogd", "online_ewc", "p_mgem", "rwalk", "sgp", "si",
+    "adam_nscl", "agem", "er", "ewc", "gem", "gpm", "gpm_si", "hft", "l2_sp", "mas",
+    "mudman", "ogd", "online_ewc", "p_mgem", "rwalk", "sgp", "si",
 ]  # fmt: skip
 
 

@@ -67,31 +67,6 @@ def test_t3_response_to_a_protected_input_never_changes(recipe, rate):
     assert float(jnp.min(jnp.linalg.norm(p["w"] - w, axis=0))) > 1e-3
 
 
-def test_si_beside_gpm_keeps_the_protected_response_and_holds_what_is_open():
-    """The penalty changes the gradient before the projection: the alias takes both."""
-    p = {"b": jnp.zeros(3), "w": jax.random.normal(jax.random.key(0), (4, 3))}
-    a = np.full((1, 4), 0.5, np.float32)
-    moved = []
-    for strength in (0.0, 1e3):
-        penalty = adamr.quadratic_penalty(strength)
-        modifier = optax.chain(penalty, adamr.project_out(adamr.empty_subspace(p)))
-        tx = adamr.track_path(adamr.adamr(1e-3, modifier))
-        q, state = run(tx, p, [jax.tree.map(jnp.ones_like, p)] * 5)
-        grown = adamr.grow_subspace(adamr.get_subspace(state), {"b": None, "w": a})
-        state = adamr.set_subspace(state, grown)
-        state = adamr.consolidate_path(state, q, damping=1e-3)
-        r, _ = run(tx, q, scaled_noise(p, range(5, 15)), state)
-        old, new = (a @ np.asarray(x["w"], np.float64) for x in (q, r))
-        np.testing.assert_allclose(new, old, atol=1e-6)
-        assert float(jnp.linalg.norm(r["w"] - q["w"])) > 1e-3
-        moved.append(float(jnp.linalg.norm(r["b"] - q["b"])))
-    assert moved[1] < 0.5 * moved[0]
-    alias = adamr.adamr(1e-3, adamr.project_out(adamr.empty_subspace(p)))
-    sizes = [optax.tree.size(t.init(p)) for t in (tx, alias)]
-    assert sizes[0] - sizes[1] == pytest.approx(3 * optax.tree.size(p), abs=2)
-    assert optax.tree.size(adamr.si(1e-3, 1.0).init(p)) > 5 * optax.tree.size(p)
-
-
 def test_t3_can_fail_adam_on_projected_gradients_moves_the_response():
     a = np.full(4, 0.5, np.float32)
     p = {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}
@@ -130,6 +105,92 @@ def test_gpm_and_sgp_equal_their_float64_twin(recipe):
     for g, wanted in zip(gs, expected, strict=True):
         step, state = tx.update(g, state, p)
         np.testing.assert_allclose(step, -RATE * wanted, rtol=1e-4, atol=1e-7)
+
+
+# GPM beside SI ----------------------------------------------------------------------
+
+
+def after_one_task(tx, p):
+    """A task of ones, then one protected input and the path as importance."""
+    p, state = run(tx, p, [jax.tree.map(jnp.ones_like, p)] * 5)
+    inputs = {"b": None, "w": jnp.full((1, 4), 0.5)}
+    grown = adamr.grow_subspace(adamr.get_subspace(state), inputs)
+    state = adamr.set_subspace(state, grown)
+    return p, adamr.consolidate_path(state, p, damping=1e-3)
+
+
+def small():
+    return {"b": jnp.zeros(3), "w": jax.random.normal(jax.random.key(0), (4, 3))}
+
+
+def test_gpm_si_keeps_the_protected_response_and_holds_what_is_open():
+    moved = []
+    for c in (0.0, 1e3):
+        tx = adamr.gpm_si(1e-3, adamr.empty_subspace(small()), c)
+        p, state = after_one_task(tx, small())
+        q, _ = run(tx, p, scaled_noise(p, range(5, 15)), state)
+        a = np.full(4, 0.5)
+        old, new = (a @ np.asarray(x["w"], np.float64) for x in (p, q))
+        np.testing.assert_allclose(new, old, atol=1e-6)
+        assert float(jnp.linalg.norm(q["w"] - p["w"])) > 1e-5
+        moved.append(float(jnp.linalg.norm(q["b"] - p["b"])))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_gpm_si_is_stable_at_any_strength():
+    """Where the same penalty in the gradient, through the alias, blows up."""
+    s = adamr.empty_subspace(small())
+    penalty = optax.chain(adamr.quadratic_penalty(2e6), adamr.project_out(s))
+    additive = adamr.track_path(adamr.adamr(RATE, penalty))
+    distances = []
+    for tx in (adamr.gpm_si(RATE, s, 1e6), additive):
+        p, state = after_one_task(tx, small())
+        q, _ = run(tx, p, scaled_noise(p, range(40)), state)
+        distances.append(optax.tree.norm(optax.tree.sub(q, p)))
+    assert distances[0] < 40 * RATE * 4  # Adam's own steps, in norm, at the most
+    assert not distances[1] < 100
+
+
+def test_gpm_si_at_strength_0_has_the_steps_of_gpm():
+    both = []
+    for tx in (
+        adamr.gpm_si(RATE, adamr.empty_subspace(small()), 0.0),
+        adamr.track_path(adamr.gpm(RATE, adamr.empty_subspace(small()))),
+    ):
+        p, state = run(tx, small(), scaled_noise(small(), range(5)))
+        s = adamr.make_subspace(p, {"b": None, "w": orthonormal(0, 4, 2)})
+        state = adamr.set_subspace(state, s)
+        both.append(run(tx, p, scaled_noise(p, range(5, 10)), state)[0])
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gpm_si_equals_its_float64_twin():
+    p, basis = jax.random.normal(jax.random.key(1), (6, 3)), orthonormal(0, 6, 2)
+    omega = 10.0 ** np.random.default_rng(0).uniform(-2, 2, (6, 3))
+    s = adamr.make_subspace(p, basis)
+    tx = adamr.gpm_si(RATE, s, c=1.5, b1=0.8, b2=0.95)
+    anchor = adamr.Anchor(jnp.asarray(omega, jnp.float32), p)
+    gs, state = noise(p, range(6)), adamr.set_anchor(tx.init(p), anchor)
+    start, raw = np.asarray(p, np.float64), [np.asarray(g, np.float64) for g in gs]
+    expected = reference_recipes.gpm_si_trajectory(
+        start, raw, RATE, 3.0 * omega, start, basis.astype(np.float64), 0.8, 0.95
+    )
+    for g, wanted in zip(gs, expected, strict=True):
+        step, state = tx.update(g, state, p)
+        p = optax.apply_updates(p, step)
+        np.testing.assert_allclose(p, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gpm_si_keeps_three_numbers_per_parameter_more_than_gpm():
+    s = adamr.empty_subspace(small())
+    pair, alone, si = (
+        optax.tree.size(tx.init(small()))
+        for tx in (adamr.gpm_si(RATE, s), adamr.gpm(RATE, s), adamr.si(RATE))
+    )
+    size = optax.tree.size(small())
+    assert pair - alone == pytest.approx(3 * size, abs=2)
+    assert si > 5 * size
 
 
 def test_t4_ranks_grow_through_the_optimizer_state():

@@ -146,6 +146,14 @@ def test_sharing_along_the_fan_in(shape, path, shared):
     assert isinstance(state.nu, tuple)
 
 
+def test_sharing_along_what_a_subspace_protects():
+    """Unprotected kernels stay element-wise; "fan_in" would share them, too."""
+    p = {"b": jnp.zeros(3), "head": jnp.zeros((4, 2)), "w": jnp.zeros((4, 3))}
+    s = adamr.empty_subspace(p, unprotected=("head",))
+    state = adamr.faithful_second_moment(share=s).init(p)
+    assert [x.shape for x in jax.tree.leaves(state.nu)] == [(3,), (4, 2), (1, 3)]
+
+
 def test_accumulator_dtypes():
     p = params(jnp.bfloat16)
     for share in (None, "fan_in"):

@@ -134,9 +134,9 @@ def gpm_si(
         θ − η u    the proximal point of c Σ Ω (θ − θ*)² at Adam's, in Adam's metric
 
     with v shared along the fan-in, as in `gpm`, and Ω from the path, as in `si`.
-    Guarantees: UᵀΔ = 0 (`test_gpm_si_keeps_the_protected_response`), and the pull is
-    stable at any c (`test_gpm_si_is_stable_at_any_strength`): on P's range it is the
-    contraction I − P S P, S = 2ηcΩD / (1 + 2ηcΩD) in [0, 1). The penalty holds what the
+    Guarantees: UᵀΔ = 0 (`test_gpm_si_keeps_the_protected_response_...`), and a pull
+    that is stable at any c (`test_gpm_si_is_stable_at_any_strength`): on P's range it
+    is the contraction I − P S P, S = 2ηcΩD / (1 + 2ηcΩD) in [0, 1). It holds what the
     projection does not: embeddings, norms, heads, biases, directions below the
     threshold. c = 0 has the steps of `gpm`. Keeps three numbers per parameter more than
     `gpm`. docs/evidence.md says what it gains where.
