@@ -32,7 +32,7 @@ class Config(driver.Options):
     interrupted run stopped.
 
     Protected are the inputs of all Linear kernels inside the blocks. Embeddings,
-    positions, LayerNorms and the output head are plain Adam in all but alias_si.
+    positions, LayerNorms and the output head are plain Adam in all but gpm_si.
     """
 
     data: Path | None = None
