@@ -91,7 +91,7 @@ HEADLINES = [
     Headline(
         "on text SI beside GPM ends below GPM alone",
         "forgetting_text_installed",
-        _cells("gpm_si/shared_v/adam", "gpm/shared_v/adam", sign=-1.0),
+        _cells("gpm_si/own/adam", "gpm/shared_v/adam", sign=-1.0),
     ),
 ]
 

@@ -29,7 +29,7 @@ MAIN = (
 QUICK = {
     "permuted-digits": "none/shared/adam gpm/shared/sgd gpm/shared/adam "
     "gpm/decoupled/adam gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam",
-    "text-installed": "none/shared/adam gpm/shared_v/adam gpm_si/shared_v/adam",
+    "text-installed": "none/shared/adam gpm/shared_v/adam gpm_si/own/adam",
 }
 
 

@@ -18,7 +18,7 @@ from examples.results import interval, paired
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results"
-DEFAULT = "gpm_si/shared_v/adam"
+DEFAULT = "gpm_si/own/adam"
 AGAINST = "final - route_both"  # of the interventions
 
 
