@@ -6,8 +6,9 @@ import jax
 import optax
 
 from adamr.directions import Directions
+from adamr.modifiers.projection import ProjectOutState
 from adamr.routing import faithful_second_moment, route_first_moment
-from adamr.second_moments import contracted
+from adamr.second_moments import Guard, contracted
 from adamr.state import find_nodes
 from adamr.strength import constant_scale
 from adamr.subspace import Subspace, project
@@ -48,9 +49,11 @@ def adamr(
     and unprotected leaves get plain Adam. There preconditioner and projector commute:
     what the projection removes from the gradient is absent from the step, to rounding
     (`test_leak_of_exact_protections`), at less memory than Adam. Element-wise modifiers
-    keep an element-wise v, guarded against coordinates where g = 0 and g̃ is not. P
-    projects the decay off the protected space: plain decay would shrink it. No v
-    per leaf commutes with whole-vector `Directions`: there the step is projected too.
+    keep an element-wise v, guarded against coordinates where g = 0 and g̃ is not; so is
+    a shared v where the modifier does more than project, such as a penalty or replay
+    chained before the projection (`test_the_alias_bounds_what_is_chained_to_...`). P
+    projects the decay off the protected space: plain decay would shrink it. No v per
+    leaf commutes with whole-vector `Directions`: there the step is projected too.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -99,10 +102,11 @@ def adamr(
     decay = optax.add_decayed_weights(weight_decay, mask)
     rate = optax.scale_by_learning_rate(learning_rate)
 
-    def chained(share=None):
+    def chained(share=None, guard: Guard = True):
         merge = faithful_second_moment(
-            b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
-        )
+            b1, b2, eps, eps_root, share=share, guard=guard, mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        )  # fmt: skip
         return optax.chain(*links, merge)
 
     def init_fn(params):
@@ -112,8 +116,10 @@ def adamr(
         return AdamrState(chained(share).init(params), rate.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        # A projection shortens the gradient; what is chained to it may not.
+        projects = isinstance(state.links[0].modifier, ProjectOutState)
         # The shapes in the state say along which axes v is shared: no rule needed here.
-        steps, links_state = chained().update(
+        steps, links_state = chained(guard=True if projects else "shared").update(
             updates, state.links, params, **extra_args
         )
         if decays:

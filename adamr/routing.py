@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.second_moments import ESTIMATORS, Share, shared_zeros, squares
+from adamr.second_moments import ESTIMATORS, Guard, Share, shared_zeros, squares
 from adamr.subspace import Subspace
 
 __all__ = [
@@ -200,6 +200,8 @@ def moments(
             f"share is {share!r}, expected None, 'fan_in', a Subspace or a function "
             "(path, shape) -> axes."
         )
+    if guard not in (True, False, "shared"):
+        raise ValueError(f"guard is {guard!r}, expected True, False or 'shared'.")
     kind = ESTIMATORS[estimator]
 
     def init(params):
@@ -243,7 +245,7 @@ def faithful_second_moment(
         "adam", "amsgrad", "rmsprop", "adagrad", "yogi", "adafactor"
     ] = "adam",
     share: Share | None = None,
-    guard: bool = True,
+    guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -265,7 +267,9 @@ def faithful_second_moment(
       guard: element-wise leaves feed v with max(second², first²). Without it (the paper
         to the letter) a coordinate with second = 0 and first ≠ 0, which a projection
         makes of every dead input, takes steps of size 1/eps. The guard bounds the step;
-        it does not protect.
+        it does not protect. "shared": leaves with a shared v, too, by the larger of the
+        two means. A projection alone needs it not, being a contraction; a penalty or
+        replay chained before it does. `adamr` sees to it.
       mu_dtype: dtype of m; None: the parameter's.
       nu_dtype: dtype of v; None: the parameter's.
 
@@ -275,7 +279,7 @@ def faithful_second_moment(
       chain in `optax.apply_if_finite` where that can happen.
 
     Raises:
-      ValueError: for an unknown estimator or share.
+      ValueError: for an unknown estimator, share or guard.
       TypeError: at update, if no route stands before it.
 
     >>> g = jnp.array([0.3, -2.0])

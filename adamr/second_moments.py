@@ -21,10 +21,19 @@ from adamr import _trees
 from adamr.axes import default_axes
 from adamr.subspace import Subspace, layout
 
-__all__ = ["ESTIMATORS", "Estimator", "Share", "contracted", "shared_zeros", "squares"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "Guard",
+    "Share",
+    "contracted",
+    "shared_zeros",
+    "squares",
+]
 
 Rule = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 Share = Literal["fan_in"] | Subspace | Rule
+Guard = bool | Literal["shared"]
 
 
 class Estimator(NamedTuple):
@@ -207,17 +216,18 @@ def squares(
     second: Any,
     shapes: Any,
     *,
-    guard: bool,
+    guard: Guard,
     means: list[jax.Array] | None = None,
 ) -> Any:
-    """What v is fed: second², guarded by first² where v is element-wise.
+    """What v is fed: second², guarded by first².
 
     Args:
       first: tree of gradients that enter the first moment.
       second: tree of gradients that enter the second moment.
       shapes: tree (params-like or leaf-order tuple) of arrays or shape structs with
         the shape and dtype of v.
-      guard: whether element-wise leaves take max(second², first²).
+      guard: False, or True: element-wise leaves take max(second², first²), or "shared":
+        leaves with a shared v, too, take the larger of the two means.
       means: float32 means of second² along some axes per leaf, used where they are
         those of v: XLA would send a second reduction of a sharded leaf again.
 
@@ -226,17 +236,21 @@ def squares(
     """
 
     def leaf(f, s, like, mean):
-        shared = tuple(d for d in range(s.ndim) if like.shape[d] != s.shape[d])
-        if shared and mean is not None:
-            if (mean.shape, mean.dtype) == (like.shape, like.dtype):
-                return mean
-        square = jnp.square(s.astype(like.dtype))
-        if shared:
-            return jnp.mean(square, axis=shared, keepdims=True)
+        axes = tuple(d for d in range(s.ndim) if like.shape[d] != s.shape[d])
+
+        def fed(x):
+            square = jnp.square(x.astype(like.dtype))
+            return jnp.mean(square, axis=axes, keepdims=True) if axes else square
+
+        kind = (like.shape, like.dtype)
+        if axes and mean is not None and (mean.shape, mean.dtype) == kind:
+            square = mean
+        else:
+            square = fed(s)
         # The same array in both places is the common case: max(x, x) costs a pass.
-        if guard and f is not s:
-            square = jnp.maximum(square, jnp.square(f.astype(like.dtype)))
-        return square
+        if f is s or not guard or (axes and guard != "shared"):
+            return square
+        return jnp.maximum(square, fed(f))
 
     likes, treedef = jax.tree.flatten(shapes)
     seconds = jax.tree.leaves(second)

@@ -40,11 +40,13 @@ def trajectory(
     v = np.full(small, {"yogi": 1e-6, "adagrad": 0.1}.get(estimator, 0.0))
     v_max, steps = np.zeros(small), []
     for t, (f, s) in enumerate(zip(firsts, seconds, strict=True), start=1):
-        square = np.asarray(s, np.float64) ** 2
+        square, other = (np.asarray(x, np.float64) ** 2 for x in (s, f))
         if shared_axes:
-            square = square.mean(axis=shared_axes, keepdims=True)
-        elif guard:
-            square = np.maximum(square, np.asarray(f, np.float64) ** 2)
+            square, other = (
+                x.mean(axis=shared_axes, keepdims=True) for x in (square, other)
+            )
+        if guard == "shared" or (guard and not shared_axes):
+            square = np.maximum(square, other)
         m = b1 * m + (1 - b1) * f
         m_hat = m / (1 - b1**t)
         if estimator == "adagrad":

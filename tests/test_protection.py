@@ -244,6 +244,26 @@ def test_alias_is_plain_adam_where_nothing_is_protected():
             np.testing.assert_array_equal(u, v)
 
 
+def test_the_alias_bounds_what_is_chained_to_a_projection():
+    """A penalty or replay goes on where g is 0; v from g alone would be 0 there."""
+    shift = optax.stateless(lambda g, p: jax.tree.map(lambda x: x + 1.0, g))
+    p = {"w": jnp.zeros((4, 3))}
+    s = adamr.make_subspace(p, {"w": orthonormal(0, 4, 2)})
+    modifier = optax.chain(shift, adamr.project_out(s))
+    to_the_letter = optax.chain(
+        adamr.route_first_moment(modifier),
+        adamr.faithful_second_moment(share=s),
+        optax.scale_by_learning_rate(0.1),
+    )
+    largest = []
+    for tx in (adamr.adamr(0.1, modifier), to_the_letter):
+        step, _ = tx.update(p, tx.init(p), p)
+        largest.append(float(jnp.max(jnp.abs(step["w"]))))
+        assert float(adamr.update_leak(step, s).total) < 1e-6
+    assert largest[0] < 0.1 * 2 + 1e-6  # √n at the most, all in one coordinate
+    assert largest[1] > 1e6
+
+
 def test_alias_with_an_element_wise_modifier_is_element_wise_and_guarded():
     keep = optax.clip(0.1)
     tx = adamr.adamr(0.1, keep)

@@ -95,7 +95,7 @@ def test_identity_equals_the_optax_twin(estimator):
 # Twins ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("guard", [True, False, "shared"])
 @pytest.mark.parametrize("shared", [(), (0,)])
 @pytest.mark.parametrize("estimator", ["adam", *TWINS])
 def test_merging_link_equals_its_float64_twin(estimator, shared, guard):
@@ -389,5 +389,7 @@ def test_unknown_names():
         adamr.faithful_second_moment(estimator="adamw")
     with pytest.raises(ValueError, match="share is 'rows', expected"):
         adamr.faithful_second_moment(share="rows")
+    with pytest.raises(ValueError, match="guard is 'all', expected"):
+        adamr.faithful_second_moment(guard="all")
     with pytest.raises(ValueError, match="aggregate is 'sum', expected"):
         adamr.overlap_adaptive_scale(aggregate="sum")
