@@ -187,7 +187,9 @@ def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
         case "adaptive":
             links = [first, adamr.overlap_adaptive_scale(), moments()]
         case "shared_v":
-            shared = moments(share=setting.subspace)
+            # As in the alias: only a bare projection needs no guard there.
+            bounded = True if cell.modifier in ("gpm", "sgp") else "shared"
+            shared = moments(share=setting.subspace, guard=bounded)
             return [first, shared, *_decay(cell.optimizer, guard)]
         case "eigenbasis":
             links = [first, adamr.in_eigenbasis(moments(), guard)]

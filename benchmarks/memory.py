@@ -71,6 +71,7 @@ RECIPES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "`adamr`, `gpm`, rank 256": _alias(256),
     "`adamr`, `gpm`, full rank": _alias(None),
     f"`sgp`, rank {RANK}": _projected(adamr.sgp),
+    f"`gpm_si`, rank {RANK}": _projected(adamr.gpm_si),
     f"`two_sided`, rank {RANK}": _two_sided,
     f"`in_eigenbasis`, rank {RANK}": _in_eigenbasis,
     "`adam_nscl`, full rank": _projected(adamr.adam_nscl, None),

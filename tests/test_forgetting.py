@@ -186,12 +186,14 @@ def test_headlines_are_compared_where_both_results_exist(tmp_path, capsys):
     assert "DIFFERS" in capsys.readouterr().out
 
 
-def test_shared_v_is_the_alias_where_some_kernels_are_unprotected():
+@pytest.mark.parametrize("modifier", ["gpm", "gpm_si"])
+def test_shared_v_is_the_alias_where_some_kernels_are_unprotected(modifier):
     shapes = {"embedding": (7, 4), "kernel": (4, 3), "scale": (4,)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     setting = setting_for(params, None, tasks=2, unprotected=("embedding",))
-    ours = _cells.method(_cells.Cell("gpm", "shared_v")).build(1e-3, 0.0, setting)
-    alias = adamr.gpm(1e-3, setting.subspace)
+    ours = _cells.method(_cells.Cell(modifier, "shared_v")).build(1e-3, 0.1, setting)
+    made = _cells.MODIFIERS[modifier]
+    alias = made.wrap(adamr.adamr(1e-3, made.make(0.1, setting)))
     state, other = ours.init(params), alias.init(params)
     for seed in range(3):
         g = optax.tree.random_like(jax.random.key(seed), params)
