@@ -40,6 +40,7 @@ from adamr.routing import (
     require_routed,
     route_both_moments,
 )
+from adamr.second_moments import Guard
 from adamr.subspace import (
     Subspace,
     check_leaves,
@@ -163,7 +164,7 @@ def oblique_second_moment(
     *,
     estimator: str = "adam",
     share: Any = None,
-    guard: bool = True,
+    guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

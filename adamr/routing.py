@@ -41,8 +41,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.second_moments import ESTIMATORS, Guard, Share, shared_zeros, squares
-from adamr.subspace import Subspace
+from adamr.second_moments import (
+    ESTIMATORS,
+    Guard,
+    Share,
+    check_options,
+    shared_zeros,
+    squares,
+)
 
 __all__ = [
     "FaithfulSecondMomentState",
@@ -194,14 +200,7 @@ def moments(
     """`init(params) -> state`, `advance(routed, state) -> (Moments, state)`."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected {list(ESTIMATORS)}.")
-    named = share is None or share == "fan_in"
-    if not (named or isinstance(share, Subspace) or callable(share)):
-        raise ValueError(
-            f"share is {share!r}, expected None, 'fan_in', a Subspace or a function "
-            "(path, shape) -> axes."
-        )
-    if guard not in (True, False, "shared"):
-        raise ValueError(f"guard is {guard!r}, expected True, False or 'shared'.")
+    check_options(share, guard)
     kind = ESTIMATORS[estimator]
 
     def init(params):
@@ -261,15 +260,15 @@ def faithful_second_moment(
       share: axes over which v is one number, the mean of the squares along them. None:
         element-wise. "fan_in": the input axes of every kernel. A `Subspace`: those that
         its projection contracts. Or a function (path, shape) -> axes; () leaves a leaf
-        element-wise. Sharing v along the axis of a
-        projection makes preconditioner and projector commute, so a projected first
-        moment gives a step that lies in the allowed space exactly.
+        element-wise. Sharing v along the axis of a projection makes preconditioner and
+        projector commute, so a projected first moment gives a step that lies in the
+        allowed space exactly.
       guard: element-wise leaves feed v with max(second², first²). Without it (the paper
         to the letter) a coordinate with second = 0 and first ≠ 0, which a projection
         makes of every dead input, takes steps of size 1/eps. The guard bounds the step;
         it does not protect. "shared": leaves with a shared v, too, by the larger of the
-        two means. A projection alone needs it not, being a contraction; a penalty or
-        replay chained before it does. `adamr` sees to it.
+        two means. A projection alone does not need it, being a contraction; a penalty
+        or replay chained before it does. `adamr` sees to that itself.
       mu_dtype: dtype of m; None: the parameter's.
       nu_dtype: dtype of v; None: the parameter's.
 

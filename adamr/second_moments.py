@@ -19,13 +19,14 @@ from jax.typing import ArrayLike
 
 from adamr import _trees
 from adamr.axes import default_axes
-from adamr.subspace import Subspace, layout
+from adamr.subspace import Subspace, check_leaves, layout
 
 __all__ = [
     "ESTIMATORS",
     "Estimator",
     "Guard",
     "Share",
+    "check_options",
     "contracted",
     "shared_zeros",
     "squares",
@@ -181,6 +182,18 @@ def fan_in(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return axes.protected if axes else ()
 
 
+def check_options(share: Any, guard: Any) -> None:
+    named = share is None or (isinstance(share, str) and share == "fan_in")
+    if not (named or isinstance(share, Subspace) or callable(share)):
+        got = repr(share) if isinstance(share, str) else f"a {type(share).__name__}"
+        raise ValueError(
+            f"share is {got}, expected None, 'fan_in', a Subspace or a function "
+            "(path, shape) -> axes."
+        )
+    if guard not in (True, False, "shared"):
+        raise ValueError(f"guard is {guard!r}, expected True, False or 'shared'.")
+
+
 def contracted(subspaces: Sequence[Subspace], params: Any) -> Rule:
     """The axes that the subspaces' projections contract, per leaf of params."""
     names = _trees.flatten_with_names(params)[0]
@@ -196,6 +209,7 @@ def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
     """Zeros for v in leaf order, with size 1 along the axes that `share` names."""
     names, leaves = _trees.flatten_with_names(params)
     if isinstance(share, Subspace):
+        check_leaves(share, params, "share")
         rule = contracted([share], params)
     else:
         rule = fan_in if share == "fan_in" else share

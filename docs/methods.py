@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
         closed_forms=(
             "test_gpm_si_keeps_the_protected_response_and_holds_what_is_open",
             "test_gpm_si_is_stable_at_any_strength",
+            "test_gpm_si_never_ascends_at_its_anchor",
             "test_gpm_si_equals_its_float64_twin",
         ),
     ),

@@ -76,10 +76,10 @@ def relaxing_subspace(memory, gradient, energy, threshold):
 
 
 def gpm_si_trajectory(theta, gradients, rate, k, anchor, basis, b1, b2, eps=1e-8):
-    """θ <- θ + P (prox − θ), prox in the metric of a v that is one number a column."""
+    """θ <- θ + P (prox − θ), m from P g, v from g and one number a column."""
     m, v, path = np.zeros_like(theta), np.zeros((1, theta.shape[1])), []
     for t, g in enumerate(gradients, start=1):
-        m = b1 * m + (1 - b1) * g
+        m = b1 * m + (1 - b1) * (g - basis @ (basis.T @ g))
         v = b2 * v + (1 - b2) * np.mean(g**2, axis=0, keepdims=True)
         scale = rate / (np.sqrt(v / (1 - b2**t)) + eps)
         near = theta - scale * m / (1 - b1**t)

@@ -152,6 +152,8 @@ def test_sharing_along_what_a_subspace_protects():
     s = adamr.empty_subspace(p, unprotected=("head",))
     state = adamr.faithful_second_moment(share=s).init(p)
     assert [x.shape for x in jax.tree.leaves(state.nu)] == [(3,), (4, 2), (1, 3)]
+    with pytest.raises(ValueError, match="share was made for 3 parameter leaves"):
+        adamr.faithful_second_moment(share=s).init({"w": p["w"]})
 
 
 def test_accumulator_dtypes():
@@ -389,6 +391,8 @@ def test_unknown_names():
         adamr.faithful_second_moment(estimator="adamw")
     with pytest.raises(ValueError, match="share is 'rows', expected"):
         adamr.faithful_second_moment(share="rows")
+    with pytest.raises(ValueError, match="share is a Directions, expected"):
+        adamr.faithful_second_moment(share=adamr.empty_directions(jnp.ones(3), 2))
     with pytest.raises(ValueError, match="guard is 'all', expected"):
         adamr.faithful_second_moment(guard="all")
     with pytest.raises(ValueError, match="aggregate is 'sum', expected"):

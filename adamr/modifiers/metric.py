@@ -9,6 +9,7 @@ import optax
 from adamr.modifiers import rows as evidence
 from adamr.modifiers.constraint import ConstraintState
 from adamr.routing import FaithfulSecondMomentState, moments, require_routed
+from adamr.second_moments import Guard
 
 __all__ = ["ConstrainedState", "constrained_second_moment"]
 
@@ -41,7 +42,7 @@ def constrained_second_moment(
     *,
     estimator: str = "adam",
     share: Any = None,
-    guard: bool = True,
+    guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -25,6 +25,7 @@ from adamr.routing import (
     require_plain,
     require_routed,
 )
+from adamr.second_moments import Guard
 
 __all__ = [
     "ProximalMomentState",
@@ -35,6 +36,9 @@ __all__ = [
 
 
 class ProximalMomentState(NamedTuple):
+    """`steps` is the schedule's clock, which no reset of the moments turns back."""
+
+    steps: jax.typing.ArrayLike
     anchor: Anchor
     moments: FaithfulSecondMomentState
 
@@ -49,8 +53,10 @@ def _rate(learning_rate: optax.ScalarOrSchedule, count: Any) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
 
 
-def _proximal(m, d, k, rate, p, anchor):
+def _proximal(m, d, strength, omega, rate, p, anchor):
     """u with θ − η u = argmin_x ½ ‖x − (θ − η m/d)‖² d/η + ½ k ‖x − θ*‖²."""
+    k = jnp.asarray(strength, jnp.float32) * omega
+    k = jnp.minimum(k, 1e20)  # k / d must not overflow
     # Multiplied through by d, so that no 1/ε appears; k = 0 leaves m/d bit for bit.
     total = d + rate * k
     return m / total + k / total * (p - anchor)
@@ -67,7 +73,7 @@ def proximal_second_moment(
     importance: Any = 0.0,
     estimator: str = "adam",
     share: Any = None,
-    guard: bool = True,
+    guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -88,7 +94,7 @@ def proximal_second_moment(
     Args:
       learning_rate: η, a number or a schedule, which is read at the count of steps
         before this one, as `optax.scale_by_learning_rate` does.
-      strength: λ ≥ 0 in the convention with 1/2.
+      strength: λ ≥ 0 in the convention with 1/2; λ Ω counts up to 1e20.
       b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
         `faithful_second_moment`.
       importance: Ω at the start, as for `quadratic_penalty`.
@@ -124,23 +130,28 @@ def proximal_second_moment(
     )  # fmt: skip
 
     def init_fn(params):
-        return ProximalMomentState(anchor_at(params, importance), init_moments(params))
+        return ProximalMomentState(
+            jnp.zeros([], jnp.int32),
+            anchor_at(params, importance),
+            init_moments(params),
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_routed(updates, "proximal_second_moment")
         need_params(params, "proximal_second_moment")
-        rate = _rate(learning_rate, state.moments.count)
+        rate = _rate(learning_rate, state.steps)
         (mu_hat, denominator), inner = advance(updates, state.moments)
         each = iter(zip(mu_hat, denominator, strict=True))
 
         def step(raw, p, omega, anchor):
             m, d = next(each)
-            k = jnp.asarray(strength, jnp.float32) * omega
-            return _proximal(m, d, k, rate, widen(p), anchor).astype(raw.dtype)
+            u = _proximal(m, d, strength, omega, rate, widen(p), anchor)
+            return u.astype(raw.dtype)
 
         steps = jax.tree.map(step, updates.raw, params, *state.anchor)
-        return steps, ProximalMomentState(state.anchor, inner)
+        count = optax.safe_increment(state.steps)
+        return steps, ProximalMomentState(count, state.anchor, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -194,8 +205,8 @@ def proximal_penalty(
         rate = _rate(learning_rate, state.count)
 
         def step(d, p, omega, anchor):
-            k = jnp.asarray(strength, jnp.float32) * omega
-            return _proximal(d, 1.0, k, rate, widen(p), anchor).astype(d.dtype)
+            u = _proximal(d, 1.0, strength, omega, rate, widen(p), anchor)
+            return u.astype(d.dtype)
 
         steps = jax.tree.map(step, updates, params, *state.anchor)
         count = optax.safe_increment(state.count)

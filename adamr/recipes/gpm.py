@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _trees
+from adamr.modifiers.penalty import check_numbers
 from adamr.modifiers.projection import copy_subspace, project_out, require_subspace
 from adamr.modifiers.proximal import proximal_second_moment
 from adamr.optimizers import adamr
@@ -130,16 +131,17 @@ def gpm_si(
 ) -> optax.GradientTransformationExtraArgs:
     """GPM, and Synaptic Intelligence for what its projection leaves open.
 
-        Δ = P u,   P = I − U Uᵀ
-        θ − η u    the proximal point of c Σ Ω (θ − θ*)² at Adam's, in Adam's metric
+        d = m̂ / (√v̂ + eps)                         m from P g, v from g, as in `gpm`
+        u = (d + D k (θ − θ*)) / (1 + η D k)       SI's proximal pull, k = 2 c Ω
+        θ <- θ − η P u                             P = I − U Uᵀ
 
-    with v shared along the fan-in, as in `gpm`, and Ω from the path, as in `si`.
-    Guarantees: UᵀΔ = 0 (`test_gpm_si_keeps_the_protected_response_...`), and a pull
-    that is stable at any c (`test_gpm_si_is_stable_at_any_strength`): on P's range it
-    is the contraction I − P S P, S = 2ηcΩD / (1 + 2ηcΩD) in [0, 1). It holds what the
-    projection does not: embeddings, norms, heads, biases, directions below the
-    threshold. c = 0 has the steps of `gpm`. Keeps three numbers per parameter more than
-    `gpm`. docs/evidence.md says what it gains where.
+    Guarantees, to rounding: Uᵀ P u = 0; the pull is stable at any c, since along P it
+    is the contraction I − P S P with S = η D k / (1 + η D k) in [0, 1); at θ = θ* the
+    first step never ascends. It holds what the projection does not: embeddings, norms,
+    heads, biases, directions below the threshold. c = 0 has the steps of `gpm` (but a
+    weight λ < 1 counts twice, on gradient and step). `test_gpm_si_...` prove them;
+    docs/evidence.md says what it gains where. Keeps three float32 numbers per parameter
+    and one copy of the bases more than `gpm`.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -149,7 +151,8 @@ def gpm_si(
 
     Returns:
       An optimizer. At a boundary grow the subspace as for `gpm`, then
-      `consolidate_path`, whose damping was 1e-3 in the evidence.
+      `consolidate_path`, whose damping was 1e-3 in the evidence. The path integral sees
+      the gradient that comes in; where it was clipped before, pass `task_gradient`.
 
     Raises:
       ValueError: for a negative c; at update, without `params`.
@@ -174,9 +177,10 @@ def gpm_si(
       Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762. Zenke, Poole,
       Ganguli, Continual Learning Through Synaptic Intelligence, arXiv:1703.04200.
     """
+    check_numbers("gpm_si", 0.0, c=c)
     return track_path(
         optax.chain(
-            route_first_moment(optax.identity()),
+            route_first_moment(project_out(subspace)),
             proximal_second_moment(
                 learning_rate, 2 * c, b1, b2, eps, eps_root, share=subspace,
                 mu_dtype=mu_dtype, nu_dtype=nu_dtype,

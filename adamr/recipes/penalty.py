@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from adamr.modifiers.penalty import quadratic_penalty
+from adamr.modifiers.penalty import check_numbers, quadratic_penalty
 from adamr.modifiers.proximal import proximal_second_moment
 from adamr.path_integral import track_path, track_walk
 from adamr.routing import (
@@ -244,6 +244,7 @@ def si(
       Zenke, Poole, Ganguli, Continual Learning Through Synaptic Intelligence,
       arXiv:1703.04200.
     """
+    check_numbers("si", 0.0, c=c)
     inner = _penalised(
         learning_rate, 2 * c, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
         share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
