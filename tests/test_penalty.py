@@ -110,6 +110,28 @@ def test_the_proximal_step_lies_between(base, rows, rate):
     assert np.all(b <= np.maximum(a, anchor) + slack)
 
 
+def test_resetting_the_moments_does_not_turn_the_schedule_back():
+    """The pull at the rate of step 0, scaled by that of step 20, would overshoot."""
+    theta, anchor = jnp.array([1.0, -2.0]), jnp.zeros(2)
+    tx = adamr.ewc(optax.linear_schedule(0.0, 0.1, 20), 1e6)
+    state = set_anchor(tx.init(theta), Anchor(jnp.ones(2), anchor))
+    for _ in range(20):
+        _, state = tx.update(jnp.zeros(2), state, theta)
+    step, _ = tx.update(jnp.ones(2), adamr.reset_moments(state), theta)
+    np.testing.assert_allclose(theta + step, anchor, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+def test_an_endless_strength_holds_the_anchor(base):
+    theta, anchor = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.0])
+    tx = PROXIMAL[base](optax.linear_schedule(0.0, 0.1, 1), 1e38)
+    state = set_anchor(tx.init(theta), Anchor(jnp.full(2, 1e38), anchor))
+    step, state = tx.update(jnp.ones(2), state, theta)  # at rate 0
+    np.testing.assert_array_equal(step, jnp.zeros(2))
+    step, _ = tx.update(jnp.ones(2), state, theta)
+    np.testing.assert_allclose(theta + step, anchor, atol=1e-6)
+
+
 # The links against their twins -------------------------------------------------------
 
 

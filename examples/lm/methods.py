@@ -103,6 +103,7 @@ def _alias(learning_rate, _, s: Setting):
 
 
 def _gpm_si(learning_rate, c, s: Setting):
+    # SI's path integral sees clipped gradients here: c is in that scale.
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         _tell(1.0),
@@ -136,7 +137,7 @@ METHODS = {
     "adaptive": _method("decoupled, overlap-adaptive strength", _adaptive, 3e-3),
     "alias": _method("adamr(): decoupled, v shared along the fan-in", _alias, 1e-3),
     "gpm_si": Method(
-        "the alias's projection, and SI's proximal pull on what it leaves open",
+        "GPM through a shared v, and SI's proximal pull on what it leaves open",
         _gpm_si,
         boundary=grow_and_consolidate_path,
         learning_rate=3e-3,
