@@ -209,7 +209,8 @@ def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
     """Zeros for v in leaf order, with size 1 along the axes that `share` names."""
     names, leaves = _trees.flatten_with_names(params)
     if isinstance(share, Subspace):
-        check_leaves(share, params, "share")
+        if leaves:  # `optax.tree.map_params` passes a placeholder
+            check_leaves(share, params, "share")
         rule = contracted([share], params)
     else:
         rule = fan_in if share == "fan_in" else share
