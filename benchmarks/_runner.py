@@ -1,10 +1,10 @@
 """One cell of the evidence: its own sweep, its seeds, its numbers, kept on disk.
 
-Every cell has the same budget: as many configurations as its bench has learning rates.
-A method with a strength takes every second rate at two strengths. Where the best lies
-at the edge of its grid, rate or strength, the sweep goes on beyond, by the grid's own
-steps, for at most `ROUNDS` rounds. It sees the first three tasks, their validation
-examples and one seed that no result uses.
+Every cell has the same budget: as many configurations as its bench has learning
+rates. A method with a strength takes every second rate at two strengths. Then the sweep
+goes on to what lies one step of the grid beside the best, or beside those that tie for
+it, and beyond the grid at its edges, for at most `ROUNDS` rounds. It sees the first
+three tasks, their validation examples and one seed that no result uses.
 """
 
 import json
@@ -36,8 +36,8 @@ DEFINITIONS = {
     "(of the loss: the last minus the lowest)",
     "measure": "accuracy, or loss in nats per symbol, on test data",
     "sweep": "[learning rate, strength, score] on the validation data of the first "
-    "three tasks with seed 1000; score: accuracy, or minus the loss; beyond the grid "
-    "where the best lay at its edge",
+    "three tasks with seed 1000; score: accuracy, or minus the loss; it goes on beside "
+    "the best, and those that tie for it, beyond the grid at its edges",
     "pareto_front": "cells for which no other is better in both `learned` and "
     "`forgetting` by more than the 95 % interval of the paired difference",
 }
@@ -62,17 +62,21 @@ def _with_ends(values: set[float]) -> list[float]:
     return [below, *known, above]
 
 
+def _beside(values: list[float], x: float) -> list[float]:
+    at = values.index(x)
+    return values[max(at - 1, 0) : at + 2]
+
+
 def untried_neighbours(
-    tried: Sequence[tuple[float, float]], best: tuple[float, float]
+    tried: Sequence[tuple[float, float]], best: Sequence[tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """Configurations one step of the grid away from the best that no sweep has seen."""
+    """Configurations one step of the grid beside the best ones, not tried yet."""
+    rates, strengths = (_with_ends({c[axis] for c in tried}) for axis in range(2))
     found = []
-    for axis in range(2):
-        values = _with_ends({c[axis] for c in tried})
-        at = values.index(best[axis])
-        for value in values[max(at - 1, 0) : at + 2]:
-            found.append((value, best[1]) if axis == 0 else (best[0], value))
-    return [c for c in found if c not in tried]
+    for rate, strength in best:
+        found += [(x, strength) for x in _beside(rates, rate)]
+        found += [(rate, x) for x in _beside(strengths, strength)]
+    return [c for c in dict.fromkeys(found) if c not in tried]
 
 
 def _setting(made: Made, tasks: int, directions: int) -> Setting:
@@ -149,11 +153,12 @@ def run_cell(
     for _ in range(1 + ROUNDS):
         tried += more
         scores += _tune(made, method, more, memory, directions)
-        rate, strength = tried[int(np.argmax(scores))]
-        more = untried_neighbours(tried, (rate, strength))
+        best = [c for c, s in zip(tried, scores, strict=True) if s == max(scores)]
+        more = untried_neighbours(tried, best)
         if not more:
             break
     tuned = time.perf_counter()
+    rate, strength = best[0]
     runs = [(rate, strength, seed) for seed in range(bench.seeds)]
     history = _learn(made, made.stream, method, runs, memory, directions)
     whole = history.accuracy if bench.measure == "accuracy" else history.loss

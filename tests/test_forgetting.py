@@ -32,14 +32,24 @@ def test_every_method_has_the_same_budget(name):
 
 def test_a_sweep_goes_on_where_its_best_is_at_the_edge():
     plain = _runner.configurations((1e-3, 2e-3, 4e-3), None)
-    assert _runner.untried_neighbours(plain, (2e-3, 0.0)) == []
-    assert _runner.untried_neighbours(plain, (4e-3, 0.0)) == [(8e-3, 0.0)]
-    assert _runner.untried_neighbours(plain, (1e-3, 0.0)) == [(5e-4, 0.0)]
+    assert _runner.untried_neighbours(plain, [(2e-3, 0.0)]) == []
+    assert _runner.untried_neighbours(plain, [(4e-3, 0.0)]) == [(8e-3, 0.0)]
+    assert _runner.untried_neighbours(plain, [(1e-3, 0.0)]) == [(5e-4, 0.0)]
     strong = _runner.configurations((1e-3, 2e-3, 4e-3, 8e-3), (0.3, 3.0))
-    assert _runner.untried_neighbours(strong, (8e-3, 3.0)) == [(0.032, 3.0), (8e-3, 30)]
+    left = _runner.untried_neighbours(strong, [(8e-3, 3.0)])
+    assert left == [(0.032, 3.0), (8e-3, 30)]
     tried = [*strong, (8e-3, 30.0), (0.032, 3.0)]
-    left = _runner.untried_neighbours(tried, (8e-3, 30.0))
+    left = _runner.untried_neighbours(tried, [(8e-3, 30.0)])
     assert left == [(2e-3, 30.0), (0.032, 30.0), (8e-3, 300.0)]
+
+
+def test_a_sweep_goes_on_beside_all_that_tie_for_the_best():
+    """Else the order of the grid would choose among what validation cannot tell."""
+    tried = [(1e-3, 0.3), (2e-3, 0.3), (1e-3, 0.03), (4e-3, 0.3)]
+    tied = [(1e-3, 0.3), (1e-3, 0.03)]
+    left = _runner.untried_neighbours(tried, tied)
+    assert (2e-3, 0.03) in left and (1e-3, 3e-3) in left
+    assert len(left) == len(set(left)) and not set(left) & set(tried)
 
 
 def test_summary_in_closed_form():
@@ -129,9 +139,10 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
     (row,) = again
     assert len(row["runs"]) == 2 and len(row["sweep"]) > 2  # both rates are edges
     tried = [(rate, k) for rate, k, _ in row["sweep"]]
-    best = max(row["sweep"], key=lambda one: one[2])[:2]
-    assert best == [row["learning_rate"], row["strength"]]
-    left = _runner.untried_neighbours(tried, tuple(best))
+    top = max(score for *_, score in row["sweep"])
+    best = [(rate, k) for rate, k, score in row["sweep"] if score == top]
+    assert best[0] == (row["learning_rate"], row["strength"])
+    left = _runner.untried_neighbours(tried, best)
     assert row["at_the_edge_of_the_sweep"] == bool(left)
     content = json.loads((tmp_path / "forgetting_small.json").read_text())
     assert content["pareto_front"] == [cell.name]
