@@ -75,11 +75,17 @@ def consolidate(
 
 
 def add_directions(problem, setting, params, opt_state, data, key):
+    """Of single predictions: where an input is a sequence, of its last position."""
+
+    def last(x):
+        return x.reshape(-1, x.shape[-1])[-1]
+
     directions = adamr.get_subspace(opt_state)
     data = _some(data, key, setting.new_directions)
+    labels = data.labels.reshape(len(data.labels), -1)[:, -1]
     directions = adamr.ogd_directions(
-        directions, lambda p, x: problem.logits(p, x[None])[0], params, data.inputs,
-        data.labels, chunk_size=32,
+        directions, lambda p, x: last(problem.logits(p, x[None])), params, data.inputs,
+        labels, chunk_size=32,
     )  # fmt: skip
     return adamr.set_subspace(opt_state, directions)
 
