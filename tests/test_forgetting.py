@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import chex
 import jax
@@ -16,7 +17,8 @@ from adamr.routing import Routed
 from benchmarks import _benches, _cells, _pareto, _runner, evidence, forgetting
 from benchmarks.strength_rules import RULES, conflict_scale
 from benchmarks.strength_rules import method as rule_method
-from examples import results
+from examples import boundaries, results
+from examples.problem import Data
 from examples.setting import setting_for
 
 
@@ -211,3 +213,22 @@ def test_shared_v_is_the_alias_where_some_kernels_are_unprotected(modifier):
         steps, state = ours.update(g, state, params)
         expected, other = alias.update(g, other, params)
         chex.assert_trees_all_equal(steps, expected)
+
+
+def test_directions_of_sequences_are_those_of_their_last_position():
+    p = {"w": jnp.zeros((3, 4))}
+    problem = types.SimpleNamespace(
+        logits=lambda p, x: x @ p["w"]
+    )  # (n, time, classes)
+    inputs = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    labels = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 2]])
+    modifier = adamr.project_out(adamr.empty_directions(p, 4))
+    setting = types.SimpleNamespace(new_directions=2)
+    state = boundaries.add_directions(
+        problem, setting, p, modifier.init(p), Data(inputs, labels, None),
+        jax.random.key(0),
+    )  # fmt: skip
+    for x, y in zip(inputs, labels, strict=True):
+        gradient = {"w": jnp.zeros((3, 4)).at[:, y[-1]].set(x[-1])}
+        left, _ = modifier.update(gradient, state)
+        assert float(optax.tree.norm(left)) < 1e-5
