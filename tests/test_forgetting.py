@@ -217,9 +217,7 @@ def test_shared_v_is_the_alias_where_some_kernels_are_unprotected(modifier):
 
 def test_directions_of_sequences_are_those_of_their_last_position():
     p = {"w": jnp.zeros((3, 4))}
-    problem = types.SimpleNamespace(
-        logits=lambda p, x: x @ p["w"]
-    )
+    problem = types.SimpleNamespace(logits=lambda p, x: x @ p["w"])
     inputs = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     labels = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 2]])
     modifier = adamr.project_out(adamr.empty_directions(p, 4))
