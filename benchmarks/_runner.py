@@ -153,7 +153,8 @@ def run_cell(
     for _ in range(1 + ROUNDS):
         tried += more
         scores += _tune(made, method, more, memory, directions)
-        best = [c for c, s in zip(tried, scores, strict=True) if s == max(scores)]
+        top = max(scores)
+        best = [c for c, s in zip(tried, scores, strict=True) if s == top]
         more = untried_neighbours(tried, best)
         if not more:
             break

@@ -94,21 +94,17 @@ def _adaptive_unguarded(learning_rate, _, s: Setting):
     return _adaptive(learning_rate, _, s, guard=False)
 
 
+def _clipped(optimizer):
+    return optax.chain(optax.clip_by_global_norm(1.0), _tell(1.0), optimizer)
+
+
 def _alias(learning_rate, _, s: Setting):
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        _tell(1.0),
-        adamr.adamr(learning_rate, adamr.project_out(s.subspace)),
-    )
+    return _clipped(adamr.adamr(learning_rate, adamr.project_out(s.subspace)))
 
 
 def _gpm_si(learning_rate, c, s: Setting):
     # SI's path integral sees clipped gradients here: c is in that scale.
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        _tell(1.0),
-        adamr.gpm_si(learning_rate, s.subspace, c),
-    )
+    return _clipped(adamr.gpm_si(learning_rate, s.subspace, c))
 
 
 def _update(learning_rate, _, s: Setting):
