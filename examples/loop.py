@@ -94,11 +94,11 @@ def _train(
             params, state, key = carry
             key, draw = jax.random.split(key)
             batch = problem.batch(data, now)
-            objective = functools.partial(loss_of, problem)
-            loss, gradient = jax.value_and_grad(objective)(params, batch)
+            objective = jax.value_and_grad(functools.partial(loss_of, problem))
+            loss, gradient = objective(params, batch)
             extra = {}
             if method.evidence is not None:
-                extra = method.evidence(jax.grad(objective), params, memory, draw)
+                extra = method.evidence(problem, params, memory, draw)
             updates, state = tx.update(gradient, state, params, **extra)
             seen = problem.observe(gradient, updates, state, setting)
             params = optax.apply_updates(params, updates)

@@ -1,6 +1,6 @@
 """Every recipe as the shared loop runs it: optimizer, evidence of a step, boundary.
 
-    evidence   (gradient_of, params, memory, key) -> extra arguments of `update`
+    evidence   (problem, params, memory, key) -> extra arguments of `update`
     boundary   (problem, setting, params, opt_state, data, key) -> opt_state
 
 `examples.memory` and `examples.boundaries` have them.

@@ -19,6 +19,7 @@ from rich.console import Console
 import adamr
 from examples import loop, results, streams
 from examples.driver import TUNING_TASKS
+from examples.memory import Memory, memory_gradients
 from examples.methods import METHODS
 from examples.problem import Data, loss_of
 from examples.setting import setting_for
@@ -103,6 +104,26 @@ def test_a_step_a_call_is_the_scan():
         np.testing.assert_allclose(a, b, atol=2e-4)
     for a, b in zip(history, other, strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a, b)
+
+
+@pytest.mark.parametrize("convolves", [False, True])  # one by one, or side by side
+def test_memory_gradients_are_those_of_the_tasks_seen(convolves):
+    made = problem("mlp", (1, 8, 8), 10)[0]._replace(convolves=convolves)
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(3, 5, 1, 8, 8)).astype(np.float32)
+    data = Data(inputs, rng.integers(0, 10, (3, 5)), np.ones((3, 10), bool))
+    params = made.init(jax.random.key(0))
+    memory = Memory(data, np.array([True, False, True]))
+    found = jax.jit(memory_gradients, static_argnums=0)(made, params, memory, None)
+    np.testing.assert_array_equal(found["memory_mask"], memory.seen)
+    for task in (0, 2):
+        own = jax.tree.map(lambda x, task=task: x[task], data)
+        expected = jax.grad(lambda p, own=own: loss_of(made, p, own))(params)
+        each = jax.tree.map(lambda g, task=task: g[task], found["memory_gradients"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            each, expected,
+        )  # fmt: skip
 
 
 def test_one_program_serves_the_whole_stream():
