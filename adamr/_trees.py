@@ -7,6 +7,7 @@ position to be stable.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -18,6 +19,13 @@ from jax.core import Tracer
 
 def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
+
+
+def is_known(value: Any) -> bool:
+    """Whether a hyperparameter is one number now: no schedule, no tracer, no tree."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 0 and not is_traced(value)
+    return isinstance(value, Real)
 
 
 def is_hole(node: Any) -> bool:

@@ -211,7 +211,7 @@ def consolidate(
     """
     if rule not in ("sum", "online", "replace"):
         raise ValueError(f"rule is {rule!r}, expected 'sum', 'online' or 'replace'.")
-    if isinstance(decay, int | float):
+    if _trees.is_known(decay):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1], got {decay}.")
         if decay != 1 and rule != "online":

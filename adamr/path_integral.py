@@ -198,7 +198,7 @@ def track_walk(
         ("alpha", alpha, 0, 1),
         ("damping", damping, 0, float("inf")),
     ]:
-        if isinstance(value, int | float) and not low <= value <= high:
+        if _trees.is_known(value) and not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
     optimizer = optax.with_extra_args_support(optimizer)
 

@@ -224,7 +224,7 @@ def set_fisher(
     >>> print(tx.update(g, state)[0].round(4))
     [0.3536 0.7071]
     """
-    if isinstance(damping, int | float) and not damping > 0:
+    if _trees.is_known(damping) and not damping > 0:
         raise ValueError(f"damping must be positive, got {damping}.")
     if not find_nodes(opt_state, FopngState):
         raise ValueError("opt_state holds no fopng: build the optimizer with it.")

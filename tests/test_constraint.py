@@ -635,8 +635,9 @@ def test_errors_say_what_to_pass():
     tx = gem_constraint()
     with pytest.raises(ValueError, match=r"memory_mask has shape \(4,\).*larger"):
         tx.update(tree, tx.init(tree), memory_gradients=memory, memory_mask=jnp.ones(4))
-    with pytest.raises(ValueError, match="memory_strength must not be negative"):
-        gem_constraint(-0.1)
+    for number in (-0.1, np.float32(-0.1), jnp.array(-0.1)):
+        with pytest.raises(ValueError, match="memory_strength must not be negative"):
+            gem_constraint(number)
     with pytest.raises(ValueError, match="solver is 'fast'"):
         gem_constraint(solver="fast")
     with pytest.raises(ValueError, match="partition is 'layer'"):

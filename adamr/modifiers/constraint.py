@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adamr import _trees
 from adamr.modifiers import rows as evidence
 from adamr.modifiers.dual import solve_diagonal, solve_exact
 from adamr.routing import require_plain
@@ -91,7 +92,7 @@ def _check(solver, partition, **at_least_zero):
             "label."
         )
     for name, value in at_least_zero.items():
-        if isinstance(value, int | float) and value < 0:
+        if _trees.is_known(value) and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
 
 

@@ -82,7 +82,7 @@ def anchor_at(params: Any, importance: Any) -> Anchor:
 
 def check_numbers(link: str, importance: Any, **numbers: Any) -> None:
     for name, value in {"importance": importance, **numbers}.items():
-        if isinstance(value, int | float) and not value >= 0:
+        if _trees.is_known(value) and not value >= 0:
             raise ValueError(f"{link}: {name} must not be negative, got {value}.")
 
 
