@@ -7,6 +7,7 @@ rounds is reported with a bootstrap interval.
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -145,6 +146,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _command() -> str:
+    """As typed, but for where folders lie, which means nothing elsewhere."""
+    given = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
@@ -160,7 +167,5 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "optax": optax.__version__,
         "commit": commit(),
-        "command": " ".join(
-            [f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": _command(),
     }

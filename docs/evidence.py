@@ -4,6 +4,7 @@ Every number of a table there comes from a file in benchmarks/results; which com
 made it stands beside the table.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._benches import BENCHES
+from benchmarks._cells import CELLS, Cell
 from benchmarks._pareto import front, values
 from benchmarks._tables import table, written
 from examples.results import interval, paired
@@ -89,14 +91,48 @@ def _of(what: str, default: str) -> str:
             f"{bench['batch']}, {bench['seeds']} seeds, sweep of {len(bench['rates'])} "
             f"configurations; threshold {bench['threshold']}):"
         )
-        parts.append(_cells(content, default))
         parts.append(f"![{name}](../benchmarks/results/{what}_"
                      f"{name.replace('-', '_')}.png)")  # fmt: skip
+        parts.append("<details><summary>The table</summary>")
+        parts.append(_cells(content, default))
+        parts.append("</details>")
     return "\n\n".join(parts)
 
 
 def forgetting() -> str:
     return _of("forgetting", DEFAULT)
+
+
+def routes() -> str:
+    """What every route gains in the final measure over shared routing, by stream."""
+    streams = _found("forgetting")
+    contents = [_read(f"forgetting_{name.replace('-', '_')}") for name in streams]
+    rows = [{row["cell"]: row for row in content["rows"]} for content in contents]
+
+    def entry(cell: Cell, content: dict, own: dict[str, dict]) -> str:
+        shared = cell._replace(routing="shared").name
+        if cell.name not in own or shared not in own:
+            return ""
+        finals = [values(own[name], "final") for name in (cell.name, shared)]
+        if cell.name == shared:
+            return _number(np.mean(finals[1]), None)
+        test = paired(*finals)
+        sign = 1.0 if content["bench"]["measure"] == "accuracy" else -1.0
+        gain, half = sign * test["difference"], test["half_width"]
+        if not np.isfinite(gain):
+            return _number(gain, half)
+        told = f"{gain:+.3f} ±{half:.3f}"
+        return f"**{told}**" if abs(gain) > half else told
+
+    lines = [
+        [
+            f"`{c.modifier}/{c.routing}`",
+            *map(functools.partial(entry, c), contents, rows),
+        ]
+        for c in CELLS
+        if c.optimizer == "adam" and c.modifier != "none"
+    ]
+    return table(["", *streams], lines)
 
 
 def strength() -> str:
@@ -159,6 +195,7 @@ def causes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "mechanism": mechanism,
     "causes": causes,
+    "routes": routes,
     "forgetting": forgetting,
     "strength": strength,
 }
