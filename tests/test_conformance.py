@@ -84,15 +84,15 @@ def test_vmap_over_seeds_equals_loop(case):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_scan_carries_the_state_and_steps_have_the_gradients_dtype(case, dtype):
     tx, p = make(case), params(dtype)
+    gs = jax.tree.map(lambda *x: jnp.stack(x), *(gradients(i, p) for i in range(4)))
 
-    def body(carry, seed):
+    def body(carry, g):
         p, state = carry
-        g = gradients(seed, p)
         step, state = tx.update(g, state, p, **case.extra_args(g))
         assert jax.tree.map(jnp.result_type, step) == jax.tree.map(jnp.result_type, g)
         return (optax.apply_updates(p, step), state), None
 
-    (p, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(4)))((p, tx.init(p)))
+    (p, _), _ = jax.jit(functools.partial(jax.lax.scan, body))((p, tx.init(p)), gs)
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(p))
 
 
