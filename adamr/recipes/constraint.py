@@ -47,9 +47,8 @@ def gem(
     Args:
       learning_rate: a number or a schedule.
       memory_strength: γ ≥ 0, the least weight of each memory gradient once one is
-        violated; GEM's code uses 0.5. Every violation replays the whole memory at that
-        weight, which on text was worse than no method; 0.05 was far better
-        (docs/evidence.md).
+        violated; GEM's code uses 0.5. A weight for each old task, so the memory's pull
+        grows with their number: on text 0.05 was far better (docs/evidence.md).
       solver: "exact", or "diagonal" as in `gem_constraint`.
       **kwargs: of `constrained_second_moment`, such as b1, b2, eps.
 
