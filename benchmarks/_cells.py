@@ -150,6 +150,11 @@ MODIFIERS = {
     "gem": _constraint(
         "gem", adamr.gem_constraint, lambda rate, k, s: adamr.gem(rate, k)
     ),
+    "gem_mean": _constraint(
+        "gem",
+        functools.partial(adamr.gem_constraint, average=True),
+        lambda rate, k, s: adamr.gem(rate, k, average=True),
+    ),
     "p_mgem": _constraint(
         "p_mgem",
         functools.partial(adamr.gem_constraint, partition="leaf"),

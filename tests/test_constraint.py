@@ -61,6 +61,19 @@ def gem_of(g, rows, *args, **kwargs):
 # Closed forms ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seen", [1, 2, 5])
+def test_average_divides_the_strength_by_the_rows_that_count(seen):
+    rng = np.random.default_rng(seen)
+    rows, g = rng.normal(size=(5, 8)), rng.normal(size=8)
+    rows[0] -= rows[0] @ g / (g @ g) * g + 0.1 * g  # one violation at least
+    tx = gem_constraint(0.3, average=True, regularization=1e-3)
+    memory, mask = jnp.array(rows, jnp.float32), jnp.arange(5) < seen
+    update = jax.jit(lambda g: apply(tx, g, memory_gradients=memory, memory_mask=mask))
+    step, _ = update(jnp.array(g, jnp.float32))
+    expected = reference.gem(g, rows[:seen], 0.3 / seen, 1e-3)
+    np.testing.assert_allclose(step, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "rows, g, strength, expected",
     [

@@ -104,6 +104,7 @@ def _init(params):
 def gem_constraint(
     memory_strength: float = 0.5,
     *,
+    average: bool = False,
     regularization: float | None = None,
     partition: Literal["leaf"] | Partition | None = None,
     solver: Literal["exact", "diagonal"] = "exact",
@@ -127,6 +128,8 @@ def gem_constraint(
 
     Args:
       memory_strength: γ ≥ 0.
+      average: divide γ by the number of rows in the mask, so that the memory as a whole
+        pulls as hard after many tasks as after the first.
       regularization: None: the paper's program, ε = 0, solved so that collinear rows do
         no harm: ⟨g̃, g_k⟩ ≥ 0 to float32 rounding. A number ε ≥ 0: the bias of GEM's
         code, ⟨g̃, g_k⟩ ≥ −ε v_k n_k², relative to each row (and at least 2e-7 T); the
@@ -180,9 +183,10 @@ def gem_constraint(
             updates, memory_gradients, memory_mask, link="gem_constraint",
             argument="memory_gradients", mask_argument="memory_mask",
         )  # fmt: skip
-        return _constrain(
-            updates, rows, partition, memory_strength, regularization, solver
-        )
+        lower = memory_strength
+        if average:
+            lower = lower / jnp.maximum(jnp.sum(rows.mask), 1)
+        return _constrain(updates, rows, partition, lower, regularization, solver)
 
     return optax.GradientTransformationExtraArgs(_init, update_fn)
 

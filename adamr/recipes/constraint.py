@@ -35,6 +35,7 @@ def gem(
     learning_rate: optax.ScalarOrSchedule,
     memory_strength: float = 0.5,
     *,
+    average: bool = False,
     solver: Literal["exact", "diagonal"] = "exact",
     **kwargs: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -49,6 +50,8 @@ def gem(
       memory_strength: γ ≥ 0, the least weight of each memory gradient once one is
         violated; GEM's code uses 0.5. A weight for each old task, so the memory's pull
         grows with their number: on text 0.05 was far better (docs/evidence.md).
+      average: divide γ by the number of old tasks, for streams longer than those it was
+        tuned on.
       solver: "exact", or "diagonal" as in `gem_constraint`.
       **kwargs: of `constrained_second_moment`, such as b1, b2, eps.
 
@@ -67,7 +70,7 @@ def gem(
 
     References: Lopez-Paz, Ranzato, Gradient Episodic Memory, arXiv:1706.08840.
     """
-    constraint = gem_constraint(memory_strength, solver=solver)
+    constraint = gem_constraint(memory_strength, average=average, solver=solver)
     return _constrained(learning_rate, constraint, kwargs)
 
 
@@ -76,6 +79,7 @@ def p_mgem(
     learning_rate: optax.ScalarOrSchedule,
     memory_strength: float = 0.5,
     *,
+    average: bool = False,
     partition: Literal["leaf"] | Partition = "leaf",
     solver: Literal["exact", "diagonal"] = "exact",
     **kwargs: Any,
@@ -86,7 +90,7 @@ def p_mgem(
     are reconstructed from the paper's abstract.
 
     Args:
-      learning_rate, memory_strength, solver, **kwargs: as for `gem`.
+      learning_rate, memory_strength, average, solver, **kwargs: as for `gem`.
       partition: "leaf", or a function (path, shape) -> label of the leaf's block.
 
     >>> import jax.numpy as jnp
@@ -101,7 +105,9 @@ def p_mgem(
     References: Liu, Ye, Stone, Liu, Fine-Grained Gradient Restriction,
       arXiv:2410.00868.
     """
-    constraint = gem_constraint(memory_strength, partition=partition, solver=solver)
+    constraint = gem_constraint(
+        memory_strength, average=average, partition=partition, solver=solver
+    )
     return _constrained(learning_rate, constraint, kwargs)
 
 
