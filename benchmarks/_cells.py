@@ -234,6 +234,7 @@ def _cells() -> list[Cell]:
     routings = {"gpm": projection, "sgp": projection}
     routings["gpm_si"] = ["shared", "shared_v", "own"]
     routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
+    routings["gem_mean"] = ["own"]
     routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
     cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]
     for modifier, names in routings.items():

@@ -130,7 +130,7 @@ def routes() -> str:
             *map(functools.partial(entry, c), contents, rows),
         ]
         for c in CELLS
-        if c.optimizer == "adam" and c.modifier != "none"
+        if c.optimizer == "adam" and c.modifier not in ("none", "gem_mean")
     ]
     return table(["", *streams], lines)
 
