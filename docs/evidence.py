@@ -24,17 +24,17 @@ DEFAULT = "gpm_si/own/adam"
 AGAINST = "final - route_both"  # of the interventions
 
 
+def _file(stem: str) -> Path:
+    return RESULTS / f"{stem.replace('-', '_')}.json"
+
+
 def _read(stem: str) -> dict:
-    return json.loads((RESULTS / f"{stem}.json").read_text())
+    return json.loads(_file(stem).read_text())
 
 
 def _found(what: str) -> list[str]:
     """The benches that have results."""
-    return [
-        name
-        for name in BENCHES
-        if (RESULTS / f"{what}_{name.replace('-', '_')}.json").exists()
-    ]
+    return [name for name in BENCHES if _file(f"{what}_{name}").exists()]
 
 
 def _number(mean: float | None, half: float | None) -> str:
@@ -84,7 +84,7 @@ def _cells(content: dict, default: str) -> str:
 def _of(what: str, default: str) -> str:
     parts = []
     for name in _found(what):
-        content = _read(f"{what}_{name.replace('-', '_')}")
+        content = _read(f"{what}_{name}")
         bench = content["bench"]
         parts.append(
             f"**{name}** ({bench['measure']}, {bench['steps']} steps a task of "
@@ -106,7 +106,7 @@ def forgetting() -> str:
 def routes() -> str:
     """What every route gains in the final measure over shared routing, by stream."""
     streams = _found("forgetting")
-    contents = [_read(f"forgetting_{name.replace('-', '_')}") for name in streams]
+    contents = [_read(f"forgetting_{name}") for name in streams]
     rows = [{row["cell"]: row for row in content["rows"]} for content in contents]
 
     def entry(cell: Cell, content: dict, own: dict[str, dict]) -> str:
@@ -130,7 +130,9 @@ def routes() -> str:
             *map(functools.partial(entry, c), contents, rows),
         ]
         for c in CELLS
-        if c.optimizer == "adam" and c.modifier not in ("none", "gem_mean")
+        if c.optimizer == "adam"
+        and c.modifier != "none"
+        and c._replace(routing="shared") in CELLS
     ]
     return table(["", *streams], lines)
 
