@@ -98,9 +98,8 @@ def _learn(made: Made, stream, method: Method, runs, memory: float, directions: 
     bench = made.bench
     rates, strengths, seeds = zip(*runs, strict=True)
     room = max(1, round(memory * stream.train.x.shape[1])) if memory else 0
-    tasks = len(made.stream.task_names)
     chunks = loop.learn(
-        made.problem, method, _setting(made, tasks, directions),
+        made.problem, method, _setting(made, len(stream.task_names), directions),
         feed(stream, bench.batch), rates=rates, strengths=strengths, seeds=list(seeds),
         steps=bench.steps, memory_size=room,
     )  # fmt: skip
