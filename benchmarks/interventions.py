@@ -11,6 +11,7 @@ it was, if the settings are the same; remove `--work` after a change of code.
 
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -117,11 +118,13 @@ def text(tasks: int, steps: int, data: Path | None) -> Scene:
 
 def _runs(scene: Scene, stream, method, rates, seeds) -> dict[str, np.ndarray]:
     """The measures of runs with these rates and seeds, each (runs,)."""
-    *_, (_, _, history) = loop.learn(
+    chunks = loop.learn(
         scene.problem, method, scene.setting, feed(stream, scene.batch),
         rates=rates, strengths=[0.0] * len(rates), seeds=list(seeds),
         steps=scene.steps,
     )  # fmt: skip
+    # Only the last one: all together would hold every task's state.
+    ((_, _, history),) = deque(chunks, maxlen=1)
     whole = history.accuracy if scene.accuracy else -history.loss
     sign = 1.0 if scene.accuracy else -1.0
     found = {
