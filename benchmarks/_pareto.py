@@ -81,6 +81,8 @@ MARKERS = {
     "eigenbasis": "D", "update": "P", "two_sided": "X", "own": "*",
 }  # fmt: skip
 
+RELATIVES = ("adamw", "adafactor", "rmsprop")
+
 
 def _coloured(cell: str) -> str:
     """The modifier, or the rule of a `rule/routing/name`."""
@@ -111,12 +113,13 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
         routing = row["cell"].split("/")[1]
         if not known:
             continue
-        sgd = row["cell"].endswith("/sgd")
+        optimizer = row["cell"].split("/")[-1]
         axes.errorbar(
             at, lost, xerr=dx, yerr=dy,
             color=COLOURS.get(_coloured(row["cell"]), "black"),
-            marker=MARKERS.get(routing, "."), markersize=9, linewidth=0.7,
-            markerfacecolor="none" if sgd else None, alpha=0.9,
+            marker=MARKERS.get(routing, "."), linewidth=0.7, alpha=0.9,
+            markersize=5.5 if optimizer in RELATIVES else 9,
+            markerfacecolor="none" if optimizer == "sgd" else None,
             markeredgecolor="black" if row["cell"] in best else None,
         )  # fmt: skip
     for kind in dict.fromkeys(_coloured(row["cell"]) for row in rows):
@@ -135,7 +138,7 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     axes.set_ylabel(f"forgetting of {measure} (less is up)")
     axes.set_title(
         f"{bench}: every cell at its own best rate; black edge: on the front; "
-        "open: SGD" + (f"; {outside} outside" if outside else ""),
+        "open: SGD; small: not Adam" + (f"; {outside} outside" if outside else ""),
         fontsize=9,
     )
     axes.grid(alpha=0.25)
