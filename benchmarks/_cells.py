@@ -30,7 +30,7 @@ from examples import boundaries, methods
 from examples.methods import Method
 from examples.setting import Setting
 
-__all__ = ["CELLS", "DIRECTIONS", "MODIFIERS", "Cell", "method"]
+__all__ = ["CELLS", "DIRECTIONS", "ESTIMATORS", "MODIFIERS", "Cell", "method"]
 
 WEIGHT_DECAY = 0.01
 DIRECTIONS = 20  # of OGD, per task

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._cells import ESTIMATORS
 from examples.results import interval, paired
 
 __all__ = ["draw", "front", "report", "values"]
@@ -81,7 +82,7 @@ MARKERS = {
     "eigenbasis": "D", "update": "P", "two_sided": "X", "own": "*",
 }  # fmt: skip
 
-RELATIVES = ("adamw", "adafactor", "rmsprop")
+RELATIVES = set(ESTIMATORS) - {"adam"}
 
 
 def _coloured(cell: str) -> str:

@@ -9,7 +9,6 @@ three tasks, their validation examples and one seed that no result uses.
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +103,7 @@ def _learn(made: Made, stream, method: Method, runs, memory: float, directions: 
         feed(stream, bench.batch), rates=rates, strengths=strengths, seeds=list(seeds),
         steps=bench.steps, memory_size=room,
     )  # fmt: skip
-    # Only the last one: all together would hold every task's state.
-    ((_, _, history),) = deque(chunks, maxlen=1)
+    _, _, history = loop.last(chunks)
     return history
 
 

@@ -50,9 +50,15 @@ class Headline(NamedTuple):
     difference: Callable[[dict], float]
 
 
+def _row(content: dict, **facts) -> dict:
+    """The one row with these facts; ValueError where it has not been run."""
+    (row,) = (row for row in content["rows"] if facts.items() <= row.items())
+    return row
+
+
 def _mean(content: dict, cell: str, name: str) -> float:
-    (row,) = (row for row in content["rows"] if row["cell"] == cell)
-    return float(np.mean([run[name] for run in row["runs"]]))
+    runs = _row(content, cell=cell)["runs"]
+    return float(np.mean([run[name] for run in runs]))
 
 
 def _cells(better: str, worse: str, name: str = "final", sign: float = 1.0):
@@ -63,27 +69,14 @@ def _cells(better: str, worse: str, name: str = "final", sign: float = 1.0):
 
 def _inflation(content: dict, v: str, route: str) -> float:
     """Of Adam's rate along old directions, on the quadratic at the largest α."""
-    (row,) = (
-        row
-        for row in content["rows"]
-        if (row["stream"], row["scale"], row["optimizer"]) == ("quadratic", 1, "adam")
-        and row["v"] == v
-    )
+    row = _row(content, stream="quadratic", scale=1, optimizer="adam", v=v)
     return row[route]["inflation"][-1]
 
 
-def _gain(arm: str) -> Callable[[dict], float]:
+def _gain(content: dict, arm: str) -> float:
     """Of an arm over shared routing, on digits in the eigenbasis."""
-
-    def difference(content):
-        (row,) = (
-            row
-            for row in content["rows"]
-            if (row["stream"], row["v"], row["arm"]) == ("digits", "eigenbasis", arm)
-        )
-        return row["own"]["final - route_both"]["difference"]
-
-    return difference
+    row = _row(content, stream="digits", v="eigenbasis", arm=arm)
+    return row["own"]["final - route_both"]["difference"]
 
 
 DIGITS, TEXT = "forgetting_permuted_digits", "forgetting_text_installed"
@@ -107,12 +100,12 @@ HEADLINES = [
     Headline(
         "in the eigenbasis at α = 0.9 decoupled routing ends above shared",
         "interventions",
-        _gain("route_first"),
+        lambda content: _gain(content, "route_first"),
     ),
     Headline(
         "so does shared routing with the decoupled length along U",
         "interventions",
-        _gain("both, rate of first"),
+        lambda content: _gain(content, "both, rate of first"),
     ),
     Headline(
         "v shared along the fan-in ends above shared routing",

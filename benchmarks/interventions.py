@@ -11,7 +11,6 @@ it was, if the settings are the same; remove `--work` after a change of code.
 
 import dataclasses
 import json
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -123,8 +122,7 @@ def _runs(scene: Scene, stream, method, rates, seeds) -> dict[str, np.ndarray]:
         rates=rates, strengths=[0.0] * len(rates), seeds=list(seeds),
         steps=scene.steps,
     )  # fmt: skip
-    # Only the last one: all together would hold every task's state.
-    ((_, _, history),) = deque(chunks, maxlen=1)
+    _, _, history = loop.last(chunks)
     whole = history.accuracy if scene.accuracy else -history.loss
     sign = 1.0 if scene.accuracy else -1.0
     found = {

@@ -9,6 +9,7 @@ Fisher is estimated) works run by run.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ __all__ = [
     "Position",
     "Runs",
     "empty_history",
+    "last",
     "learn",
     "start",
 ]
@@ -161,6 +163,12 @@ def empty_history(problem: Problem, runs: int, tasks: int, evaluations: int) -> 
     curves = {name: unknown(runs, tasks, evaluations) for name in names}
     whole = (runs, tasks, evaluations, tasks)
     return History(unknown(*whole), unknown(*whole), curves, unknown(runs, tasks))
+
+
+def last(chunks: Iterator[tuple[Position, Runs, History]]):
+    """What `learn` yields at the end; a list of all would hold every task's state."""
+    (end,) = deque(chunks, maxlen=1)
+    return end
 
 
 def learn(
