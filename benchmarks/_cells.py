@@ -160,6 +160,11 @@ MODIFIERS = {
         functools.partial(adamr.gem_constraint, partition="leaf"),
         lambda rate, k, s: adamr.p_mgem(rate, k),
     ),
+    "p_mgem_mean": _constraint(
+        "p_mgem",
+        functools.partial(adamr.gem_constraint, average=True, partition="leaf"),
+        lambda rate, k, s: adamr.p_mgem(rate, k, average=True),
+    ),
     "replay_0.5": _replay(0.005),
     "replay_1": _replay(0.01),
 }  # fmt: skip
@@ -234,7 +239,7 @@ def _cells() -> list[Cell]:
     routings = {"gpm": projection, "sgp": projection}
     routings["gpm_si"] = ["shared", "shared_v", "own"]
     routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
-    routings["gem_mean"] = ["own"]
+    routings["gem_mean"] = routings["p_mgem_mean"] = ["own"]
     routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
     cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]
     for modifier, names in routings.items():

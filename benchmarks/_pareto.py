@@ -70,8 +70,8 @@ COLOURS = {
     "none": "#777777", "gpm": "#0b62a4", "sgp": "#4aa3df", "ogd": "#7b3294",
     "ewc": "#d95f02", "si": "#e6ab02", "gpm_si": "#8c510a",
     "agem": "#1b9e77", "gem": "#66a61e",
-    "gem_mean": "#1b7837",
-    "p_mgem": "#a6d854", "replay_0.5": "#e7298a", "replay_1": "#b3004b",
+    "gem_mean": "#1b7837", "p_mgem": "#a6d854", "p_mgem_mean": "#4d9221",
+    "replay_0.5": "#e7298a", "replay_1": "#b3004b",
     # of benchmarks.strength_rules
     "full": "#0b62a4", "half": "#777777", "falling": "#b3004b",
     "falling_1": "#e7298a", "falling_leaf": "#d95f02", "rising": "#1b9e77",
