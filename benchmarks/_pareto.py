@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks._cells import ESTIMATORS
 from examples.results import interval, paired
 
-__all__ = ["draw", "front", "report", "values"]
+__all__ = ["compared", "draw", "front", "report", "values"]
 
 
 def values(row: dict, name: str) -> list[float]:
@@ -18,9 +18,15 @@ def values(row: dict, name: str) -> list[float]:
     return [np.nan if run[name] is None else run[name] for run in row["runs"]]
 
 
+def compared(a: dict, b: dict, name: str) -> dict[str, float]:
+    """`paired` differences on the seeds that both rows have, which are the first."""
+    count = min(len(a["runs"]), len(b["runs"]))
+    return paired(values(a, name)[:count], values(b, name)[:count])
+
+
 def _beats(a: dict, b: dict, name: str, sign: float) -> bool:
     """Whether a has more of sign · `name` than b, by more than the interval."""
-    test = paired(values(a, name), values(b, name))
+    test = compared(a, b, name)
     return sign * test["difference"] > (test["half_width"] or 0.0)
 
 

@@ -9,7 +9,7 @@ three tasks, their validation examples and one seed that no result uses.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +137,10 @@ def summarize(matrix: np.ndarray, sign: float) -> dict[str, float]:
     }
 
 
-def run_cell(
-    made: Made,
-    method: Method,
-    *,
-    strengths: Sequence[float] | None = None,
-    memory: float = 0.0,
-    directions: int = 0,
-) -> dict[str, Any]:
-    """Tunes a method and learns the stream with every seed."""
-    bench, start = made.bench, time.perf_counter()
-    tried, scores = [], []
-    more = configurations(bench.rates, strengths)
+def _tuned(made: Made, method: Method, strengths, memory, directions) -> dict[str, Any]:
+    """A row with the sweep of a cell and no seeds."""
+    start, tried, scores = time.perf_counter(), [], []
+    more = configurations(made.bench.rates, strengths)
     for _ in range(1 + ROUNDS):
         tried += more
         scores += _tune(made, method, more, memory, directions)
@@ -157,24 +149,42 @@ def run_cell(
         more = untried_neighbours(tried, best)
         if not more:
             break
-    tuned = time.perf_counter()
     rate, strength = best[0]
-    runs = [(rate, strength, seed) for seed in range(bench.seeds)]
-    history = _learn(made, made.stream, method, runs, memory, directions)
-    whole = history.accuracy if bench.measure == "accuracy" else history.loss
-    sign = 1.0 if bench.measure == "accuracy" else -1.0
     return {
         "cell": method.about,
         "learning_rate": rate,
         "strength": strength,
         "at_the_edge_of_the_sweep": bool(more),
         "sweep": [[*c, s] for c, s in zip(tried, scores, strict=True)],
-        "seeds": list(range(bench.seeds)),
-        "runs": [summarize(m[:, -1], sign) for m in whole],
-        "seconds": {
-            "sweep": tuned - start,
-            "results": time.perf_counter() - tuned,
-        },
+        "seeds": [],
+        "runs": [],
+        "seconds": {"sweep": time.perf_counter() - start, "results": 0.0},
+    }
+
+
+def run_cell(
+    made: Made,
+    row: dict[str, Any] | None,
+    seeds: int,
+    *,
+    method: Method,
+    strengths: Sequence[float] | None = None,
+    memory: float = 0.0,
+    directions: int = 0,
+) -> dict[str, Any]:
+    """Tunes a method and learns the stream with every seed that `row` lacks."""
+    row = row or _tuned(made, method, strengths, memory, directions)
+    start, new = time.perf_counter(), list(range(len(row["seeds"]), seeds))
+    runs = [(row["learning_rate"], row["strength"], seed) for seed in new]
+    history = _learn(made, made.stream, method, runs, memory, directions)
+    accuracy = made.bench.measure == "accuracy"
+    whole, sign = (history.accuracy, 1.0) if accuracy else (history.loss, -1.0)
+    took = row["seconds"]["results"] + time.perf_counter() - start
+    return {
+        **row,
+        "seeds": [*row["seeds"], *new],
+        "runs": [*row["runs"], *(summarize(m[:, -1], sign) for m in whole)],
+        "seconds": {**row["seconds"], "results": took},
     }
 
 
@@ -209,17 +219,20 @@ def run_cells(
     what: str,
     bench: str,
     data: Path,
-    work: Sequence[tuple[str, Callable[[Made], dict[str, Any]]]],
+    work: Sequence[tuple[str, Callable[[Made, dict | None, int], dict[str, Any]]]],
     out: Path,
+    seeds: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs the cells that `<out>/<what>_<bench>.json` lacks; it grows with each.
+    """Runs the cells and seeds that `<out>/<what>_<bench>.json` lacks, one by one.
 
     Args:
       what: name of the benchmark.
       bench: name of the stream.
       data: folder of the data sets.
-      work: (name of the cell, made -> row) in the order to run them.
+      work: (name of the cell, (made, earlier row, seeds) -> row) in the order to run
+        them.
       out: folder of the results; the picture goes there, too.
+      seeds: of cells that have more than the bench gives every one.
 
     Returns:
       All rows, earlier ones included.
@@ -230,10 +243,12 @@ def run_cells(
     path = out / f"{what}_{bench.replace('-', '_')}.json"
     rows = _read(path, about)
     for index, (name, run) in enumerate(work):
-        if name in rows:
+        row, count = rows.get(name), (seeds or {}).get(name, BENCHES[bench].seeds)
+        if row and len(row["seeds"]) >= count:
             continue
-        row = run(make(bench, data))
-        rows[name] = {**row, "commit": results.commit()}
+        commits = [*(row["commit"].split() if row else []), results.commit()]
+        row = run(make(bench, data), row, count)
+        rows[name] = {**row, "commit": " ".join(dict.fromkeys(commits))}
         each = list(rows.values())
         content = {
             "machine": _timing.machine(),

@@ -5,9 +5,10 @@
     python -m benchmarks.forgetting --all              every cell, on an accelerator
 
 Each cell (`benchmarks/_cells.py`) has its own sweep with the budget of every other
-one, and its seeds (`benchmarks/_runner.py`). `<out>/forgetting_<stream>.json` grows
-with each finished cell, and the command goes on from there: two processes can share
-the streams. A picture shows forgetting against plasticity.
+one, and its seeds (`benchmarks/_runner.py`), those of the headlines five.
+`<out>/forgetting_<stream>.json` grows with each finished cell, and the command goes on
+from there: two processes can share the streams. A picture shows forgetting against
+plasticity.
 """
 
 import dataclasses
@@ -21,7 +22,11 @@ from benchmarks._benches import BENCHES, Made
 from benchmarks._cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
 from benchmarks._runner import quicker, run_cell, run_cells
 
-HEADLINE = "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam"
+HEADLINE = (
+    "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam "
+    "gpm_si/own/adam si/own/adam gem_mean/own/adam"
+)
+HEADLINE_SEEDS = 5
 MAIN = (
     f"{HEADLINE} gpm_si/*/adam sgp/*/adam ogd/*/adam "
     "*/shared/adam */own/adam */decoupled/adam"
@@ -67,11 +72,13 @@ def chosen(patterns: str) -> list[Cell]:
     return list(found.values())
 
 
-def run(cell: Cell, made: Made) -> dict:
+def run(cell: Cell, made: Made, row: dict | None, seeds: int) -> dict:
     modifier = MODIFIERS[cell.modifier]
     return run_cell(
         made,
-        method(cell, made.bench.sgd_factor),
+        row,
+        seeds,
+        method=method(cell, made.bench.sgd_factor),
         strengths=made.bench.strengths.get(cell.modifier),
         memory=modifier.memory,
         directions=DIRECTIONS if cell.modifier == "ogd" else 0,
@@ -87,11 +94,15 @@ def main(config: Config) -> None:
             raise SystemExit(
                 f"--streams: got {name!r}, expected some of {', '.join(BENCHES)}."
             )
+    seeds = dict.fromkeys((cell.name for cell in chosen(HEADLINE)), HEADLINE_SEEDS)
     for name in names:
         bench = quicker(name) if config.quick else name
         patterns = QUICK[name] if config.quick else "*" if config.all else config.cells
         work = [(c.name, functools.partial(run, c)) for c in chosen(patterns)]
-        run_cells("forgetting", bench, config.data, work, config.out)
+        run_cells(
+            "forgetting", bench, config.data, work, config.out,
+            seeds=None if config.quick else seeds,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks._benches import BENCHES
 from benchmarks._cells import CELLS, Cell
-from benchmarks._pareto import front, values
+from benchmarks._pareto import compared, front, values
 from benchmarks._tables import table, written
-from examples.results import interval, paired
+from examples.results import interval
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -61,7 +61,7 @@ def _cells(content: dict, default: str) -> str:
         rate = row["learning_rate"] * (sgd_factor if name.endswith("/sgd") else 1)
         against = ""
         if name != default and default in own:
-            test = paired(values(row, "final"), values(own[default], "final"))
+            test = compared(row, own[default], "final")
             against = _number(test["difference"], test["half_width"])
         lines.append(
             [
@@ -113,10 +113,9 @@ def routes() -> str:
         shared = cell._replace(routing="shared").name
         if cell.name not in own or shared not in own:
             return ""
-        finals = [values(own[name], "final") for name in (cell.name, shared)]
         if cell.name == shared:
-            return _number(np.mean(finals[1]), None)
-        test = paired(*finals)
+            return _number(np.mean(values(own[shared], "final")), None)
+        test = compared(own[cell.name], own[shared], "final")
         sign = 1.0 if content["bench"]["measure"] == "accuracy" else -1.0
         gain, half = sign * test["difference"], test["half_width"]
         if not np.isfinite(gain):

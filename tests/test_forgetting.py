@@ -72,6 +72,13 @@ def _row(name, learned, forgetting):
     return {"cell": name, "runs": runs}
 
 
+def test_rows_are_compared_on_the_seeds_that_both_have():
+    few, many = _row("few", [0.4, 0.5], [0, 0]), _row("many", [0.3, 0.2, 9.0], [0] * 3)
+    got = _pareto.compared(few, many, "learned")
+    assert got == results.paired([0.4, 0.5], [0.3, 0.2])
+    assert got["difference"] == pytest.approx(0.2)
+
+
 def test_front_keeps_what_is_not_clearly_beaten():
     rows = [
         _row("good", [0.90, 0.92, 0.93], [0.10, 0.11, 0.14]),
@@ -127,9 +134,9 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
     calls = []
     cell = forgetting.chosen("gpm/shared_v/adam")[0]
 
-    def run(made):
-        calls.append(made)
-        return _runner.run_cell(made, _cells.method(cell))
+    def run(*wanted):
+        calls.append(wanted)
+        return _runner.run_cell(*wanted, method=_cells.method(cell))
 
     work = [(cell.name, run)]
     first, again = (
@@ -150,6 +157,13 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
     assert content["pareto_front"] == [cell.name]
     assert (tmp_path / "forgetting_small.png").stat().st_size > 5000
 
+    (more,) = _runner.run_cells(
+        "forgetting", small, tmp_path, work, tmp_path, seeds={cell.name: 3}
+    )
+    assert len(calls) == 2 and more["seeds"] == [0, 1, 2]
+    assert more["runs"][:2] == row["runs"] and more["sweep"] == row["sweep"]
+    assert more["runs"][2] not in row["runs"]
+
     bench = _benches.BENCHES[small]
     monkeypatch.setitem(_benches.BENCHES, small, bench._replace(steps=8))
     with pytest.raises(SystemExit, match="steps was 6, is 8"):
@@ -157,7 +171,7 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
 
 
 def _finite(made, method, **options):
-    row = _runner.run_cell(made, method, **options)
+    row = _runner.run_cell(made, None, 2, method=method, **options)
     assert all(np.isfinite(list(run.values())).all() for run in row["runs"])
 
 
