@@ -137,6 +137,13 @@ def summarize(matrix: np.ndarray, sign: float) -> dict[str, float]:
     }
 
 
+def _results(made: Made, method: Method, runs, memory, directions) -> list[dict]:
+    history = _learn(made, made.stream, method, runs, memory, directions)
+    accuracy = made.bench.measure == "accuracy"
+    whole, sign = (history.accuracy, 1.0) if accuracy else (history.loss, -1.0)
+    return [summarize(m[:, -1], sign) for m in whole]
+
+
 def _tuned(made: Made, method: Method, strengths, memory, directions) -> dict[str, Any]:
     """A row with the sweep of a cell and no seeds."""
     start, tried, scores = time.perf_counter(), [], []
@@ -176,14 +183,16 @@ def run_cell(
     row = row or _tuned(made, method, strengths, memory, directions)
     start, new = time.perf_counter(), list(range(len(row["seeds"]), seeds))
     runs = [(row["learning_rate"], row["strength"], seed) for seed in new]
-    history = _learn(made, made.stream, method, runs, memory, directions)
-    accuracy = made.bench.measure == "accuracy"
-    whole, sign = (history.accuracy, 1.0) if accuracy else (history.loss, -1.0)
+    # The directions of all seeds at once may not fit into memory.
+    portions = [[run] for run in runs] if directions else [runs]
+    found = []
+    for portion in portions:
+        found += _results(made, method, portion, memory, directions)
     took = row["seconds"]["results"] + time.perf_counter() - start
     return {
         **row,
         "seeds": [*row["seeds"], *new],
-        "runs": [*row["runs"], *(summarize(m[:, -1], sign) for m in whole)],
+        "runs": [*row["runs"], *found],
         "seconds": {**row["seconds"], "results": took},
     }
 

@@ -86,10 +86,11 @@ def _of(what: str, default: str) -> str:
     for name in _found(what):
         content = _read(f"{what}_{name}")
         bench = content["bench"]
+        counts = sorted({len(row["seeds"]) for row in content["rows"]})
         parts.append(
             f"**{name}** ({bench['measure']}, {bench['steps']} steps a task of "
-            f"{bench['batch']}, {bench['seeds']} seeds, sweep of {len(bench['rates'])} "
-            f"configurations; threshold {bench['threshold']}):"
+            f"{bench['batch']}, {' or '.join(map(str, counts))} seeds, sweep of "
+            f"{len(bench['rates'])} configurations; threshold {bench['threshold']}):"
         )
         parts.append(f"![{name}](../benchmarks/results/{what}_"
                      f"{name.replace('-', '_')}.png)")  # fmt: skip
