@@ -41,7 +41,7 @@ class Bench(NamedTuple):
       measure: "accuracy", or "loss" in nats per byte.
       steps: optimizer steps per task.
       batch: examples per step.
-      seeds: runs of every method.
+      seeds: runs of every method; the headlines may have more.
       threshold: energy share that subspaces protect.
       samples: examples that a task boundary looks at.
       max_rank: of a basis; None: the fan-in.

@@ -1,4 +1,4 @@
-"""python -m docs.evidence: puts the committed results into docs/evidence.md.
+"""python -m docs.evidence: puts the committed results into its page and the README.
 
 Every number of a table there comes from a file in benchmarks/results; which command
 made it stands beside the table.
@@ -20,6 +20,7 @@ from examples.results import interval
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
 DEFAULT = "gpm_si/own/adam"
 AGAINST = "final - route_both"  # of the interventions
 
@@ -194,20 +195,52 @@ def causes() -> str:
     return table(heads, lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "mechanism": mechanism,
-    "causes": causes,
-    "routes": routes,
-    "forgetting": forgetting,
-    "strength": strength,
+HEADLINES = {
+    "Adam alone": "none/shared/adam",
+    "shared": "gpm/shared/adam",
+    "decoupled": "gpm/decoupled/adam",
+    "adaptive": "gpm/adaptive/adam",
+    "SGD": "gpm/shared/sgd",
+    "the alias": "gpm/shared_v/adam",
+    "`gpm_si`": DEFAULT,
+    "GEM": "gem_mean/own/adam",
+}
+STREAMS = {
+    "permuted-digits": "permuted digits, 10 tasks",
+    "text-low-8": "text, 8 domains that differ",
+    "text-mixed-16": "text, 16 domains of both kinds",
+    "text-installed": "text, 8 installed domains",
+    "split-cifar100": "Split CIFAR-100, 20 tasks, MLP",
+    "text-high-8": "text, 8 novelists",
+}
+
+
+def headlines() -> str:
+    """The mean final measures of a few cells, the best of a stream in bold."""
+    lines = []
+    for name, about in STREAMS.items():
+        content = _read(f"forgetting_{name}")
+        best = max if content["bench"]["measure"] == "accuracy" else min
+        own = {row["cell"]: row for row in content["rows"]}
+        means = [np.mean(values(own[cell], "final")) for cell in HEADLINES.values()]
+        told = (f"**{x:.3f}**" if x == best(means) else f"{x:.3f}" for x in means)
+        lines.append([about, *told])
+    return table(["stream", *HEADLINES], lines)
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "mechanism": (PAGE, mechanism),
+    "causes": (PAGE, causes),
+    "routes": (PAGE, routes),
+    "forgetting": (PAGE, forgetting),
+    "strength": (PAGE, strength),
+    "headlines": (README, headlines),
 }
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
-        page = written(page, name, make())
-    PAGE.write_text(page)
+    for name, (page, make) in TABLES.items():
+        page.write_text(written(page.read_text(), name, make()))
 
 
 if __name__ == "__main__":
