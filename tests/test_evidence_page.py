@@ -1,11 +1,14 @@
 """docs/evidence.md and the README carry the numbers of benchmarks/results."""
 
+import json
+
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 pytest.importorskip("tyro")
 
+from benchmarks import _benches, forgetting
 from benchmarks._tables import written
 from docs import evidence
 
@@ -15,6 +18,15 @@ def test_tables_are_those_of_the_results(name):
     path, make = evidence.TABLES[name]
     page = path.read_text()
     assert written(page, name, make()) == page, "run python -m docs.evidence"
+
+
+@pytest.mark.parametrize("stream", _benches.ON_TWO_CORES)
+def test_every_main_cell_has_been_measured(stream):
+    file = evidence.RESULTS / f"forgetting_{stream.replace('-', '_')}.json"
+    seeds = {r["cell"]: len(r["runs"]) for r in json.loads(file.read_text())["rows"]}
+    assert {c.name for c in forgetting.chosen(forgetting.MAIN)} <= seeds.keys()
+    for cell in forgetting.chosen(forgetting.HEADLINE):
+        assert seeds[cell.name] >= forgetting.HEADLINE_SEEDS
 
 
 def test_pictures_exist():
