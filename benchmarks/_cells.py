@@ -105,6 +105,14 @@ def _constraint(name: str, make, own) -> Modifier:
     )
 
 
+def _gem(recipe, **options) -> Modifier:
+    return _constraint(
+        "gem",
+        functools.partial(adamr.gem_constraint, **options),
+        lambda rate, k, s: recipe(rate, k, **options),
+    )
+
+
 MODIFIERS = {
     "none": Modifier(lambda _, s: optax.identity()),
     "gpm": Modifier(
@@ -147,24 +155,10 @@ MODIFIERS = {
     "agem": _constraint(
         "agem", lambda _: adamr.agem_constraint(), lambda rate, _, s: adamr.agem(rate)
     ),
-    "gem": _constraint(
-        "gem", adamr.gem_constraint, lambda rate, k, s: adamr.gem(rate, k)
-    ),
-    "gem_mean": _constraint(
-        "gem",
-        functools.partial(adamr.gem_constraint, average=True),
-        lambda rate, k, s: adamr.gem(rate, k, average=True),
-    ),
-    "p_mgem": _constraint(
-        "p_mgem",
-        functools.partial(adamr.gem_constraint, partition="leaf"),
-        lambda rate, k, s: adamr.p_mgem(rate, k),
-    ),
-    "p_mgem_mean": _constraint(
-        "p_mgem",
-        functools.partial(adamr.gem_constraint, average=True, partition="leaf"),
-        lambda rate, k, s: adamr.p_mgem(rate, k, average=True),
-    ),
+    "gem": _gem(adamr.gem),
+    "gem_mean": _gem(adamr.gem, average=True),
+    "p_mgem": _gem(adamr.p_mgem, partition="leaf"),
+    "p_mgem_mean": _gem(adamr.p_mgem, partition="leaf", average=True),
     "replay_0.5": _replay(0.005),
     "replay_1": _replay(0.01),
 }  # fmt: skip

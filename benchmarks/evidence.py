@@ -67,16 +67,22 @@ def _cells(better: str, worse: str, name: str = "final", sign: float = 1.0):
     )
 
 
-def _inflation(content: dict, v: str, route: str) -> float:
+def _inflation(more: tuple[str, str], less: tuple[str, str]):
     """Of Adam's rate along old directions, on the quadratic at the largest α."""
-    row = _row(content, stream="quadratic", scale=1, optimizer="adam", v=v)
-    return row[route]["inflation"][-1]
+
+    def at(content, v, route):
+        row = _row(content, stream="quadratic", scale=1, optimizer="adam", v=v)
+        return row[route]["inflation"][-1]
+
+    return lambda content: at(content, *more) - at(content, *less)
 
 
-def _gain(content: dict, arm: str) -> float:
+def _gain(arm: str):
     """Of an arm over shared routing, on digits in the eigenbasis."""
-    row = _row(content, stream="digits", v="eigenbasis", arm=arm)
-    return row["own"]["final - route_both"]["difference"]
+    facts = {"stream": "digits", "v": "eigenbasis", "arm": arm}
+    return lambda content: _row(content, **facts)["own"]["final - route_both"][
+        "difference"
+    ]
 
 
 DIGITS, TEXT = "forgetting_permuted_digits", "forgetting_text_installed"
@@ -84,28 +90,22 @@ HEADLINES = [
     Headline(
         "in the eigenbasis shared routing inflates the rate, decoupled does not",
         "mechanism",
-        lambda content: (
-            _inflation(content, "eigenbasis", "shared")
-            - _inflation(content, "eigenbasis", "decoupled")
-        ),
+        _inflation(("eigenbasis", "shared"), ("eigenbasis", "decoupled")),
     ),
     Headline(
         "off the axes an element-wise v inflates less",
         "mechanism",
-        lambda content: (
-            _inflation(content, "eigenbasis", "shared")
-            - _inflation(content, "element", "shared")
-        ),
+        _inflation(("eigenbasis", "shared"), ("element", "shared")),
     ),
     Headline(
         "in the eigenbasis at α = 0.9 decoupled routing ends above shared",
         "interventions",
-        lambda content: _gain(content, "route_first"),
+        _gain("route_first"),
     ),
     Headline(
         "so does shared routing with the decoupled length along U",
         "interventions",
-        lambda content: _gain(content, "both, rate of first"),
+        _gain("both, rate of first"),
     ),
     Headline(
         "v shared along the fan-in ends above shared routing",

@@ -33,6 +33,10 @@ def _read(stem: str) -> dict:
     return json.loads(_file(stem).read_text())
 
 
+def _by_cell(content: dict) -> dict[str, dict]:
+    return {row["cell"]: row for row in content["rows"]}
+
+
 def _found(what: str) -> list[str]:
     """The benches that have results."""
     return [name for name in BENCHES if _file(f"{what}_{name}").exists()]
@@ -50,7 +54,7 @@ def _cells(content: dict, default: str) -> str:
     measure, rows = content["bench"]["measure"], content["rows"]
     sign, best = 1.0 if measure == "accuracy" else -1.0, front(rows, measure)
     sgd_factor = content["bench"]["sgd_factor"]
-    own = {row["cell"]: row for row in rows}
+    own = _by_cell(content)
 
     def final(row):
         mean = np.mean(values(row, "final"))
@@ -109,7 +113,7 @@ def routes() -> str:
     """What every route gains in the final measure over shared routing, by stream."""
     streams = _found("forgetting")
     contents = [_read(f"forgetting_{name}") for name in streams]
-    rows = [{row["cell"]: row for row in content["rows"]} for content in contents]
+    rows = list(map(_by_cell, contents))
 
     def entry(cell: Cell, content: dict, own: dict[str, dict]) -> str:
         shared = cell._replace(routing="shared").name
@@ -221,7 +225,7 @@ def headlines() -> str:
     for name, about in STREAMS.items():
         content = _read(f"forgetting_{name}")
         best = max if content["bench"]["measure"] == "accuracy" else min
-        own = {row["cell"]: row for row in content["rows"]}
+        own = _by_cell(content)
         means = [np.mean(values(own[cell], "final")) for cell in HEADLINES.values()]
         told = (f"**{x:.3f}**" if x == best(means) else f"{x:.3f}" for x in means)
         lines.append([about, *told])
