@@ -79,21 +79,27 @@ def _from_first_task(modifier: optax.GradientTransformationExtraArgs):
     return optax.GradientTransformationExtraArgs(modifier.init, update)
 
 
-def _er(rate, _, s):
-    return optax.chain(
-        _from_first_task(adamr.replay_routing(0.5)),
-        adamr.faithful_second_moment(),
-        optax.scale_by_learning_rate(rate),
-    )
+def _replay(share: float, weight: Callable[[Any], Any] = lambda _: 0.5) -> Modifier:
+    """`weight`: strength -> that of the memory."""
 
+    def own(rate, k, _):
+        return optax.chain(
+            _from_first_task(adamr.replay_routing(weight(k))),
+            adamr.faithful_second_moment(),
+            optax.scale_by_learning_rate(rate),
+        )
 
-def _replay(share: float) -> Modifier:
     return Modifier(
-        lambda _, s: _from_first_task(adamr.mix_gradients(0.5)),
-        own=_er,
+        lambda k, _: _from_first_task(adamr.mix_gradients(weight(k))),
+        own=own,
         evidence=methods.METHODS["er"].evidence,
         memory=share,
     )
+
+
+def _odds(k):
+    """The weight at which the memory's loss counts k times the new one."""
+    return k / (1 + k)
 
 
 def _constraint(name: str, make, own) -> Modifier:
@@ -161,6 +167,8 @@ MODIFIERS = {
     "p_mgem_mean": _gem(adamr.p_mgem, partition="leaf", average=True),
     "replay_0.5": _replay(0.005),
     "replay_1": _replay(0.01),
+    "replay_0.5_weighted": _replay(0.005, _odds),
+    "replay_1_weighted": _replay(0.01, _odds),
 }  # fmt: skip
 
 ESTIMATORS = {"adam": "adam", "adamw": "adam", "adafactor": "adafactor",

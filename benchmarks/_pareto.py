@@ -78,6 +78,7 @@ COLOURS = {
     "agem": "#1b9e77", "gem": "#66a61e",
     "gem_mean": "#1b7837", "p_mgem": "#a6d854", "p_mgem_mean": "#4d9221",
     "replay_0.5": "#e7298a", "replay_1": "#b3004b",
+    "replay_0.5_weighted": "#f4a6cd", "replay_1_weighted": "#67001f",
     # of benchmarks.strength_rules
     "full": "#0b62a4", "half": "#777777", "falling": "#b3004b",
     "falling_1": "#e7298a", "falling_leaf": "#d95f02", "rising": "#1b9e77",

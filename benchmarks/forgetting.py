@@ -24,7 +24,7 @@ from benchmarks._runner import quicker, run_cell, run_cells
 
 HEADLINE = (
     "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam "
-    "gpm_si/own/adam si/own/adam gem_mean/own/adam"
+    "gpm_si/own/adam si/own/adam gem_mean/own/adam replay_1_weighted/own/adam"
 )
 HEADLINE_SEEDS = 5
 MAIN = (
