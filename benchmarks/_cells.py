@@ -21,12 +21,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import adamr
 from examples import boundaries, methods
+from examples.memory import from_first_task
 from examples.methods import Method
 from examples.setting import Setting
 
@@ -68,38 +67,18 @@ class Modifier(NamedTuple):
     wrap: Callable[[Any], Any] = lambda tx: tx
 
 
-def _from_first_task(modifier: optax.GradientTransformationExtraArgs):
-    """Replay mixes nothing in while there is no memory: its gradient is 0 then."""
+def _replay(share: float, strength: Callable[[Any], Any] = lambda k: k) -> Modifier:
+    """`strength`: that of the cell -> how often the loss on the memory counts."""
 
-    def update(g, state, params=None, *, memory_gradient, **extra):
-        empty = optax.tree.norm(memory_gradient, squared=True) == 0
-        other = jax.tree.map(lambda a, b: jnp.where(empty, a, b), g, memory_gradient)
-        return modifier.update(g, state, params, memory_gradient=other, **extra)
-
-    return optax.GradientTransformationExtraArgs(modifier.init, update)
-
-
-def _replay(share: float, weight: Callable[[Any], Any] = lambda _: 0.5) -> Modifier:
-    """`weight`: strength -> that of the memory."""
-
-    def own(rate, k, _):
-        return optax.chain(
-            _from_first_task(adamr.replay_routing(weight(k))),
-            adamr.faithful_second_moment(),
-            optax.scale_by_learning_rate(rate),
-        )
+    def weight(k):
+        return methods.weight_of_memory(strength(k))
 
     return Modifier(
-        lambda k, _: _from_first_task(adamr.mix_gradients(weight(k))),
-        own=own,
+        lambda k, s: from_first_task(adamr.mix_gradients(weight(k))),
+        own=lambda rate, k, s: from_first_task(adamr.er(rate, weight(k))),
         evidence=methods.METHODS["er"].evidence,
         memory=share,
     )
-
-
-def _odds(k):
-    """The weight at which the memory's loss counts k times the new one."""
-    return k / (1 + k)
 
 
 def _constraint(name: str, make, own) -> Modifier:
@@ -165,10 +144,10 @@ MODIFIERS = {
     "gem_mean": _gem(adamr.gem, average=True),
     "p_mgem": _gem(adamr.p_mgem, partition="leaf"),
     "p_mgem_mean": _gem(adamr.p_mgem, partition="leaf", average=True),
-    "replay_0.5": _replay(0.005),
-    "replay_1": _replay(0.01),
-    "replay_0.5_weighted": _replay(0.005, _odds),
-    "replay_1_weighted": _replay(0.01, _odds),
+    "replay_0.5": _replay(0.005, lambda _: 1.0),
+    "replay_1": _replay(0.01, lambda _: 1.0),
+    "replay_0.5_weighted": _replay(0.005),
+    "replay_1_weighted": _replay(0.01),
 }  # fmt: skip
 
 ESTIMATORS = {"adam": "adam", "adamw": "adam", "adafactor": "adafactor",

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from examples.problem import Data, Feed, Problem, loss_of
 
 __all__ = [
     "Memory",
     "empty_memory",
+    "from_first_task",
     "memory_gradient",
     "memory_gradients",
     "remember",
@@ -99,6 +101,17 @@ def memory_gradient(
     gradient = _gradient(problem)(params, _draw(memory, key, count))
     any_seen = jnp.any(memory.seen)
     return {name: jax.tree.map(lambda g: jnp.where(any_seen, g, 0.0), gradient)}
+
+
+def from_first_task(replay: optax.GradientTransformationExtraArgs):
+    """Mixes nothing in while the memory is empty: its gradient is 0 then."""
+
+    def update(g, state, params=None, *, memory_gradient, **extra):
+        empty = optax.tree.norm(memory_gradient, squared=True) == 0
+        other = jax.tree.map(lambda a, b: jnp.where(empty, a, b), g, memory_gradient)
+        return replay.update(g, state, params, memory_gradient=other, **extra)
+
+    return optax.GradientTransformationExtraArgs(replay.init, update)
 
 
 def memory_gradients(problem, params, memory, key):

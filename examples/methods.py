@@ -15,10 +15,10 @@ import optax
 
 import adamr
 from examples import boundaries
-from examples.memory import memory_gradient, memory_gradients
+from examples.memory import from_first_task, memory_gradient, memory_gradients
 from examples.setting import Setting
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "weight_of_memory"]
 
 
 class Method(NamedTuple):
@@ -30,8 +30,8 @@ class Method(NamedTuple):
       evidence: see the module; None: the method needs no memory.
       boundary: see the module; None: nothing happens between tasks.
       learning_rate: for the permuted digits; sweep it elsewhere.
-      strength: of a penalty, in the convention with 1/2, or γ of GEM; None: the method
-        has none.
+      strength: of a penalty, in the convention with 1/2, γ of GEM, or how often replay
+        counts the loss on its memory; None: the method has none.
     """
 
     about: str
@@ -40,6 +40,11 @@ class Method(NamedTuple):
     boundary: Callable[..., Any] | None = None
     learning_rate: float = 1e-3
     strength: float | None = None
+
+
+def weight_of_memory(k):
+    """Of replay, where the loss on the memory counts k times the new one."""
+    return k / (1 + k)
 
 
 def _sgd_gpm(rate, _, s):
@@ -179,9 +184,10 @@ METHODS: dict[str, Method] = {
         evidence=memory_gradient,
     ),
     "er": Method(
-        "experience replay, half of the gradient from memory",
-        lambda rate, _, s: adamr.er(rate),
+        "experience replay",
+        lambda rate, k, s: from_first_task(adamr.er(rate, weight_of_memory(k))),
         evidence=memory_gradient,
+        strength=1.0,
     ),
     "mudman": Method(
         "MUDMAN's disruption mask",

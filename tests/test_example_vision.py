@@ -7,6 +7,7 @@ import signal
 import example_kills
 import jax
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("flax")
@@ -104,6 +105,16 @@ def test_a_step_a_call_is_the_scan():
         np.testing.assert_allclose(a, b, atol=2e-4)
     for a, b in zip(history, other, strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3), a, b)
+
+
+def test_replay_takes_adams_steps_while_the_memory_is_empty():
+    g = {"kernel": np.array([[1.0, -2.0]], np.float32)}
+    none = jax.tree.map(np.zeros_like, g)
+    tx = METHODS["er"].build(1e-3, 1.0, None)
+    step, _ = tx.update(g, tx.init(g), g, memory_gradient=none)
+    adam = optax.adam(1e-3)
+    expected, _ = adam.update(g, adam.init(g), g)
+    np.testing.assert_allclose(step["kernel"], expected["kernel"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("convolves", [False, True])  # one by one, or side by side
