@@ -142,6 +142,11 @@ HEADLINES = [
         TEXT,
         _cells("gem_mean/own/adam", "gpm_si/own/adam", sign=-1.0),
     ),
+    Headline(
+        "so does replay, its weight swept",
+        TEXT,
+        _cells("replay_1_weighted/own/adam", "gpm_si/own/adam", sign=-1.0),
+    ),
 ]
 
 

@@ -35,7 +35,7 @@ QUICK = {
     "permuted-digits": "none/shared/adam gpm/shared/sgd gpm/shared/adam "
     "gpm/decoupled/adam gpm/adaptive/adam gpm/shared_v/adam gpm/two_sided/adam",
     "text-installed": "none/shared/adam gpm/shared_v/adam gpm_si/own/adam "
-    "gem_mean/own/adam",
+    "gem_mean/own/adam replay_1_weighted/own/adam",
 }
 
 

@@ -208,6 +208,7 @@ HEADLINES = {
     "the alias": "gpm/shared_v/adam",
     "`gpm_si`": DEFAULT,
     "GEM": "gem_mean/own/adam",
+    "replay": "replay_1_weighted/own/adam",
 }
 STREAMS = {
     "permuted-digits": "permuted digits, 10 tasks",
