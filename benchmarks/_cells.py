@@ -69,14 +69,16 @@ class Modifier(NamedTuple):
 
 def _replay(share: float, strength: Callable[[Any], Any] = lambda k: k) -> Modifier:
     """`strength`: that of the cell -> how often the loss on the memory counts."""
+    er = methods.METHODS["er"]
 
-    def weight(k):
-        return methods.weight_of_memory(strength(k))
+    def mix(k, _):
+        weight = methods.weight_of_memory(strength(k))
+        return from_first_task(adamr.mix_gradients(weight))
 
     return Modifier(
-        lambda k, s: from_first_task(adamr.mix_gradients(weight(k))),
-        own=lambda rate, k, s: from_first_task(adamr.er(rate, weight(k))),
-        evidence=methods.METHODS["er"].evidence,
+        mix,
+        own=lambda rate, k, s: er.build(rate, strength(k), s),
+        evidence=er.evidence,
         memory=share,
     )
 

@@ -32,8 +32,8 @@ def er(
 
     Args:
       learning_rate: a number or a schedule.
-      weight: w in [0, 1], or a schedule of the step count. A small memory is learned
-        by heart at ½: on text 1/6 was far better (docs/evidence.md).
+      weight: w in [0, 1], or a schedule of the step count. With a small memory of text
+        1/6 ended far below ½ (docs/evidence.md).
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: outside the root.
