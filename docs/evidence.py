@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._benches import BENCHES
-from benchmarks._cells import CELLS, Cell
+from benchmarks._cells import CELLS, MODIFIERS, Cell
 from benchmarks._pareto import compared, front, values
 from benchmarks._tables import table, written
 from examples.results import interval
@@ -109,19 +109,22 @@ def forgetting() -> str:
     return _of("forgetting", DEFAULT)
 
 
-def routes() -> str:
-    """What every route gains in the final measure over shared routing, by stream."""
+def _gains(pairs: list[tuple[str, Cell, Cell]]) -> str:
+    """What each cell gains in the final measure over its rival, by stream.
+
+    Args:
+      pairs: (label, cell, rival); a rival's own line gives its final measure.
+    """
     streams = _found("forgetting")
     contents = [_read(f"forgetting_{name}") for name in streams]
     rows = list(map(_by_cell, contents))
 
-    def entry(cell: Cell, content: dict, own: dict[str, dict]) -> str:
-        shared = cell._replace(routing="shared").name
-        if cell.name not in own or shared not in own:
+    def entry(cell: Cell, rival: Cell, content: dict, own: dict[str, dict]) -> str:
+        if cell.name not in own or rival.name not in own:
             return ""
-        if cell.name == shared:
-            return _number(np.mean(values(own[shared], "final")), None)
-        test = compared(own[cell.name], own[shared], "final")
+        if cell == rival:
+            return _number(np.mean(values(own[rival.name], "final")), None)
+        test = compared(own[cell.name], own[rival.name], "final")
         sign = 1.0 if content["bench"]["measure"] == "accuracy" else -1.0
         gain, half = sign * test["difference"], test["half_width"]
         if not np.isfinite(gain):
@@ -130,16 +133,41 @@ def routes() -> str:
         return f"**{told}**" if abs(gain) > half else told
 
     lines = [
-        [
-            f"`{c.modifier}/{c.routing}`",
-            *map(functools.partial(entry, c), contents, rows),
-        ]
-        for c in CELLS
-        if c.optimizer == "adam"
-        and c.modifier != "none"
-        and c._replace(routing="shared") in CELLS
+        [f"`{label}`", *map(functools.partial(entry, *cells), contents, rows)]
+        for label, *cells in pairs
     ]
     return table(["", *streams], lines)
+
+
+def _shared(modifier: str) -> Cell:
+    """What hands g̃ to Adam as it is; the recipe where that was not tried."""
+    cell = Cell(modifier, "shared")
+    return cell if cell in CELLS else Cell(modifier, "own")
+
+
+def routes() -> str:
+    """What every route gains over shared routing."""
+    return _gains(
+        [
+            (f"{c.modifier}/{c.routing}", c, _shared(c.modifier))
+            for c in CELLS
+            if c.optimizer == "adam"
+            and c.modifier != "none"
+            and _shared(c.modifier).routing == "shared"
+        ]
+    )
+
+
+def sgd() -> str:
+    """What plain SGD gains over Adam behind the same modifier."""
+    pairs = []
+    for modifier in MODIFIERS:
+        adam = _shared(modifier)
+        pairs += [
+            (f"{modifier}/{adam.routing}/adam", adam, adam),
+            (f"{modifier}/sgd", Cell(modifier, "shared", "sgd"), adam),
+        ]
+    return _gains(pairs)
 
 
 def strength() -> str:
@@ -237,6 +265,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "mechanism": (PAGE, mechanism),
     "causes": (PAGE, causes),
     "routes": (PAGE, routes),
+    "sgd": (PAGE, sgd),
     "forgetting": (PAGE, forgetting),
     "strength": (PAGE, strength),
     "headlines": (README, headlines),
