@@ -127,7 +127,8 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
             color=COLOURS.get(_coloured(row["cell"]), "black"),
             marker=MARKERS.get(routing, "."), linewidth=0.7, alpha=0.9,
             markersize=5.5 if optimizer in RELATIVES else 9,
-            markerfacecolor="none" if optimizer == "sgd" else None,
+            fillstyle="bottom" if optimizer == "sgd" else "full",
+            markerfacecoloralt="white",
             markeredgecolor="black" if row["cell"] in best else None,
         )  # fmt: skip
     for kind in dict.fromkeys(_coloured(row["cell"]) for row in rows):
@@ -145,8 +146,9 @@ def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     axes.set_xlabel(f"learned {measure} (plasticity: better to the right)")
     axes.set_ylabel(f"forgetting of {measure} (less is up)")
     axes.set_title(
-        f"{bench}: every cell at its own best rate; black edge: on the front; "
-        "open: SGD; small: not Adam" + (f"; {outside} outside" if outside else ""),
+        f"{bench}: every cell at its own best rate\n"
+        "black edge: on the front; half: SGD; small: neither Adam nor SGD"
+        + (f"; {outside} outside" if outside else ""),
         fontsize=9,
     )
     axes.grid(alpha=0.25)
