@@ -1,7 +1,6 @@
 """Eight CPU devices, strict promotion of ranks: set before the backend starts.
 
-The default tests compile without the optimizations of LLVM, the slow ones with them. A
-worker drops its compiled programs now and then.
+A worker drops its compiled programs now and then.
 """
 
 import os
@@ -21,12 +20,6 @@ hypothesis.settings.register_profile("adamr", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("adamr")
 
 _finished = 0
-
-
-def pytest_configure(config):
-    """The default tests spend most of their time compiling; the slow ones train."""
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 
 def pytest_runtest_teardown(item, nextitem):
