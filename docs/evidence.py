@@ -139,30 +139,25 @@ def _gains(pairs: list[tuple[str, Cell, Cell]]) -> str:
     return table(["", *streams], lines)
 
 
-def _shared(modifier: str) -> Cell:
-    """What hands g̃ to Adam as it is; the recipe where that was not tried."""
-    cell = Cell(modifier, "shared")
-    return cell if cell in CELLS else Cell(modifier, "own")
-
-
 def routes() -> str:
     """What every route gains over shared routing."""
     return _gains(
         [
-            (f"{c.modifier}/{c.routing}", c, _shared(c.modifier))
+            (f"{c.modifier}/{c.routing}", c, Cell(c.modifier))
             for c in CELLS
             if c.optimizer == "adam"
             and c.modifier != "none"
-            and _shared(c.modifier).routing == "shared"
+            and Cell(c.modifier) in CELLS
         ]
     )
 
 
 def sgd() -> str:
-    """What plain SGD gains over Adam behind the same modifier."""
+    """What plain SGD gains over Adam; over the recipe where shared was not tried."""
     pairs = []
     for modifier in MODIFIERS:
-        adam = _shared(modifier)
+        shared, recipe = Cell(modifier), Cell(modifier, "own")
+        adam = shared if shared in CELLS else recipe
         pairs += [
             (f"{modifier}/{adam.routing}/adam", adam, adam),
             (f"{modifier}/sgd", Cell(modifier, "shared", "sgd"), adam),
