@@ -229,6 +229,7 @@ HEADLINES = {
     "adaptive": "gpm/adaptive/adam",
     "SGD": "gpm/shared/sgd",
     "the alias": "gpm/shared_v/adam",
+    "SI": "si/own/adam",
     "`gpm_si`": DEFAULT,
     "GEM": "gem_mean/own/adam",
     "replay": "replay_1_weighted/own/adam",
@@ -257,6 +258,7 @@ def headlines() -> str:
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "answer": (PAGE, headlines),
     "mechanism": (PAGE, mechanism),
     "causes": (PAGE, causes),
     "routes": (PAGE, routes),

@@ -114,9 +114,24 @@ def from_first_task(replay: optax.GradientTransformationExtraArgs):
     return optax.GradientTransformationExtraArgs(replay.init, update)
 
 
-def memory_gradients(problem, params, memory, key):
-    """One gradient per task."""
+def _in_parts(memory: Memory, parts: int) -> Memory:
+    """Every task as `parts` tasks, each with an equal share of its examples."""
+    room = memory.data.labels.shape[1]
+    if not 1 <= parts <= room:
+        raise ValueError(f"parts is {parts}, expected 1 to {room}, a task's examples.")
+
+    def cut(x):
+        return x[:, : room // parts * parts].reshape(-1, room // parts, *x.shape[2:])
+
+    inputs, labels, classes = memory.data
+    data = Data(cut(inputs), cut(labels), jnp.repeat(classes, parts, axis=0))
+    return Memory(data, jnp.repeat(memory.seen, parts))
+
+
+def memory_gradients(problem, params, memory, key, *, parts=1):
+    """One gradient per task, or per part of its memory, task by task."""
     del key
+    memory = _in_parts(memory, parts)
     gradient = functools.partial(_gradient(problem), params)
     if problem.convolves or jax.default_backend() != "cpu":
         each = jax.vmap(gradient)(memory.data)

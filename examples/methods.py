@@ -178,6 +178,12 @@ METHODS: dict[str, Method] = {
         evidence=memory_gradients,
         strength=0.5,
     ),
+    "d_mgem": Method(
+        "data-wise mGEM in Adam's metric, a task's memory in two parts",
+        lambda rate, k, s: adamr.d_mgem(rate, k),
+        evidence=functools.partial(memory_gradients, parts=2),
+        strength=0.5,
+    ),
     "agem": Method(
         "A-GEM in Adam's metric",
         lambda rate, _, s: adamr.agem(rate),

@@ -1,5 +1,6 @@
 """examples.vision and the shared loop: results, resume, seeds, arguments."""
 
+import functools
 import itertools
 import json
 import signal
@@ -117,24 +118,38 @@ def test_replay_takes_adams_steps_while_the_memory_is_empty():
     np.testing.assert_allclose(step["kernel"], expected["kernel"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("convolves", [False, True])  # one by one, or side by side
-def test_memory_gradients_are_those_of_the_tasks_seen(convolves):
+def test_memory_gradients_are_those_of_the_tasks_seen(convolves, parts):
     made = problem("mlp", (1, 8, 8), 10)[0]._replace(convolves=convolves)
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(3, 5, 1, 8, 8)).astype(np.float32)
     data = Data(inputs, rng.integers(0, 10, (3, 5)), np.ones((3, 10), bool))
     params = made.init(jax.random.key(0))
     memory = Memory(data, np.array([True, False, True]))
-    found = jax.jit(memory_gradients, static_argnums=0)(made, params, memory, None)
-    np.testing.assert_array_equal(found["memory_mask"], memory.seen)
-    for task in (0, 2):
-        own = jax.tree.map(lambda x, task=task: x[task], data)
+    gradients = functools.partial(memory_gradients, made, key=None, parts=parts)
+    found = jax.jit(gradients)(params, memory)
+    np.testing.assert_array_equal(found["memory_mask"], np.repeat(memory.seen, parts))
+    size = 5 // parts
+    for task, part in itertools.product((0, 2), range(parts)):
+        here = slice(part * size, (part + 1) * size)
+        own = Data(data.inputs[task, here], data.labels[task, here], data.classes[task])
         expected = jax.grad(lambda p, own=own: loss_of(made, p, own))(params)
-        each = jax.tree.map(lambda g, task=task: g[task], found["memory_gradients"])
+        row = parts * task + part
+        each = jax.tree.map(lambda g, row=row: g[row], found["memory_gradients"])
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
             each, expected,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", [0, 6])
+def test_a_memory_has_as_many_parts_as_examples_at_most(parts):
+    made = problem("mlp", (1, 8, 8), 10)[0]
+    images, labels = np.zeros((3, 5, 1, 8, 8)), np.zeros((3, 5), int)
+    memory = Memory(Data(images, labels, np.ones((3, 10), bool)), np.ones(3, bool))
+    with pytest.raises(ValueError, match=f"parts is {parts}, expected 1 to 5"):
+        memory_gradients(made, None, memory, None, parts=parts)
 
 
 def test_one_program_serves_the_whole_stream():
