@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks._inflation import ESTIMATORS
 from examples.pictures import COLOURS, MARKERS
 
 __all__ = ["draw_interventions", "draw_mechanism", "draw_over_time"]
@@ -19,7 +20,6 @@ VARIANTS = {
     "fan_in": "v shared along the fan-in",
     "eigenbasis": "v in the eigenbasis of U",
 }
-ESTIMATORS = ("adam", "amsgrad", "adafactor", "rmsprop", "yogi")
 
 
 def _inflation_panel(axes: Any, rows: list[dict], predicted: list[float]) -> None:

@@ -24,6 +24,7 @@ from adamr.subspace import coordinates
 from benchmarks._gradients import Source
 
 __all__ = [
+    "ESTIMATORS",
     "NORMALIZERS",
     "ROUTES",
     "VARIANTS",
@@ -35,6 +36,7 @@ __all__ = [
 
 ROUTES = {"shared": adamr.route_both_moments, "decoupled": adamr.route_first_moment}
 VARIANTS = ("element", "fan_in", "eigenbasis")
+ESTIMATORS = ("adam", "amsgrad", "adafactor", "rmsprop", "yogi")
 DECAYS = {"rmsprop": None}  # of the bias correction; every other estimator has b2
 
 

@@ -27,6 +27,7 @@ from benchmarks import _timing
 from benchmarks._evidence_pictures import draw_mechanism, draw_over_time
 from benchmarks._gradients import Source, along_adam, coordinate, language, quadratic
 from benchmarks._inflation import (
+    ESTIMATORS,
     NORMALIZERS,
     ROUTES,
     VARIANTS,
@@ -39,7 +40,6 @@ from examples.lm.model import Preset
 from examples.streams.text import read_domains
 
 ALPHAS = (0.1, 0.25, 0.4, 0.5, 0.75, 0.9, 0.95, 0.99)
-ESTIMATORS = ("adam", "amsgrad", "adafactor", "rmsprop", "yogi")
 QUICK = ("adam", "adafactor", "yogi")
 NORMALIZER_STEPS = 30  # Muon's steps cost much, and there is no v to fill
 SCALE = 1000
