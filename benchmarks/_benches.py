@@ -73,6 +73,7 @@ _SLOW_RATES = (2e-5, 5e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 _STRENGTHS = {
     "si": (0.03, 0.3), "gpm_si": (0.03, 0.3), "gem": (0.05, 0.5),
     "gem_mean": (0.05, 0.5), "p_mgem": (0.05, 0.5), "p_mgem_mean": (0.05, 0.5),
+    "d_mgem_mean": (0.05, 0.5),
     "replay_0.5_weighted": (0.2, 1.0), "replay_1_weighted": (0.2, 1.0),
 }  # fmt: skip
 _IMAGE_STRENGTHS = {"ewc": (30.0, 300.0), **_STRENGTHS}

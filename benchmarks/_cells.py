@@ -92,9 +92,10 @@ def _constraint(name: str, make, own) -> Modifier:
     )
 
 
-def _gem(recipe, **options) -> Modifier:
+def _gem(name: str, **options) -> Modifier:
+    recipe = getattr(adamr, name)
     return _constraint(
-        "gem",
+        name,
         functools.partial(adamr.gem_constraint, **options),
         lambda rate, k, s: recipe(rate, k, **options),
     )
@@ -142,10 +143,11 @@ MODIFIERS = {
     "agem": _constraint(
         "agem", lambda _: adamr.agem_constraint(), lambda rate, _, s: adamr.agem(rate)
     ),
-    "gem": _gem(adamr.gem),
-    "gem_mean": _gem(adamr.gem, average=True),
-    "p_mgem": _gem(adamr.p_mgem, partition="leaf"),
-    "p_mgem_mean": _gem(adamr.p_mgem, partition="leaf", average=True),
+    "gem": _gem("gem"),
+    "gem_mean": _gem("gem", average=True),
+    "p_mgem": _gem("p_mgem", partition="leaf"),
+    "p_mgem_mean": _gem("p_mgem", partition="leaf", average=True),
+    "d_mgem_mean": _gem("d_mgem", average=True),
     "replay_0.5": _replay(0.005, lambda _: 1.0),
     "replay_1": _replay(0.01, lambda _: 1.0),
     "replay_0.5_weighted": _replay(0.005),
@@ -222,7 +224,7 @@ def _cells() -> list[Cell]:
     routings = {"gpm": projection, "sgp": projection}
     routings["gpm_si"] = ["shared", "shared_v", "own"]
     routings["ogd"] = ["shared", "decoupled", "adaptive", "two_sided"]
-    routings["gem_mean"] = routings["p_mgem_mean"] = ["own"]
+    routings |= dict.fromkeys(["gem_mean", "p_mgem_mean", "d_mgem_mean"], ["own"])
     routings |= {name: other for name in MODIFIERS if name not in ("none", *routings)}
     cells = [Cell("none", "shared", o) for o in (*ESTIMATORS, "sgd")]
     for modifier, names in routings.items():

@@ -77,6 +77,7 @@ COLOURS = {
     "ewc": "#d95f02", "si": "#e6ab02", "gpm_si": "#8c510a",
     "agem": "#1b9e77", "gem": "#66a61e",
     "gem_mean": "#1b7837", "p_mgem": "#a6d854", "p_mgem_mean": "#4d9221",
+    "d_mgem_mean": "#00441b",
     "replay_0.5": "#e7298a", "replay_1": "#b3004b",
     "replay_0.5_weighted": "#f4a6cd", "replay_1_weighted": "#67001f",
     # of benchmarks.strength_rules
