@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamr import _trees
+from adamr import _tree
 
 __all__ = [
     "Blocks",
@@ -46,26 +46,26 @@ def align(updates: Any, tree: Any, argument: str) -> list[Any]:
 
     `optax.masked` puts holes into the updates but not into extra arguments.
     """
-    here, there = _trees.flatten(updates)[0], _trees.flatten(tree)[0]
+    here, there = _tree.flatten(updates)[0], _tree.flatten(tree)[0]
     if len(here) != len(there):  # a hole may stand for a whole subtree
         try:
             whole = jax.tree.map(
-                lambda u, x: None if _trees.is_hole(u) else x,
+                lambda u, x: None if _tree.is_hole(u) else x,
                 updates,
                 tree,
-                is_leaf=_trees.is_hole,
+                is_leaf=_tree.is_hole,
             )
         except ValueError:
             whole = None
-        there = [] if whole is None else _trees.flatten(whole)[0]
+        there = [] if whole is None else _tree.flatten(whole)[0]
     if len(here) != len(there):
-        names = [_trees.flatten_with_names(x)[0] for x in (tree, updates)]
+        names = [_tree.flatten_with_names(x)[0] for x in (tree, updates)]
         raise ValueError(
             f"{argument} must be a tree like the gradient, got leaves {names[0]}, "
             f"expected {names[1]}."
         )
     pairs = zip(here, there, strict=True)
-    return [x for u, x in pairs if not _trees.is_hole(u)]
+    return [x for u, x in pairs if not _tree.is_hole(u)]
 
 
 def read_rows(
@@ -110,8 +110,8 @@ def read_rows(
 
 
 def _names(updates: Any) -> list[str]:
-    names, nodes = _trees.flatten_with_names(updates)
-    return [n for n, x in zip(names, nodes, strict=True) if not _trees.is_hole(x)]
+    names, nodes = _tree.flatten_with_names(updates)
+    return [n for n, x in zip(names, nodes, strict=True) if not _tree.is_hole(x)]
 
 
 def blocks_of(updates: Any, partition: Any) -> Blocks:

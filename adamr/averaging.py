@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
+from adamr import _tree
 
 __all__ = ["EmaWeights", "EmaWeightsState", "ema_weights", "lines_scaling"]
 
@@ -56,7 +56,7 @@ def lines_scaling(
       Model Merging, arXiv:2410.17146.
     """
     beta = 1.0 - alpha if beta is None else beta
-    names, _ = _trees.flatten_with_names(pretrained)
+    names, _ = _tree.flatten_with_names(pretrained)
     blocks = [block(name) for name in names]
     last = max((b for b in blocks if b is not None), default=0)
     if last < 1 or min(b for b in blocks if b is not None) < 0:
@@ -73,9 +73,7 @@ def lines_scaling(
         # As a weighted mean, not start + scale · change: exact at scales 0 and 1.
         return (start * (1.0 - scale) + end * scale).astype(start.dtype)
 
-    return _trees.map_positions(
-        scaled, pretrained, blocks, _trees.flatten(finetuned)[0]
-    )
+    return _tree.map_positions(scaled, pretrained, blocks, _tree.flatten(finetuned)[0])
 
 
 class EmaWeightsState(NamedTuple):

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
+from adamr import _tree
+from adamr._nodes import find_nodes
 from adamr.modifiers.projection import require_subspace
-from adamr.protection import EigenbasisState, Rotated
-from adamr.second_moments import ESTIMATORS, AmsgradMoments, FactoredMoments
-from adamr.state import find_nodes, get_subspace
-from adamr.subspace import Subspace, check_leaves, coordinates, used, weighted
+from adamr.protection.eigenbasis import EigenbasisState, Rotated
+from adamr.routing.estimators import ESTIMATORS, AmsgradMoments, FactoredMoments
+from adamr.state import get_subspace
+from adamr.subspaces.subspace import Subspace, check_leaves, coordinates, used, weighted
 
 __all__ = [
     "Measured",
@@ -59,12 +60,12 @@ def _lengths(name: str, subspace: Subspace, *trees: Any) -> Measured:
         check_leaves(subspace, tree, "subspace")
 
     def pair(basis, weights, *leaves):
-        if basis is None or any(map(_trees.is_hole, leaves)):
+        if basis is None or any(map(_tree.is_hole, leaves)):
             return []
         inside = [coordinates(basis, weights, x) for x in leaves]
-        return [jnp.stack(list(map(_trees.squared_norm, (*inside, *leaves)[:2])))]
+        return [jnp.stack(list(map(_tree.squared_norm, (*inside, *leaves)[:2])))]
 
-    leaves = list(map(pair, *subspace, *(_trees.flatten(tree)[0] for tree in trees)))
+    leaves = list(map(pair, *subspace, *(_tree.flatten(tree)[0] for tree in trees)))
     return _measure(leaves, lambda x: x, finish=lambda x: jnp.sqrt(_ratio(x)))
 
 
@@ -264,7 +265,7 @@ def moment_statistics(
         u = own or subspace
         if own is None and u is not None:
             check_leaves(u, state.mu, "subspace")
-        rotated = lambda x: _trees.is_hole(x) or isinstance(x, Rotated)  # noqa: E731
+        rotated = lambda x: _tree.is_hole(x) or isinstance(x, Rotated)  # noqa: E731
         entries = _entries(state, b1, b2, eps, eps_root)
         for i, x in enumerate(jax.tree.leaves(state.mu, is_leaf=rotated)):
             parts = tuple(next(entries) for _ in jax.tree.leaves(x))

@@ -18,14 +18,14 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adamr import _trees
+from adamr import _tree
 
-__all__ = ["state_shardings"]
+__all__ = ["offload", "onload", "state_shardings"]
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
     """Where an array lies on a mesh; under a trace, only along explicit axes."""
-    if _trees.is_traced(x):
+    if _tree.is_traced(x):
         found = jax.typeof(x).sharding
         return found if AxisType.Explicit in found.mesh.axis_types else None
     found = getattr(x, "sharding", None)
@@ -37,17 +37,17 @@ def _like(x: Any, leaf: Any, lead: int) -> Any:
 
     An `x` that is sharded by hand stays where it is.
     """
-    where = None if _trees.is_hole(leaf) else sharding_of(leaf)
+    where = None if _tree.is_hole(leaf) else sharding_of(leaf)
     if where is None:
         return jnp.array(x, copy=True)
-    if not _trees.is_traced(x):
+    if not _tree.is_traced(x):
         if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated:
             return jnp.array(x, copy=True)
         x = np.asarray(x)  # a constant of no mesh
     along = zip(x.shape[lead:], leaf.shape, where.spec, strict=False)
     axes = [None] * lead + [axis if n == m else None for n, m, axis in along]
     where = NamedSharding(where.mesh, PartitionSpec(*axes))
-    if _trees.is_traced(leaf) or _trees.is_traced(x):
+    if _tree.is_traced(leaf) or _tree.is_traced(x):
         return jax.sharding.reshard(jnp.asarray(x), where)
     return jax.device_put(x, where, may_alias=False)
 
@@ -71,7 +71,7 @@ def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | No
 
 def copied_beside(params: Any, entries: tuple[Any, ...], lead: int = 0) -> tuple:
     """Fresh buffers in leaf order (bases, weights, rows), each beside its parameter."""
-    leaves = _trees.flatten(params)[0] or [None] * len(entries)
+    leaves = _tree.flatten(params)[0] or [None] * len(entries)
     pairs = zip(entries, leaves, strict=True)
     return tuple(None if x is None else _like(x, leaf, lead) for x, leaf in pairs)
 
@@ -107,11 +107,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     >>> tuple(found[0].trace["w"].spec)
     (None, 'x')
     """
-    names, leaves = _trees.flatten_with_names(params)
+    names, leaves = _tree.flatten_with_names(params)
     places = {
         name: getattr(x, "sharding", None)
         for name, x in zip(names, leaves, strict=True)
-        if not _trees.is_hole(x)
+        if not _tree.is_hole(x)
     }
     meshes = {p.mesh for p in places.values() if isinstance(p, NamedSharding)}
     for name, found in places.items():
@@ -137,3 +137,63 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(place, state)
+
+
+_HOST = "pinned_host"
+
+
+def _has_host_memory(sharding: jax.sharding.Sharding) -> bool:
+    devices = sharding.addressable_devices
+    return all(
+        any(memory.kind == _HOST for memory in device.addressable_memories())
+        for device in devices
+    )
+
+
+def offload(tree: Any) -> Any:
+    """The tree with its arrays in host memory, each shard on its own host.
+
+    Args:
+      tree: any pytree; what is no `jax.Array` stays as it is.
+
+    Returns:
+      The same tree with copies that keep values, dtypes and shardings, in pinned host
+      memory where the backend has it, else as NumPy arrays. The originals stay until
+      nothing refers to them. Give it to `onload` before computing.
+
+    Raises:
+      ValueError: for an array spread over processes on a backend without such memory.
+
+    >>> held = offload({"moment": jnp.ones(3)})
+    >>> held["moment"].sharding.memory_kind
+    'pinned_host'
+    >>> onload(held)["moment"] + 1
+    Array([2., 2., 2.], dtype=float32)
+    """
+
+    def leaf(x):
+        if not isinstance(x, jax.Array):
+            return x
+        if _has_host_memory(x.sharding):
+            where = x.sharding.with_memory_kind(_HOST)
+            return jax.device_put(x, where, may_alias=False)
+        if not x.is_fully_addressable:
+            raise ValueError(
+                f"tree has an array of shape {x.shape} over several processes, and "
+                f"{x.sharding} offers no {_HOST} memory."
+            )
+        return np.array(x, copy=True)
+
+    return jax.tree.map(leaf, tree)
+
+
+def onload(tree: Any) -> Any:
+    """The tree with its arrays in device memory again, sharded as they were."""
+
+    def leaf(x):
+        if isinstance(x, jax.Array):
+            where = x.sharding.with_memory_kind("device")
+            return jax.device_put(x, where, may_alias=False)
+        return jnp.array(x, copy=True) if isinstance(x, np.ndarray) else x
+
+    return jax.tree.map(leaf, tree)

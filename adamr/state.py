@@ -6,22 +6,21 @@ apply_if_finite and nnx.Optimizer by type, so no path is needed. Shapes, dtypes 
 placement stay, so the compiled step runs on.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._trees import placed_like
-from adamr.directions import Directions
-from adamr.gram_schmidt import restrict
-from adamr.modifiers import rows as matrix
-from adamr.modifiers.natural import FopngState, damped, metric_basis, positive
-from adamr.protection import EigenbasisState
-from adamr.routing import FaithfulSecondMomentState
-from adamr.strength import OverlapState, StrengthState
-from adamr.subspace import Subspace, project, rank
+from adamr import _tree
+from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
+from adamr._tree import placed_like
+from adamr.modifiers.natural import FopngState, in_metric
+from adamr.protection.eigenbasis import EigenbasisState
+from adamr.routing.merge import FaithfulSecondMomentState
+from adamr.routing.strength import OverlapState, StrengthState
+from adamr.subspaces.directions import Directions
+from adamr.subspaces.gram_schmidt import restrict
+from adamr.subspaces.subspace import Subspace, project, rank
 
 __all__ = [
     "get_subspace",
@@ -29,43 +28,13 @@ __all__ = [
     "read_diagnostics",
     "reset_moments",
     "reset_overlap",
-    "set_fisher",
     "set_subspace",
 ]
-
-
-def _map_nodes(function: Callable[[Any], Any], tree: Any, *types: type) -> Any:
-    """Maps `function` over the nodes of the given types, all else unchanged."""
-    found = lambda node: isinstance(node, types)  # noqa: E731
-    return jax.tree.map(
-        lambda node: function(node) if found(node) else node, tree, is_leaf=found
-    )
-
-
-def find_nodes(tree: Any, *types: type) -> list[Any]:
-    """All nodes of the given types, in order."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types))
-    return [node for node in leaves if isinstance(node, types)]
 
 
 def _shapes(subspace: Subspace | Directions) -> list[tuple[int, ...] | None]:
     leaves = jax.tree.leaves(tuple(subspace), is_leaf=lambda x: x is None)
     return [None if x is None else jnp.shape(x) for x in leaves]
-
-
-def _replace_arrays(node: Any, arrays: list[jax.Array]) -> Any:
-    old, treedef = jax.tree.flatten(node)
-    pairs = zip(old, arrays, strict=True)
-    return jax.tree.unflatten(treedef, [placed_like(o, n) for o, n in pairs])
-
-
-def _plain(node: Any) -> Any:
-    """Nested tuples of arrays or None, without the Variables of nnx.Optimizer."""
-    return jax.tree.map(
-        lambda x: None if x is None else jax.tree.leaves(x)[0],
-        node,
-        is_leaf=lambda x: not isinstance(x, tuple),
-    )
 
 
 def _subspaces(opt_state: Any) -> list[Any]:
@@ -97,13 +66,14 @@ def get_subspace(opt_state: Any) -> Any:
     Raises:
       ValueError: if there is none, or several of different shapes.
 
-    >>> from adamr import empty_subspace, project_out, rank
+    >>> from adamr import empty_subspace, project_out
+    >>> from adamr.subspaces import rank
     >>> params = {"w": jnp.zeros((3, 2))}
     >>> state = project_out(empty_subspace(params)).init(params)
     >>> int(rank(get_subspace(state))[0])
     0
     """
-    return jax.tree.map(jnp.copy, _plain(_subspaces(opt_state)[0]))
+    return jax.tree.map(jnp.copy, without_variables(_subspaces(opt_state)[0]))
 
 
 def set_subspace(
@@ -130,7 +100,8 @@ def set_subspace(
       ValueError: if the state holds no subspace, or one of other shapes.
       TypeError: if it holds one of another kind.
 
-    >>> from adamr import make_subspace, project_out, rank
+    >>> from adamr import make_subspace, project_out
+    >>> from adamr.subspaces import rank
     >>> params = {"w": jnp.zeros((3, 2))}
     >>> empty = make_subspace(params, {"w": jnp.zeros((3, 0))})
     >>> state = project_out(empty).init(params)
@@ -162,84 +133,13 @@ def set_subspace(
         )
 
     def swap(old):
-        return _replace_arrays(old, jax.tree.leaves(subspace))
+        return replace_arrays(old, jax.tree.leaves(subspace))
 
-    opt_state = _map_nodes(swap, opt_state, type(subspace))
-    opt_state = _map_nodes(_in_metric, opt_state, FopngState)
+    opt_state = map_nodes(swap, opt_state, type(subspace))
+    opt_state = map_nodes(in_metric, opt_state, FopngState)
     if moments == "project":
         return project_moments(opt_state)
     return reset_moments(opt_state) if moments == "reset" else opt_state
-
-
-def _in_metric(node: FopngState) -> FopngState:
-    """The basis of the constraints in the metric that the state holds."""
-    directions = _plain(node.directions)
-    basis = metric_basis(directions, node.fisher_old, node.fisher_new)
-    return node._replace(basis=_replace_arrays(node.basis, jax.tree.leaves(basis)))
-
-
-def _fisher(held: Any, fisher: Any, clean: Callable, argument: str) -> Any:
-    """`held` with the values of `fisher`, checked and cleaned."""
-    if fisher is None:
-        return held
-    found = [jnp.asarray(f) for f in matrix.align(held, fisher, argument)]
-    pairs = zip(*_trees.flatten_with_names(held), strict=True)
-    here = [(name, x) for name, x in pairs if not _trees.is_hole(x)]
-    for (name, x), f in zip(here, found, strict=True):
-        if f.shape != x.shape:
-            raise ValueError(
-                f"{argument} has shape {f.shape} at {name!r}, expected {x.shape}, the "
-                "parameter's."
-            )
-        if not _trees.is_traced(f) and not jnp.all(jnp.isfinite(f) & (f >= 0)):
-            raise ValueError(
-                f"{argument} has negative, NaN or infinite entries at {name!r}: a "
-                "Fisher diagonal is a mean of squares."
-            )
-    return _replace_arrays(held, clean(found))
-
-
-def set_fisher(
-    opt_state: Any, *, old: Any = None, new: Any = None, damping: float = 1e-3
-) -> Any:
-    """The state of `fopng` with other Fisher diagonals; the step does not recompile.
-
-    Args:
-      opt_state: of any wrapper around `fopng`.
-      old: F of the old tasks, a tree like the parameters of values ≥ 0; None: as it
-        is. After the first task its Fisher, then `average_fisher(old, task)`.
-      new: F' of the current task, likewise. F' + damping · mean(F') is stored; 1, if F'
-        is 0 everywhere.
-      damping: > 0, as a share of the mean; entries of 0 would give infinite steps.
-
-    Raises:
-      ValueError: if the state holds no `fopng`, damping is not positive, a tree does
-        not fit, or (outside jit) values are negative or not finite. Under jit those
-        count as 0.
-
-    >>> from adamr import empty_directions, fopng
-    >>> g = jnp.array([2.0, 1.0])
-    >>> tx = fopng(empty_directions(g, 1))
-    >>> state = set_fisher(tx.init(g), new=jnp.array([4.0, 1.0]), damping=1e-6)
-    >>> print(tx.update(g, state)[0].round(4))
-    [0.3536 0.7071]
-    """
-    if _trees.is_known(damping) and not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}.")
-    if not find_nodes(opt_state, FopngState):
-        raise ValueError("opt_state holds no fopng: build the optimizer with it.")
-
-    def damp(fisher):
-        return damped(fisher, damping)
-
-    def replace(node):
-        node = node._replace(
-            fisher_old=_fisher(node.fisher_old, old, positive, "old"),
-            fisher_new=_fisher(node.fisher_new, new, damp, "new"),
-        )
-        return _in_metric(node)
-
-    return _map_nodes(replace, opt_state, FopngState)
 
 
 def project_moments(opt_state: Any) -> Any:
@@ -252,12 +152,12 @@ def project_moments(opt_state: Any) -> Any:
     def leaf(node):
         if isinstance(node, EigenbasisState):
             return reset_moments(node)
-        if len(_trees.flatten(node.mu)[0]) != len(subspace[0]):
+        if len(_tree.flatten(node.mu)[0]) != len(subspace[0]):
             return node
         mu = jax.tree.map(placed_like, node.mu, project(subspace, node.mu))
         return node._replace(mu=mu)
 
-    return _map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
+    return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
 
 
 def _has_moments(node: Any) -> bool:
@@ -293,7 +193,7 @@ def reset_overlap(opt_state: Any) -> Any:
         overlap = placed_like(node.overlap, jnp.zeros_like(node.overlap))
         return node._replace(count=count, overlap=overlap)
 
-    return _map_nodes(reset, opt_state, OverlapState)
+    return map_nodes(reset, opt_state, OverlapState)
 
 
 def read_diagnostics(opt_state: Any) -> dict[str, Any]:

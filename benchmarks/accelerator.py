@@ -29,13 +29,13 @@ import tyro
 from flax import nnx
 
 import adamr
-from adamr.capture import kernel_axes
-from benchmarks import _timing
-from benchmarks._limits import measure_limits, seconds_per_call
-from benchmarks._rivals import moved_bytes, rivals, torch_adam
+from adamr.capture.nnx import kernel_axes
+from benchmarks._speed import timing
+from benchmarks._speed.limits import measure_limits, seconds_per_call
+from benchmarks._speed.rivals import moved_bytes, rivals, torch_adam
 from benchmarks.step_time import gradients_like
+from examples.harness.results import write
 from examples.lm.model import BYTES, Preset, Transformer
-from examples.results import write
 
 UNPROTECTED = ("embedding", "norm", "head")
 
@@ -125,13 +125,13 @@ def race(
     """Per optimizer, what runs its steps on the inputs, and what compilation tells."""
     runs, about = {}, {}
     for name, tx in optimizers.items():
-        compiled = _timing.compile_step(tx, params, inputs[0], gradient)
+        compiled = timing.compile_step(tx, params, inputs[0], gradient)
         state, memory = tx.init(params), compiled.step.memory_analysis()
-        runs[name] = _timing.stepper(compiled.step, params, state, config.steps)
+        runs[name] = timing.stepper(compiled.step, params, state, config.steps)
         about[name] = {
             "trace_s": compiled.trace_s,
             "compile_s": compiled.compile_s,
-            "state_bytes": _timing.nbytes(state),
+            "state_bytes": timing.nbytes(state),
             "temporary_bytes": memory.temp_size_in_bytes if memory else None,
             "moved_bytes": moved_bytes(params, state),
         }
@@ -140,7 +140,7 @@ def race(
 
 def timed(runs: dict, about: dict, inputs: list, config: Config):
     """Seconds per round and rival; their medians go into `about`."""
-    times = _timing.time_rounds(
+    times = timing.time_rounds(
         runs,
         inputs,
         rounds=config.rounds,
@@ -185,7 +185,7 @@ def projection(config: Config, params: Any, subspace: Any, found: dict) -> dict:
 
     @jax.jit
     def project(subspace, gradient):  # what passes through unchanged would be copied
-        projected = jax.tree.leaves(adamr.project(subspace, gradient))
+        projected = jax.tree.leaves(adamr.subspaces.project(subspace, gradient))
         pairs = zip(projected, subspace.bases, strict=True)
         return [x for x, basis in pairs if basis is not None]
 
@@ -211,7 +211,7 @@ def compilation(params: Any, subspace: Any):
     times = {name: [] for name in COMPARED}
     for _ in range(3):
         for name, each in times.items():
-            compiled = _timing.compile_step(optimizers[name], params)
+            compiled = timing.compile_step(optimizers[name], params)
             each.append(compiled.trace_s + compiled.compile_s)
     times = {name: np.array(each) for name, each in times.items()}
     return times, {n: {"seconds": float(np.median(t))} for n, t in times.items()}
@@ -247,7 +247,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"  {name} {value:.3g}")
     preset, graph, params, subspace = model(config)
     results = {
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "config": {**dataclasses.asdict(config), "out": config.out.as_posix()},
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "dtype": preset.dtype,
@@ -267,7 +267,7 @@ def run(config: Config) -> dict[str, Any]:
         times["training"], results["training"] = made
     results["ratios"] = {
         label: {
-            **_timing.ratio(times[p][a], times[p][b], config.seed),
+            **timing.ratio(times[p][a], times[p][b], config.seed),
             "target": target,
         }
         for label, (p, a, b, target) in RATIOS.items()

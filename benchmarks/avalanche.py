@@ -38,17 +38,18 @@ import optax
 import tyro
 
 import adamr
-from benchmarks import _timing
-from examples import loop, results, streams
-from examples.memory import memory_gradient
-from examples.methods import METHODS
-from examples.problem import Data, loss_of
-from examples.setting import setting_for
+from benchmarks._speed import timing
+from examples import streams
+from examples.harness import loop, results
+from examples.harness.methods import METHODS
+from examples.harness.problem import Data, loss_of
+from examples.harness.replay import memory_gradient
+from examples.harness.setting import setting_for
 from examples.vision.problem import feed, problem
 
 # Without the paths of the machine; the settings stand beside it.
 COMMAND = "NPROC=1 python -m benchmarks.avalanche --data mnist.npz --python PYTHON"
-RIVAL = Path(__file__).with_name("_avalanche_rival.py")
+RIVAL = Path(__file__).parent / "_speed" / "avalanche_rival.py"
 
 
 @dataclasses.dataclass
@@ -230,7 +231,7 @@ def main(config: Config) -> None:
     del settings["python"], settings["out"]
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
-        "machine": _timing.machine() | {"command": COMMAND},
+        "machine": timing.machine() | {"command": COMMAND},
         "versions": {**results.versions(), **theirs["versions"]},
         "config": settings,
         "threads": {

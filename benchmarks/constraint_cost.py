@@ -29,7 +29,7 @@ import optax
 
 import adamr
 from adamr.modifiers.dual import solve_diagonal, solve_exact
-from benchmarks import _timing
+from benchmarks._speed import timing
 
 BATCH = 128
 
@@ -138,17 +138,17 @@ def main() -> None:
     config = parser.parse_args()
     functions = rivals(config.tasks, config.blocks, config.size, config.seed)
     runs = {name: timed(*each) for name, each in functions.items()}
-    times = _timing.time_rounds(
+    times = timing.time_rounds(
         runs, [None], rounds=300, seconds=config.seconds, seed=config.seed
     )
     found = {
         name: {
             "milliseconds": 1e3 * float(np.median(each)),
-            "of_a_gradient": _timing.ratio(each, times["gradient"], config.seed),
+            "of_a_gradient": timing.ratio(each, times["gradient"], config.seed),
         }
         for name, each in times.items()
     }
-    machine = {**_timing.machine(), "command": "python -m benchmarks.constraint_cost"}
+    machine = {**timing.machine(), "command": "python -m benchmarks.constraint_cost"}
     print(json.dumps({"config": vars(config), "machine": machine, "rivals": found}))
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import forgetting, interventions, mechanism, strength_rules
-from benchmarks._benches import ON_TWO_CORES
+from benchmarks._evidence.benches import ON_TWO_CORES
 
 COMMITTED = Path("benchmarks/results")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks._benches import BENCHES, Made
-from benchmarks._cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
-from benchmarks._runner import quicker, run_cell, run_cells
+from benchmarks._evidence.benches import BENCHES, Made
+from benchmarks._evidence.cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
+from benchmarks._evidence.runner import quicker, run_cell, run_cells
 
 HEADLINE = (
     "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam "

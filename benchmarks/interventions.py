@@ -21,14 +21,15 @@ import tyro
 
 import adamr
 from adamr import diagnostics, metrics
-from benchmarks import _timing
-from benchmarks._evidence_pictures import draw_interventions
-from benchmarks._interventions import ALPHA, ARMS, method_for
-from benchmarks._problems import language_problem, mlp_problem
-from examples import loop, results, streams
+from benchmarks._evidence.arms import ALPHA, ARMS, method_for
+from benchmarks._evidence.pictures import draw_interventions
+from benchmarks._evidence.problems import language_problem, mlp_problem
+from benchmarks._speed import timing
+from examples import streams
+from examples.harness import loop, results
+from examples.harness.problem import Problem
+from examples.harness.setting import Setting, setting_for
 from examples.lm.model import Preset
-from examples.problem import Problem
-from examples.setting import Setting, setting_for
 from examples.vision.problem import feed
 
 SWEEP_SEED, SWEEP_TASKS = 100, 3
@@ -232,7 +233,7 @@ def main(config: Config) -> None:
     if "route_both" in {row["arm"] for row in rows}:
         _paired(rows, "route_both")
     content = {
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "versions": results.versions(),
         "config": {
             "alpha": ALPHA,

@@ -23,10 +23,14 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks import _timing
-from benchmarks._evidence_pictures import draw_mechanism, draw_over_time
-from benchmarks._gradients import Source, along_adam, coordinate, language, quadratic
-from benchmarks._inflation import (
+from benchmarks._evidence.gradients import (
+    Source,
+    along_adam,
+    coordinate,
+    language,
+    quadratic,
+)
+from benchmarks._evidence.inflation import (
     ESTIMATORS,
     NORMALIZERS,
     ROUTES,
@@ -35,7 +39,9 @@ from benchmarks._inflation import (
     predict,
     with_mixing,
 )
-from examples import results
+from benchmarks._evidence.pictures import draw_mechanism, draw_over_time
+from benchmarks._speed import timing
+from examples.harness import results
 from examples.lm.model import Preset
 from examples.streams.text import read_domains
 
@@ -202,7 +208,7 @@ def run(config: Config) -> dict[str, Any]:
         rows.append(row)
         print(_line(name, row), flush=True)
     return {
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "versions": results.versions(),
         "config": {
             "quick": config.quick,

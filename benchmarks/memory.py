@@ -20,9 +20,9 @@ import optax
 import tyro
 
 import adamr
-from adamr.state import find_nodes
-from benchmarks import _models
-from benchmarks._tables import table, written
+from adamr._nodes import find_nodes
+from benchmarks._pages.tables import table, written
+from benchmarks._speed import models
 from examples.pod import placement
 
 PAGE = Path("docs/scaling.md")
@@ -35,23 +35,23 @@ MESHES = {"1B": "data=1", "8B": "fsdp=8", "70B": "fsdp=16,tensor=4"}
 
 def _alias(rank: int | None = RANK, head: bool = False, **options) -> Callable:
     def build(params):
-        project = adamr.project_out(_models.empty(params, rank, head))
+        project = adamr.project_out(models.empty(params, rank, head))
         return adamr.adamr(RATE, project, **options)
 
     return build
 
 
 def _projected(recipe: Callable, rank: int | None = RANK) -> Callable:
-    return lambda params: recipe(RATE, _models.empty(params, rank))
+    return lambda params: recipe(RATE, models.empty(params, rank))
 
 
 def _two_sided(params):
-    links = adamr.two_sided(_models.empty(params, RANK))
+    links = adamr.two_sided(models.empty(params, RANK))
     return optax.chain(links, optax.scale_by_learning_rate(RATE))
 
 
 def _in_eigenbasis(params):
-    subspace = _models.empty(params, RANK)
+    subspace = models.empty(params, RANK)
     return optax.chain(
         adamr.route_first_moment(adamr.project_out(subspace)),
         adamr.in_eigenbasis(adamr.faithful_second_moment(), subspace),
@@ -120,8 +120,8 @@ def basis_bytes(state: Any) -> int:
 
 def recipes() -> str:
     """State of every recipe at 8B parameters in float32."""
-    params = _models.shapes(_models.SIZES["8B"])
-    number = _models.count(params)
+    params = models.shapes(models.SIZES["8B"])
+    number = models.count(params)
     adam = nbytes(state_of("`optax.adam`", params))
     rows = []
     for name in RECIPES:
@@ -133,15 +133,15 @@ def recipes() -> str:
 def sizes() -> str:
     """Totals by size, all in float32 unless a row says otherwise."""
     rows = []
-    for size in _models.SIZES:
-        params = _models.shapes(_models.SIZES[size])
+    for size in models.SIZES:
+        params = models.shapes(models.SIZES[size])
         adam = nbytes(state_of("`optax.adam`", params))
         for name in COMPARED:
             state = state_of(name, params)
             own, bases = nbytes(state), basis_bytes(state)
             rows.append(
                 [
-                    f"{size} ({_models.count(params) / 1e9:.2f}e9), {name}",
+                    f"{size} ({models.count(params) / 1e9:.2f}e9), {name}",
                     f"{nbytes(params) / GB:.2f}",
                     f"{(own - bases) / GB:.2f}",
                     f"{(own - bases) / adam:.3f}",
@@ -155,7 +155,7 @@ def sizes() -> str:
 
 def compiled(name: str, size: str) -> Any:
     """Memory analysis of one update per device, parameters and state donated."""
-    params = _models.shapes(_models.SIZES[size])
+    params = models.shapes(models.SIZES[size])
     devices = jax.devices()[: math.prod(map(int, re.findall(r"\d+", MESHES[size])))]
     mesh = placement.parse_mesh(MESHES[size], devices)
     specs = placement.param_specs(params)
@@ -182,7 +182,7 @@ def compiled(name: str, size: str) -> Any:
 def devices() -> str:
     """Per device: what the compiled update takes, keeps and needs on the way."""
     rows = []
-    for size in _models.SIZES:
+    for size in models.SIZES:
         for name in PLACED:
             found = compiled(name, size)
             kept = found.alias_size_in_bytes

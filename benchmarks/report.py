@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from benchmarks import _page
-from examples.results import by_method, comparisons, interval
+from benchmarks._pages import html_parts
+from examples.harness.results import by_method, comparisons, interval
 
 
 @dataclasses.dataclass
@@ -202,10 +202,10 @@ def section(report: Report) -> str:
 seeds; p is the paired test of the first metric against the best method.</p>
 <div class=scroll>{_table(report, groups)}</div>
 <h3>{report.curve}</h3>
-{_page.curves(curves, len(report.tasks), report.curve)}
+{html_parts.curves(curves, len(report.tasks), report.curve)}
 <h3>every task after every task</h3>
 <p>Rows: after learning a task. Columns: on which task.</p>
-<div class=grid>{_page.matrices(matrices, report.better)}</div>
+<div class=grid>{html_parts.matrices(matrices, report.better)}</div>
 <details><summary>methods</summary><dl>{"".join(about)}</dl></details>
 <details><summary>configuration and versions</summary>
 <pre>{html.escape(config)}</pre></details>
@@ -219,7 +219,7 @@ def main(config: Config) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    config.out.write_text(_page.page("".join(map(section, reports))))
+    config.out.write_text(html_parts.page("".join(map(section, reports))))
     print(f"written: {config.out}")
     return 0
 

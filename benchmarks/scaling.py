@@ -22,9 +22,9 @@ import optax
 import tyro
 
 import adamr
-from adamr.state import find_nodes
-from benchmarks import _models, _timing
-from benchmarks._pictures import draw_scaling
+from adamr._nodes import find_nodes
+from benchmarks._speed import models, timing
+from benchmarks._speed.pictures import draw_scaling
 from benchmarks.step_time import (
     LEARNING_RATE,
     block_params,
@@ -32,8 +32,8 @@ from benchmarks.step_time import (
     optimizers_by_rank,
     random_bases,
 )
+from examples.harness.results import write
 from examples.pod import placement
-from examples.results import write
 
 
 @dataclasses.dataclass
@@ -85,10 +85,10 @@ def measure(optimizers: dict, params: Any, config: Config) -> dict[str, dict]:
     """Time, compilation and bytes of an update, per optimizer."""
     rng = np.random.default_rng(config.seed)
     gradients = [gradients_like(params, rng) for _ in range(2)]
-    made = {name: _timing.compile_step(tx, params) for name, tx in optimizers.items()}
+    made = {name: timing.compile_step(tx, params) for name, tx in optimizers.items()}
     states = {name: tx.init(params) for name, tx in optimizers.items()}
-    runs = {n: _timing.stepper(c.step, params, states[n]) for n, c in made.items()}
-    times = _timing.time_rounds(
+    runs = {n: timing.stepper(c.step, params, states[n]) for n, c in made.items()}
+    times = timing.time_rounds(
         runs,
         gradients,
         rounds=300,
@@ -100,8 +100,8 @@ def measure(optimizers: dict, params: Any, config: Config) -> dict[str, dict]:
         name: {
             "milliseconds": 1e3 * float(np.median(times[name])),
             "compile_s": each.trace_s + each.compile_s,
-            "state_bytes": _timing.nbytes(states[name]),
-            "basis_bytes": _timing.nbytes(find_nodes(states[name], adamr.Subspace)),
+            "state_bytes": timing.nbytes(states[name]),
+            "basis_bytes": timing.nbytes(find_nodes(states[name], adamr.Subspace)),
         }
         for name, each in made.items()
     }
@@ -155,13 +155,13 @@ def by_tasks(number: int, config: Config) -> dict[str, dict]:
 def by_devices(number: int, config: Config) -> dict[str, dict]:
     """A stack of layers split by `fsdp`; bytes are those of one device."""
     mesh = placement.parse_mesh(f"fsdp={number}", jax.devices()[:number])
-    shapes = _models.shapes(_models.Size(2, 256, 512, 64, vocabulary=1024))
+    shapes = models.shapes(models.Size(2, 256, 512, 64, vocabulary=1024))
     specs = placement.param_specs(shapes)
     where = placement.shardings(mesh, specs)
     params = jax.tree.map(
         lambda x, s: jax.device_put(jnp.ones(x.shape, x.dtype), s), shapes, where
     )
-    subspace = _models.empty(shapes, 64)
+    subspace = models.empty(shapes, 64)
     optimizers = {
         "adam": optax.adam(LEARNING_RATE),
         "alias": adamr.adamr(LEARNING_RATE, adamr.project_out(subspace)),
@@ -176,9 +176,9 @@ def by_devices(number: int, config: Config) -> dict[str, dict]:
             return optax.apply_updates(params, updates), state
 
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(where, beside))
-        runs[name] = _timing.stepper(step, params, state)
+        runs[name] = timing.stepper(step, params, state)
         about[name] = {"state_bytes": placement.bytes_per_device(state)}
-    times = _timing.time_rounds(
+    times = timing.time_rounds(
         runs,
         [params],
         rounds=300,
@@ -217,7 +217,7 @@ def sweep(name: str, config: Config) -> dict[str, Any]:
                     f"  {rival:9} {quantity:13} {ys[0]:12.4g} … {ys[-1]:12.4g}   "
                     f"p = {fit['exponent']:6.3f} ± {fit['standard_error']:.3f}"
                 )
-    return {"machine": _timing.machine(), "x": xs, "points": points, "fits": fits}
+    return {"machine": timing.machine(), "x": xs, "points": points, "fits": fits}
 
 
 def main(config: Config) -> None:

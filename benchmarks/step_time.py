@@ -28,8 +28,8 @@ import optax
 import tyro
 
 import adamr
-from benchmarks import _timing
-from benchmarks._pictures import draw_step_time
+from benchmarks._speed import timing
+from benchmarks._speed.pictures import draw_step_time
 
 LEARNING_RATE = 1e-3
 
@@ -154,10 +154,10 @@ def measure(
     config: Config,
 ) -> dict[str, Any]:
     """Times, ratios, compile times and state bytes of one group of rivals."""
-    compiled = {n: _timing.compile_step(tx, params) for n, tx in optimizers.items()}
+    compiled = {n: timing.compile_step(tx, params) for n, tx in optimizers.items()}
     states = {n: tx.init(params) for n, tx in optimizers.items()}
-    runs = {n: _timing.stepper(c.step, params, states[n]) for n, c in compiled.items()}
-    times = _timing.time_rounds(
+    runs = {n: timing.stepper(c.step, params, states[n]) for n, c in compiled.items()}
+    times = timing.time_rounds(
         runs, gradients, rounds=config.pairs, seconds=config.seconds, seed=config.seed
     )
     rivals = {
@@ -165,12 +165,12 @@ def measure(
             "milliseconds": 1e3 * float(np.median(times[name])),
             "trace_s": each.trace_s,
             "compile_s": each.compile_s,
-            "state_bytes": _timing.nbytes(states[name]),
+            "state_bytes": timing.nbytes(states[name]),
         }
         for name, each in compiled.items()
     }
     ratios = {
-        label: {**_timing.ratio(times[a], times[b], config.seed), "target": target}
+        label: {**timing.ratio(times[a], times[b], config.seed), "target": target}
         for label, (a, b, target) in comparisons.items()
     }
     for label, found in ratios.items():
@@ -200,7 +200,7 @@ def run(config: Config) -> dict[str, Any]:
             found = measure(optimizers, BY_RANK, params, gradients, config)
             groups.append({**same, "rank": rank, **found})
     return {
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "config": {**dataclasses.asdict(config), "out": config.out.as_posix()},
         "groups": groups,
     }

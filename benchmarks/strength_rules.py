@@ -30,10 +30,10 @@ import optax
 import tyro
 
 import adamr
-from adamr.routing import Routed
-from benchmarks._cells import MODIFIERS
-from benchmarks._runner import quicker, run_cell, run_cells
-from examples.methods import Method
+from adamr.routing.carrier import Routed
+from benchmarks._evidence.cells import MODIFIERS
+from benchmarks._evidence.runner import quicker, run_cell, run_cells
+from examples.harness.methods import Method
 
 MEMORY = 0.01  # share of each task's examples, for the rules that look at old losses
 

@@ -32,10 +32,11 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks import _limits, _timing
-from examples import loop, results, streams
-from examples.methods import METHODS
-from examples.setting import setting_for
+from benchmarks._speed import limits, timing
+from examples import streams
+from examples.harness import loop, results
+from examples.harness.methods import METHODS
+from examples.harness.setting import setting_for
 from examples.vision.problem import feed, problem
 
 RATE, SEEDS = 1e-3, 5
@@ -118,7 +119,7 @@ def products(width: int, inputs: int, outputs: int, batch: int) -> float:
     kernels = [inputs * width, width * width, width * outputs]
     operations = 2 * batch * (3 * sum(kernels) - kernels[0])  # no gradient of the input
     a = jnp.ones((1024, 1024))
-    seconds = _limits.seconds_per_call(jax.jit(jnp.matmul), a, a, calls=2)
+    seconds = limits.seconds_per_call(jax.jit(jnp.matmul), a, a, calls=2)
     cores = int(os.environ.get("NPROC", os.cpu_count() or 1))
     return operations / (2 * 1024**3 / seconds / cores)
 
@@ -159,7 +160,7 @@ def main(config: Config) -> None:
             print(width, name, value, sep=": ")
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
-        "machine": _timing.machine(),
+        "machine": timing.machine(),
         "versions": results.versions(),
         "config": {"steps": steps, "tasks": tasks, "batch": config.batch},
         "NPROC": os.environ.get("NPROC"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adamr import posthoc
+from adamr import averaging
 
 
 def block(name):
@@ -24,7 +24,7 @@ def model(value, dtype=jnp.float32):
 
 
 def scales(*arguments, **keywords):
-    tree = posthoc.lines_scaling(
+    tree = averaging.lines_scaling(
         model(0.0), model(1.0), *arguments, block=block, **keywords
     )
     blocks = [float(b["kernel"][0, 0]) for b in tree["blocks"]]
@@ -41,29 +41,29 @@ def test_scale_by_depth():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_ends_are_exact(dtype):
     before, after = model(0.1, dtype), model(0.7, dtype)
-    same = posthoc.lines_scaling(before, after, 1.0, block=block)
+    same = averaging.lines_scaling(before, after, 1.0, block=block)
     jax.tree.map(np.testing.assert_array_equal, same, after)
-    none = posthoc.lines_scaling(before, after, 0.0, 0.0, block=block)
+    none = averaging.lines_scaling(before, after, 0.0, 0.0, block=block)
     jax.tree.map(np.testing.assert_array_equal, none, before)
     assert all(x.dtype == dtype for x in jax.tree.leaves(same))
 
 
 def test_lines_under_jit():
-    run = jax.jit(lambda a, b: posthoc.lines_scaling(a, b, 0.25, block=block))
+    run = jax.jit(lambda a, b: averaging.lines_scaling(a, b, 0.25, block=block))
     assert run(model(0.0), model(1.0))["blocks"][1]["kernel"][0, 0] == 0.5
 
 
 def test_lines_mistakes_are_named():
     with pytest.raises(ValueError, match="block must number .*'embed': None"):
-        posthoc.lines_scaling(model(0.0), model(1.0), 0.5, block=lambda name: None)
+        averaging.lines_scaling(model(0.0), model(1.0), 0.5, block=lambda name: None)
     with pytest.raises(ValueError, match="block must number"):
-        posthoc.lines_scaling(model(0.0), model(1.0), 0.5, block=lambda name: -1)
+        averaging.lines_scaling(model(0.0), model(1.0), 0.5, block=lambda name: -1)
     with pytest.raises(ValueError, match="finetuned has the structure"):
-        posthoc.lines_scaling(model(0.0), {"embed": jnp.ones(3)}, 0.5, block=block)
+        averaging.lines_scaling(model(0.0), {"embed": jnp.ones(3)}, 0.5, block=block)
 
 
 def test_a_constant_is_its_own_average():
-    ema, p = posthoc.ema_weights(), {"w": jnp.array([0.3, -2.0])}
+    ema, p = averaging.ema_weights(), {"w": jnp.array([0.3, -2.0])}
     state = ema.init(p)
     for _ in range(5):
         state = ema.update(state, p)
@@ -71,7 +71,7 @@ def test_a_constant_is_its_own_average():
 
 
 def test_against_the_equation_with_warmup():
-    ema = posthoc.ema_weights(decay=0.9, warmup_steps=3)
+    ema = averaging.ema_weights(decay=0.9, warmup_steps=3)
     values = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
 
     def step(state, p):
@@ -87,7 +87,7 @@ def test_against_the_equation_with_warmup():
 
 
 def test_half_precision_is_averaged_in_float32_and_integers_are_copied():
-    ema = posthoc.ema_weights(decay=0.999)
+    ema = averaging.ema_weights(decay=0.999)
     state = ema.init({"w": jnp.ones(1, jnp.bfloat16), "n": jnp.array(1)})
     for n in range(2, 5):
         state = ema.update(state, {"w": jnp.zeros(1, jnp.bfloat16), "n": jnp.array(n)})
@@ -97,7 +97,7 @@ def test_half_precision_is_averaged_in_float32_and_integers_are_copied():
 
 
 def test_the_average_shares_no_buffer_and_can_be_donated():
-    ema, p = posthoc.ema_weights(), {"w": jnp.ones(4)}
+    ema, p = averaging.ema_weights(), {"w": jnp.ones(4)}
     state = ema.init(p)
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, p))]
     assert len(set(pointers)) == len(pointers)
@@ -117,4 +117,4 @@ def test_the_average_shares_no_buffer_and_can_be_donated():
 )
 def test_ema_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        posthoc.ema_weights(**arguments)
+        averaging.ema_weights(**arguments)

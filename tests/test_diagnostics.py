@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import bases, gradients, orthonormal, params, subspace
 from flax import nnx
 
 import adamr
 from adamr.diagnostics import effective_learning_rate, moment_statistics, update_leak
+from tests.contract.cases import bases, gradients, orthonormal, params, subspace
 
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 B1, B2, EPS, EPS_ROOT, STEPS = 0.8, 0.95, 1e-2, 1e-3, 4
@@ -552,7 +552,7 @@ def inflation(alpha, basis, wrap, gs):
         modifier = optax.chain(adamr.project_out(s))
         links = [route(modifier), adamr.constant_scale(alpha)]
         tx = optax.chain(*links, wrap(adamr.faithful_second_moment(b2=0.99), s))
-        first = lambda g: g - alpha * (g - adamr.project(s, g))  # noqa: E731
+        first = lambda g: g - alpha * (g - adamr.subspaces.project(s, g))  # noqa: E731
 
         def body(state, g):
             step, state = tx.update(g, state)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adamr.boundary import plateau_detector
+from adamr.plateau import plateau_detector
 
 DETECTOR = plateau_detector(level=2.0, variance=0.1, window=5)
 

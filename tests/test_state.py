@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import bases, gradients, params, subspace
 
 import adamr
+from tests.contract.cases import bases, gradients, params, subspace
 
 
 def trained(tx, steps=5):
@@ -115,13 +115,13 @@ def test_reset_overlap_and_diagnostics_by_name():
         0.1, adamr.project_out(subspace()), strength=adamr.overlap_adaptive_scale(0.5)
     )
     state, _ = trained(tx)
-    seen = jax.jit(adamr.read_diagnostics)(state)
+    seen = jax.jit(adamr.state.read_diagnostics)(state)
     assert set(seen) == {"overlap", "strength", "rank", "count"}
     np.testing.assert_allclose(seen["strength"], 0.5 * (1 - seen["overlap"]), rtol=1e-6)
     assert [x.tolist() for x in seen["rank"]] == [3, 2, [2, 2]]
     assert seen["count"] == 5
-    assert adamr.read_diagnostics(adamr.reset_overlap(state))["overlap"] == 0.0
-    assert adamr.read_diagnostics(optax.sgd(0.1).init(params())) == {}
+    assert adamr.state.read_diagnostics(adamr.reset_overlap(state))["overlap"] == 0.0
+    assert adamr.state.read_diagnostics(optax.sgd(0.1).init(params())) == {}
 
 
 def test_errors():

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamr import _trees
-from adamr.axes import Axes
+from adamr import _tree
+from adamr.subspaces.axes import Axes
 
 __all__ = [
     "Kernel",
@@ -206,7 +206,7 @@ class Samples:
         self, key: Any, kernel: Kernel, name: str, whole: Any, part: Any, x: Any
     ) -> None:
         """Notes the input `x` of a layer whose kernel is `part`, a slice of `whole`."""
-        if _trees.is_traced(x) or _trees.is_traced(part):
+        if _tree.is_traced(x) or _tree.is_traced(part):
             self._traced[key] = name
             return
         whole, part = _near(whole), _near(part)

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from adamr import _layers
-from adamr._layers import Kernel, Samples, flax
+from adamr.capture import _layers
+from adamr.capture._layers import Kernel, Samples, flax
 
 __all__ = ["capture_linen_inputs", "linen_kernel_axes"]
 

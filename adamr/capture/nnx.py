@@ -19,17 +19,11 @@ from typing import Any
 
 import jax
 
-from adamr import _layers
-from adamr._layers import Samples, flax
-from adamr.axes import Axes
-from adamr.capture_linen import capture_linen_inputs, linen_kernel_axes
+from adamr.capture import _layers
+from adamr.capture._layers import Samples, flax
+from adamr.subspaces.axes import Axes
 
-__all__ = [
-    "capture_inputs",
-    "capture_linen_inputs",
-    "kernel_axes",
-    "linen_kernel_axes",
-]
+__all__ = ["capture_inputs", "kernel_axes"]
 
 _ONE_CAPTURE = threading.RLock()
 _TAG = "adamr_capture"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adamr import _leaves, _processes
+from adamr import _processes
+from adamr.checkpoint import _leaves
 
 __all__ = ["Restored", "differences", "orbax", "plain", "read", "text", "write"]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamr.offloading import offload
+from adamr.sharding import offload
 
 __all__ = [
     "Stored",

@@ -14,7 +14,7 @@
 The state is one pytree: parameters, optimizer and continual state, buffers, PRNG keys,
 position in the data. Whatever the loop carries from step to step and is neither in it,
 in step nor in metrics, is lost. A checkpoint is a folder `step-…` that appears by one
-rename, with a checksum of every file (`_files.py`):
+rename, with a checksum of every file (`_folders.py`):
 
     arrays/      array leaves, in orbax's format, by position
     state.json   everything else: step, metrics, config, versions, names of the leaves
@@ -43,8 +43,9 @@ from typing import Any
 
 import jax
 
-from adamr import _contents, _files, _leaves, _processes, _series
-from adamr._contents import Restored
+from adamr import _processes
+from adamr.checkpoint import _contents, _folders, _leaves
+from adamr.checkpoint._contents import Restored
 
 __all__ = ["Checkpoints", "Restored", "load"]
 
@@ -61,7 +62,7 @@ def load(path: str | os.PathLike, like: Any) -> Restored:
     Raises:
       ValueError: if it is damaged, or its state differs from `like`.
     """
-    reason = _files.damage(Path(path))
+    reason = _folders.damage(Path(path))
     if reason:
         raise ValueError(f"{path} is damaged: {reason}.")
     return _contents.read(Path(path), like, None)
@@ -137,7 +138,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         _contents.orbax()
         with contextlib.ExitStack() as stack:
-            locked = _files.locked(self._directory)
+            locked = _folders.locked(self._directory)
             _processes.by_first(lambda: stack.enter_context(locked))
             writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
             self._writer = stack.enter_context(writer)
@@ -188,7 +189,7 @@ class Checkpoints:
         self._require_open()
         self.wait()
         self._expected = _leaves.described(like)
-        path = _processes.by_first(lambda: _series.newest(self._directory))
+        path = _processes.by_first(lambda: _folders.newest(self._directory))
         if path is None:
             return None
         restored = _contents.read(Path(path), like, self._config)
@@ -239,9 +240,9 @@ class Checkpoints:
             return False
         self.wait()
         path = Path(
-            _processes.by_first(lambda: _series.new_path(self._directory, step))
+            _processes.by_first(lambda: _folders.new_path(self._directory, step))
         )
-        folder = Path(_processes.agreed(str(_files.unused(self._directory))))
+        folder = Path(_processes.agreed(str(_folders.unused(self._directory))))
         records, arrays = stored = _leaves.stored(state)
         if jax.process_count() > 1:
             _processes.require_equal(_leaves.digest(stored), "state")
@@ -271,13 +272,13 @@ class Checkpoints:
         try:
             _processes.made_by_first(folder.mkdir, folder)
             _contents.write(folder, text, arrays)
-            _processes.made_by_first(lambda: _files.commit(folder, path), path)
+            _processes.made_by_first(lambda: _folders.commit(folder, path), path)
         except Exception as error:
             with contextlib.suppress(OSError):
                 if _processes.first() and folder.exists():
-                    _files.remove(folder)
+                    _folders.remove(folder)
             raise OSError(
                 f"the checkpoint {path} could not be written: {error}"
             ) from error
         if _processes.first():
-            _series.retain(self._directory, self._keep)
+            _folders.retain(self._directory, self._keep)

@@ -3,7 +3,7 @@
     matrix    R[i, j]      accuracy on task j after learning task i          (T, T)
     anytime   A[i, h, j]   accuracy on task j at evaluation h of task i   (T, H, T)
 
-The functions of the former are here, those of the latter in `adamr.anytime`.
+The functions of the former are here, those of the latter in `adamr.metrics.anytime`.
 
 Tasks are counted from 0 and every number is a plain mean, so fractions give fractions
 and percentages give percentages; the ranges below are for fractions. Every function
@@ -23,28 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from adamr.anytime import (
-    average_anytime_accuracy,
-    check_tasks,
-    floating,
-    min_accuracy,
-    windowed_forgetting,
-    windowed_plasticity,
-    worst_case_accuracy,
-)
+from adamr.metrics.anytime import check_tasks, floating
 
 __all__ = [
     "average_accuracy",
-    "average_anytime_accuracy",
     "backward_transfer",
     "forgetting",
     "forward_transfer",
     "intransigence",
     "learning_accuracy",
-    "min_accuracy",
-    "windowed_forgetting",
-    "windowed_plasticity",
-    "worst_case_accuracy",
 ]
 
 

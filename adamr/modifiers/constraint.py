@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.modifiers import rows as evidence
+from adamr import _rows as evidence
+from adamr import _tree
 from adamr.modifiers.dual import solve_diagonal, solve_exact
-from adamr.routing import require_plain
+from adamr.routing.carrier import require_plain
 
 __all__ = ["ConstraintState", "agem_constraint", "gem_constraint"]
 
@@ -92,7 +92,7 @@ def _check(solver, partition, **at_least_zero):
             "label."
         )
     for name, value in at_least_zero.items():
-        if _trees.is_known(value) and not value >= 0:
+        if _tree.is_known(value) and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
 
 

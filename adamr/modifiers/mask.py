@@ -17,18 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
+from adamr import _tree
 from adamr.modifiers.replay import read_gradient
-from adamr.routing import FaithfulSecondMomentState, Routed, require_plain
-from adamr.state import _map_nodes
-from adamr.strength import _check_unit
+from adamr.routing.carrier import require_plain
+from adamr.routing.strength import check_unit
 
-__all__ = [
-    "DisruptionState",
-    "FreezeMaskedState",
-    "disruption_mask",
-    "freeze_masked",
-]
+__all__ = ["DisruptionState", "disruption_mask"]
 
 
 class DisruptionState(NamedTuple):
@@ -74,7 +68,7 @@ def disruption_mask(
       Sondej et al., Robust LLM Unlearning with MUDMAN: Meta-Unlearning with Disruption
       Masking And Normalization, arXiv:2506.12484.
     """
-    _check_unit("decay", decay)
+    check_unit("decay", decay)
 
     def init_fn(params):
         return DisruptionState(optax.tree.zeros_like(params, dtype=jnp.float32))
@@ -94,7 +88,7 @@ def disruption_mask(
             return jnp.where(jnp.isfinite(x), moved, r).astype(r.dtype)
 
         retain = list(map(average, jax.tree.leaves(state.retain), new))
-        norm = jnp.sqrt(sum(map(_trees.squared_norm, leaves), jnp.zeros([])))
+        norm = jnp.sqrt(sum(map(_tree.squared_norm, leaves), jnp.zeros([])))
         scale = 1.0 / jnp.where(norm == 0, 1.0, norm) if normalize else jnp.ones([])
 
         def masked(g, r):
@@ -105,86 +99,5 @@ def disruption_mask(
         updates = jax.tree.unflatten(treedef, list(map(masked, leaves, retain)))
         retained = jax.tree.structure(state.retain)
         return updates, DisruptionState(jax.tree.unflatten(retained, retain))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def update_where(keep, optimizer, updates, state, params, extra_args):
-    """The optimizer's step, with step and moments held where `keep` is False.
-
-    `keep` is a tree of bools like the parameters, full arrays or one number per leaf.
-    """
-    steps, new = optimizer.update(updates, state, params, **extra_args)
-    steps = jax.tree.map(lambda k, s: jnp.where(k, s, jnp.zeros_like(s)), keep, steps)
-
-    # A tree like the state: the masks where it is shaped like the parameters.
-    masks = optax.tree.map_params(
-        optimizer,
-        lambda value, mask: value if _trees.is_hole(value) else mask,
-        state,
-        keep,
-        transform_non_params=lambda node: jax.tree.map(lambda _: True, node),
-        is_leaf=_trees.is_hole,
-    )
-
-    def shared(node):
-        # A shared v is a tuple in leaf order, which has the leaves of m.
-        whole = tuple(jax.tree.leaves(node.mu))
-        plain = lambda x: type(x) is tuple  # noqa: E731
-        nu = jax.tree.map(lambda x: whole if plain(x) else x, node.nu, is_leaf=plain)
-        return node._replace(nu=nu)
-
-    masks = _map_nodes(shared, masks, FaithfulSecondMomentState)
-
-    def choose(mask, after, before):
-        if mask is True or (mask.ndim and mask.shape != after.shape):
-            return after
-        return jnp.where(mask, after, before)
-
-    return steps, jax.tree.map(choose, masks, new, state)
-
-
-class FreezeMaskedState(NamedTuple):
-    inner: Any
-
-
-def freeze_masked(
-    optimizer: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that leaves alone what its gradient leaves out.
-
-    Where the incoming gradient is exactly zero, the step is exactly zero, weight decay
-    included, and the moments stay. Everywhere else it is the optimizer's own step.
-    Proven in `test_step_is_zero_exactly_where_masked`.
-
-    v then averages over the steps in which a coordinate was free, so masking does not
-    shrink it: routing both moments loses nothing here. Adam's count is shared, though:
-    a coordinate that was masked up to a late step is not fully corrected for its bias
-    and starts with a step up to (1 − b1) / √(1 − b2) times the usual one, 3.2 times
-    with b2 = 0.999 and 1 with b2 = 0.99.
-
-    Args:
-      optimizer: any, with or without learning rate, with element-wise moments; state
-        that is not shaped like the parameters (counts, shared v) goes on as usual.
-
-    Returns:
-      A wrapper to be put behind a mask. Behind a route, as
-      `freeze_masked(faithful_second_moment())`, zeros in `first` count.
-
-    >>> tx = freeze_masked(optax.sgd(1.0, momentum=0.9))
-    >>> step, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
-    >>> print(tx.update(jnp.array([1.0, 0.0]), state)[0])
-    [-1.9  0. ]
-    """
-    inner = optax.with_extra_args_support(optimizer)
-
-    def init_fn(params):
-        return FreezeMaskedState(inner.init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        seen = updates.first if isinstance(updates, Routed) else updates
-        keep = jax.tree.map(lambda g: g != 0, seen)
-        steps, new = update_where(keep, inner, updates, state.inner, params, extra_args)
-        return steps, FreezeMaskedState(new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

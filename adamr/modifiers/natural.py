@@ -13,18 +13,21 @@ boundaries only, so a step costs what OGD's does, and no ill-conditioned Gram ma
 solved.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.directions import Directions, check_directions, norm, residual
-from adamr.gram_schmidt import orthonormalize, restrict
-from adamr.routing import require_plain
+from adamr import _rows as matrix
+from adamr import _tree
+from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
+from adamr.routing.carrier import require_plain
+from adamr.subspaces.directions import Directions, check_directions, norm, residual
+from adamr.subspaces.gram_schmidt import orthonormalize, restrict
 
-__all__ = ["FopngState", "average_fisher", "fopng"]
+__all__ = ["FopngState", "average_fisher", "fopng", "set_fisher"]
 
 # What is left of h below this share of its length is rounding.
 _ROUNDING = 1e-6
@@ -50,8 +53,8 @@ def metric_basis(directions: Directions, fisher_old: Any, fisher_new: Any) -> tu
     """Q: an orthonormal basis of the span of F'^{−1/2} F G."""
     leaves = zip(
         directions.rows,
-        _trees.flatten(fisher_old)[0],
-        _trees.flatten(fisher_new)[0],
+        _tree.flatten(fisher_old)[0],
+        _tree.flatten(fisher_new)[0],
         strict=True,
     )
     samples = [
@@ -137,7 +140,7 @@ def fopng(
         if not jax.tree.leaves(params):  # optax.tree.map_params looks at the structure
             return FopngState(jnp.zeros([]), old, new, jnp.zeros([]))  # pyright: ignore
         here = directions
-        if len(leaves := _trees.flatten(params)[0]) == len(here.rows):
+        if len(leaves := _tree.flatten(params)[0]) == len(here.rows):
             here = restrict(here, leaves)
         check_directions(here, params, "fopng(directions)")
         here = jax.tree.map(lambda x: jnp.array(x, copy=True), here)
@@ -150,7 +153,7 @@ def fopng(
         check_directions(state.directions, updates, "fopng(directions)")
         g = [x.astype(jnp.float32) for x in jax.tree.leaves(updates)]
         roots = [jnp.sqrt(f) for f in jax.tree.leaves(state.fisher_new)]
-        visible = [not _trees.is_hole(x) for x in _trees.flatten(updates)[0]]
+        visible = [not _tree.is_hole(x) for x in _tree.flatten(updates)[0]]
         basis = [q for q, here in zip(state.basis, visible, strict=True) if here]
 
         peaks = [jnp.max(jnp.abs(x), initial=0.0) for x in g]
@@ -168,7 +171,78 @@ def fopng(
         nothing = length <= _ROUNDING * whole
         scale = jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, length))
         steps = iter(scale * x / root for x, root in zip(kept, roots, strict=True))
-        step = _trees.map_positions(lambda x: next(steps).astype(x.dtype), updates)
+        step = _tree.map_positions(lambda x: next(steps).astype(x.dtype), updates)
         return step, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def in_metric(node: FopngState) -> FopngState:
+    """The basis of the constraints in the metric that the state holds."""
+    directions = without_variables(node.directions)
+    basis = metric_basis(directions, node.fisher_old, node.fisher_new)
+    return node._replace(basis=replace_arrays(node.basis, jax.tree.leaves(basis)))
+
+
+def _fisher(held: Any, fisher: Any, clean: Callable, argument: str) -> Any:
+    """`held` with the values of `fisher`, checked and cleaned."""
+    if fisher is None:
+        return held
+    found = [jnp.asarray(f) for f in matrix.align(held, fisher, argument)]
+    pairs = zip(*_tree.flatten_with_names(held), strict=True)
+    here = [(name, x) for name, x in pairs if not _tree.is_hole(x)]
+    for (name, x), f in zip(here, found, strict=True):
+        if f.shape != x.shape:
+            raise ValueError(
+                f"{argument} has shape {f.shape} at {name!r}, expected {x.shape}, the "
+                "parameter's."
+            )
+        if not _tree.is_traced(f) and not jnp.all(jnp.isfinite(f) & (f >= 0)):
+            raise ValueError(
+                f"{argument} has negative, NaN or infinite entries at {name!r}: a "
+                "Fisher diagonal is a mean of squares."
+            )
+    return replace_arrays(held, clean(found))
+
+
+def set_fisher(
+    opt_state: Any, *, old: Any = None, new: Any = None, damping: float = 1e-3
+) -> Any:
+    """The state of `fopng` with other Fisher diagonals; the step does not recompile.
+
+    Args:
+      opt_state: of any wrapper around `fopng`.
+      old: F of the old tasks, a tree like the parameters of values ≥ 0; None: as it
+        is. After the first task its Fisher, then `average_fisher(old, task)`.
+      new: F' of the current task, likewise. F' + damping · mean(F') is stored; 1, if F'
+        is 0 everywhere.
+      damping: > 0, as a share of the mean; entries of 0 would give infinite steps.
+
+    Raises:
+      ValueError: if the state holds no `fopng`, damping is not positive, a tree does
+        not fit, or (outside jit) values are negative or not finite. Under jit those
+        count as 0.
+
+    >>> from adamr import empty_directions, fopng
+    >>> g = jnp.array([2.0, 1.0])
+    >>> tx = fopng(empty_directions(g, 1))
+    >>> state = set_fisher(tx.init(g), new=jnp.array([4.0, 1.0]), damping=1e-6)
+    >>> print(tx.update(g, state)[0].round(4))
+    [0.3536 0.7071]
+    """
+    if _tree.is_known(damping) and not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}.")
+    if not find_nodes(opt_state, FopngState):
+        raise ValueError("opt_state holds no fopng: build the optimizer with it.")
+
+    def damp(fisher):
+        return damped(fisher, damping)
+
+    def replace(node):
+        node = node._replace(
+            fisher_old=_fisher(node.fisher_old, old, positive, "old"),
+            fisher_new=_fisher(node.fisher_new, new, damp, "new"),
+        )
+        return in_metric(node)
+
+    return map_nodes(replace, opt_state, FopngState)

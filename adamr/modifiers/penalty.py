@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.routing import require_plain
+from adamr import _tree
+from adamr.routing.carrier import require_plain
 
 __all__ = [
     "Anchor",
@@ -56,16 +56,16 @@ def widen(x: jax.Array) -> jax.Array:
 
 def anchor_at(params: Any, importance: Any) -> Anchor:
     """Fresh buffers: the state may be donated, parameters and argument may not."""
-    positions = _trees.flatten(params)[0]
+    positions = _tree.flatten(params)[0]
     one = jax.tree_util.all_leaves([importance]) and jnp.ndim(importance) == 0
     if one or not positions:
         weights = [importance] * len(positions)
     else:
-        weights = _trees.flatten_like(importance, "importance", params)
+        weights = _tree.flatten_like(importance, "importance", params)
 
     def fill(p, weight):
         zeros = jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32))
-        if _trees.is_hole(weight):
+        if _tree.is_hole(weight):
             return zeros
         if jnp.ndim(weight) and jnp.shape(weight) != p.shape:
             raise ValueError(
@@ -75,14 +75,14 @@ def anchor_at(params: Any, importance: Any) -> Anchor:
         return zeros + jnp.asarray(weight, zeros.dtype)
 
     return Anchor(
-        importance=_trees.map_positions(fill, params, weights),
+        importance=_tree.map_positions(fill, params, weights),
         anchor=jax.tree.map(lambda p: jnp.array(widen(p), copy=True), params),
     )
 
 
 def check_numbers(link: str, importance: Any, **numbers: Any) -> None:
     for name, value in {"importance": importance, **numbers}.items():
-        if _trees.is_known(value) and not value >= 0:
+        if _tree.is_known(value) and not value >= 0:
             raise ValueError(f"{link}: {name} must not be negative, got {value}.")
 
 

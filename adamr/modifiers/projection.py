@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.directions import Directions, check_directions
-from adamr.gram_schmidt import restrict
-from adamr.routing import require_plain
+from adamr import _tree
+from adamr.routing.carrier import require_plain
 from adamr.sharding import copied_beside
-from adamr.subspace import (
+from adamr.subspaces.directions import Directions, check_directions
+from adamr.subspaces.gram_schmidt import restrict
+from adamr.subspaces.subspace import (
     Subspace,
     check_leaves,
     measured_projection,
@@ -61,7 +61,7 @@ def projection(
         if isinstance(here, Directions):
             if not jax.tree.leaves(params):  # their leaves depend on the parameters
                 return state_type(jnp.zeros([]))
-            if len(leaves := _trees.flatten(params)[0]) == len(here.rows):
+            if len(leaves := _tree.flatten(params)[0]) == len(here.rows):
                 here = restrict(here, leaves)
             check_directions(here, params, f"{link}(subspace)")
         elif jax.tree.leaves(params):

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.modifiers import rows as evidence
-from adamr.routing import Routed, require_plain
-from adamr.strength import _check_unit
+from adamr import _rows as evidence
+from adamr import _tree
+from adamr.routing.carrier import Routed, require_plain
+from adamr.routing.strength import check_unit
 
 __all__ = ["MixState", "dark_experience_loss", "mix_gradients", "replay_routing"]
 
@@ -47,8 +47,8 @@ def read_gradient(
             f"{argument}=tree) with {what}."
         )
     leaves, found = jax.tree.leaves(updates), evidence.align(updates, tree, argument)
-    names, nodes = _trees.flatten_with_names(updates)
-    names = [n for n, x in zip(names, nodes, strict=True) if not _trees.is_hole(x)]
+    names, nodes = _tree.flatten_with_names(updates)
+    names = [n for n, x in zip(names, nodes, strict=True) if not _tree.is_hole(x)]
     for name, g, x in zip(names, leaves, found, strict=True):
         if jnp.shape(x) != g.shape:
             raise ValueError(
@@ -60,7 +60,7 @@ def read_gradient(
 
 def _mixture(weight: optax.ScalarOrSchedule, link: str, finish):
     """The transformation behind `mix_gradients` and `replay_routing`."""
-    _check_unit("weight", weight)
+    check_unit("weight", weight)
 
     def init_fn(params):
         del params

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.modifiers import rows as evidence
+from adamr import _rows as evidence
 from adamr.modifiers.dual import box_program, unit_rows
-from adamr.routing import require_plain
+from adamr.routing.carrier import require_plain
 
 __all__ = ["PCGradState", "cagrad", "pcgrad"]
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._trees import placed_like
+from adamr import _tree
+from adamr._nodes import find_nodes, map_nodes
+from adamr._tree import placed_like
 from adamr.modifiers.penalty import Anchor, widen
-from adamr.state import _map_nodes, find_nodes
 
 __all__ = [
     "consolidate",
@@ -35,9 +35,9 @@ def _anchors(opt_state: Any) -> list[Anchor]:
             "opt_state holds no Anchor: build the optimizer with quadratic_penalty, "
             "proximal_second_moment, proximal_penalty or a recipe such as ewc."
         )
-    leaves = [_trees.flatten(node.anchor)[0] for node in found]
+    leaves = [_tree.flatten(node.anchor)[0] for node in found]
     if any(len(row) != len(leaves[0]) for row in leaves) or any(
-        sum(not _trees.is_hole(x) for x in position) > 1
+        sum(not _tree.is_hole(x) for x in position) > 1
         for position in zip(*leaves, strict=True)
     ):
         raise ValueError(
@@ -59,7 +59,7 @@ def rewrite_anchors(
     def leaf(omega, anchor, name, *values):
         wide = []
         for argument, x in zip(trees, values, strict=True):
-            x = jnp.zeros_like(anchor) if _trees.is_hole(x) else jnp.asarray(x)
+            x = jnp.zeros_like(anchor) if _tree.is_hole(x) else jnp.asarray(x)
             if x.shape != anchor.shape:
                 raise ValueError(
                     f"{argument} at {name} has shape {x.shape}, expected "
@@ -70,33 +70,33 @@ def rewrite_anchors(
         return Anchor(*map(placed_like, (omega, anchor), new))
 
     def rewrite(node):
-        names = _trees.flatten_with_names(node.anchor)[0]
-        anchors = _trees.flatten(node.anchor)[0]
-        rows = [_trees.flatten_like(trees[k], k, node.anchor) for k in trees]
-        pairs = _trees.map_positions(leaf, node.importance, anchors, names, *rows)
+        names = _tree.flatten_with_names(node.anchor)[0]
+        anchors = _tree.flatten(node.anchor)[0]
+        rows = [_tree.flatten_like(trees[k], k, node.anchor) for k in trees]
+        pairs = _tree.map_positions(leaf, node.importance, anchors, names, *rows)
         pick = lambda i: jax.tree.map(  # noqa: E731
             lambda pair: pair[i], pairs, is_leaf=lambda x: isinstance(x, Anchor)
         )
         return Anchor(pick(0), pick(1))
 
-    return _map_nodes(rewrite, opt_state, Anchor)
+    return map_nodes(rewrite, opt_state, Anchor)
 
 
 def _usable(importance: Any) -> Any:
     """Refuses what is negative or not finite; under jit, counts it as 0."""
-    leaves, treedef = _trees.flatten(importance)
+    leaves, treedef = _tree.flatten(importance)
     good = [
-        x if _trees.is_hole(x) else jnp.isfinite(x) & (jnp.asarray(x) >= 0)
+        x if _tree.is_hole(x) else jnp.isfinite(x) & (jnp.asarray(x) >= 0)
         for x in leaves
     ]
-    known = [x for x in good if not _trees.is_hole(x) and not _trees.is_traced(x)]
+    known = [x for x in good if not _tree.is_hole(x) and not _tree.is_traced(x)]
     if not all(bool(x) for x in [jnp.all(x) for x in known]):
         raise ValueError(
             "importance must be finite and not negative in every entry: check the loss "
             "that it was computed from."
         )
     leaves = [
-        x if _trees.is_hole(x) else jnp.where(ok, x, 0)
+        x if _tree.is_hole(x) else jnp.where(ok, x, 0)
         for x, ok in zip(leaves, good, strict=True)
     ]
     return jax.tree.unflatten(treedef, leaves)
@@ -117,11 +117,11 @@ def get_anchor(opt_state: Any) -> Anchor:
     """
 
     def together(trees):
-        rows = [_trees.flatten(tree)[0] for tree in trees]
-        treedef = _trees.flatten(trees[0])[1]
+        rows = [_tree.flatten(tree)[0] for tree in trees]
+        treedef = _tree.flatten(trees[0])[1]
         leaves = []
         for position in zip(*rows, strict=True):
-            held = [x for x in position if not _trees.is_hole(x)]
+            held = [x for x in position if not _tree.is_hole(x)]
             leaves.append(jnp.copy(held[0]) if held else position[0])
         return jax.tree.unflatten(treedef, leaves)
 
@@ -211,7 +211,7 @@ def consolidate(
     """
     if rule not in ("sum", "online", "replace"):
         raise ValueError(f"rule is {rule!r}, expected 'sum', 'online' or 'replace'.")
-    if _trees.is_known(decay):
+    if _tree.is_known(decay):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1], got {decay}.")
         if decay != 1 and rule != "online":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
+from adamr import _tree
 from adamr.modifiers.penalty import widen
 
 __all__ = ["fisher_information", "memory_aware_importance"]
@@ -71,7 +71,7 @@ def _check_labels(logits_fn, params, inputs, labels) -> None:
         )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise ValueError(f"labels must be integers, got {jnp.result_type(labels)}.")
-    if not _trees.is_traced(labels):
+    if not _tree.is_traced(labels):
         low, high = int(jnp.min(labels)), int(jnp.max(labels))
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(

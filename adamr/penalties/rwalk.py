@@ -1,88 +1,155 @@
-"""Task boundaries of the path integrals: what training itself found important.
+"""RWalk."""
 
-    consolidate_path         SI: the path integral of `track_path` becomes importance
-    consolidate_walk         RWalk: likewise, for `track_walk`
-
-See `consolidation.py` for importance that is computed from data.
-"""
-
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from adamr import _trees
-from adamr._trees import placed_like
-from adamr.consolidation import rewrite_anchors
-from adamr.path_integral import PathState, WalkState
-from adamr.state import _map_nodes, find_nodes
+from adamr import _tree
+from adamr._nodes import map_nodes
+from adamr._tree import placed_like
+from adamr.modifiers.penalty import widen
+from adamr.penalties._tracking import cleared, observe, require_tracker, zeros_like
+from adamr.penalties.anchor import rewrite_anchors
 
-__all__ = ["consolidate_path", "consolidate_walk"]
-
-
-def _trackers(opt_state: Any, kind: type, wrapper: str) -> None:
-    if not find_nodes(opt_state, kind):
-        raise ValueError(
-            f"opt_state holds no {kind.__name__}: build the optimizer as "
-            f"{wrapper}(optimizer), with the penalty inside."
-        )
+__all__ = ["RWalkState", "consolidate_rwalk", "track_rwalk"]
 
 
-def consolidate_path(
-    opt_state: Any, params: Any, damping: jax.typing.ArrayLike = 0.1
-) -> Any:
-    """Ends a task of Synaptic Intelligence: the path integral ω becomes importance.
+class RWalkState(NamedTuple):
+    """Trees like the parameters unless said otherwise.
 
-        Ω <- relu(Ω + ω / ((θ − θ*)² + damping)),   θ* <- θ,   ω <- 0
+    Attributes:
+      count: int32, steps in this task.
+      tasks: int32, boundaries so far.
+      fisher: F, running mean of g².
+      squares: Σ g² of the interval.
+      omega: −Σ g δ of the interval.
+      mark: θ at the start of the interval.
+      score: s of this task.
+      past_score: s of the tasks before.
+      inner: state of the wrapped optimizer.
+    """
 
-    As in the authors' code the relu acts on the sum. Their penalty c Σ Ω (θ − θ*)² has
-    no 1/2: strength = 2 c (`si` converts). `test_t16_path_integral`: for a quadratic
-    loss and damping 0, Ω is half its curvature, so c = 1 gives the loss back.
+    count: jax.typing.ArrayLike
+    tasks: jax.typing.ArrayLike
+    fisher: Any
+    squares: Any
+    omega: Any
+    mark: Any
+    score: Any
+    past_score: Any
+    inner: Any
+
+
+def track_rwalk(
+    optimizer: optax.GradientTransformation,
+    interval: int = 10,
+    alpha: float = 0.9,
+    damping: float = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    """RWalk's score around an optimizer: loss decrease per unit of KL divergence.
+
+        ω <- ω − g δ                                       every step
+        s <- s + relu(ω / (½ F Δ² + damping)), ω <- 0      every `interval` steps, Δ the
+        F <- (1 − alpha) F + alpha · mean of g²            change over the interval
+
+    s uses the F from before its refresh, as the authors' code does; that code leaves
+    out the ½, the paper and this function do not: `test_t18_walk_score`.
+
+    Extra argument of `update`: `task_gradient`, as for `track_si`.
 
     Args:
-      opt_state: of any wrapper around `track_path(optimizer)` with a penalty in it.
-      params: θ at the end of the task.
-      damping: ξ ≥ 0; the authors use 0.1 and 1e-3. A parameter that did not move, with
-        damping 0, gets nothing.
+      optimizer: a whole one, with its penalty inside, as for `track_si`.
+      interval: steps; the authors use 10 and 50. Only whole intervals count.
+      alpha: in [0, 1], the weight of the newest interval.
+      damping: > 0, added to ½ F Δ².
 
     Returns:
-      A new state, in which the step does not recompile.
+      An optimizer with the steps of `optimizer`; `consolidate_rwalk` ends a task. Terms
+      that are not finite add nothing.
 
     Raises:
-      ValueError: if the state holds no `PathState` or no penalty in it; for params that
-        do not fit.
+      ValueError: for an interval below 1, an alpha outside [0, 1], a negative damping;
+        at update, as `track_si`.
 
-    References: Zenke, Poole, Ganguli, arXiv:1703.04200.
+    >>> tx = track_rwalk(optax.sgd(0.5), interval=1, damping=1.0)
+    >>> theta = jnp.array([1.0])
+    >>> _, state = tx.update(2 * theta, tx.init(theta), theta)
+    >>> print(state.score)
+    [2.]
+
+    References:
+      Chaudhry et al., Riemannian Walk for Incremental Learning, arXiv:1801.10112.
     """
-    _trackers(opt_state, PathState, "track_path")
+    for name, value, low, high in [
+        ("interval", interval, 1, float("inf")),
+        ("alpha", alpha, 0, 1),
+        ("damping", damping, 0, float("inf")),
+    ]:
+        if _tree.is_known(value) and not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def end(node):
-        def merge(omega, anchor, theta, path):
-            distance = jnp.square(theta - anchor) + damping
-            gained = jnp.where(distance > 0, path / distance, 0)
-            gained = jnp.where(jnp.isfinite(gained), gained, 0)
-            return jax.nn.relu(omega + gained), theta
+    def init_fn(params):
+        return RWalkState(
+            count=jnp.zeros([], jnp.int32),
+            tasks=jnp.zeros([], jnp.int32),
+            fisher=zeros_like(params),
+            squares=zeros_like(params),
+            omega=zeros_like(params),
+            mark=jax.tree.map(lambda p: jnp.array(widen(p), copy=True), params),
+            score=zeros_like(params),
+            past_score=zeros_like(params),
+            inner=optimizer.init(params),
+        )
 
-        inner = rewrite_anchors(node.inner, merge, params=params, path=node.omega)
-        return PathState(_cleared(node.omega), inner)
+    def end_interval(state, moved):
+        def score(s, omega, fisher, new, mark):
+            distance = 0.5 * fisher * jnp.square(new - mark) + damping
+            gained = jnp.where(distance > 0, omega / distance, 0.0)
+            return s + jnp.where(jnp.isfinite(gained), jax.nn.relu(gained), 0.0)
 
-    return _map_nodes(end, opt_state, PathState)
+        def refresh(fisher, squares):
+            new = (1 - alpha) * fisher + alpha * (squares / interval)
+            return new.astype(fisher.dtype)
+
+        return state._replace(
+            score=jax.tree.map(
+                score, state.score, state.omega, state.fisher, moved, state.mark
+            ),
+            fisher=jax.tree.map(refresh, state.fisher, state.squares),
+            squares=optax.tree.zeros_like(state.squares),
+            omega=optax.tree.zeros_like(state.omega),
+            mark=moved,
+        )
+
+    def update_fn(updates, state, params=None, *, task_gradient=None, **extra_args):
+        steps, inner, gradient, work, moved = observe(
+            "track_rwalk", optimizer, updates, state.inner, params, task_gradient,
+            extra_args,
+        )  # fmt: skip
+
+        def add_square(total, g):
+            square = jnp.square(g)
+            return total + jnp.where(jnp.isfinite(square), square, 0.0)
+
+        state = state._replace(
+            count=optax.safe_increment(state.count),
+            squares=jax.tree.map(add_square, state.squares, gradient),
+            omega=optax.tree.add(state.omega, work),
+            inner=inner,
+        )
+        # The statistics pass over memory only when they change.
+        outer = state._replace(inner=None)
+        due = state.count % interval == 0
+        outer = jax.lax.cond(due, end_interval, lambda s, _: s, outer, moved)
+        return steps, outer._replace(inner=inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _cleared(tree: Any) -> Any:
-    return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), tree)
-
-
-def _normalised(tree: Any) -> Any:
-    """(x − min) / (max − min) over all leaves; zeros where all are equal."""
-    leaves = jax.tree.leaves(tree)
-    low = jnp.min(jnp.stack([jnp.min(x) for x in leaves]))
-    span = jnp.max(jnp.stack([jnp.max(x) for x in leaves])) - low
-    safe = jnp.where(span > 0, span, 1)
-    return jax.tree.map(lambda x: (x - low) / safe, tree)
-
-
-def consolidate_walk(opt_state: Any, params: Any) -> Any:
+def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
     """Ends a task of RWalk: Fisher information and score become importance.
 
         s <- ½ (s_past + s_task)        after the first task s_task
@@ -93,19 +160,20 @@ def consolidate_walk(opt_state: Any, params: Any) -> Any:
     ½ (s_past + s_task) to s_past instead of replacing it; this is the paper's average.
 
     Args:
-      opt_state: of any wrapper around `track_walk(optimizer)` with a penalty in it.
+      opt_state: of any wrapper around `track_rwalk(optimizer)` with a penalty in it.
       params: θ at the end of the task.
 
     Returns:
       A new state, in which the step does not recompile.
 
     Raises:
-      ValueError: if the state holds no `WalkState` or no penalty in it; for params that
+      ValueError: if the state holds no `RWalkState` or no penalty in it; for params
+        that
         do not fit.
 
     References: Chaudhry et al., arXiv:1801.10112.
     """
-    _trackers(opt_state, WalkState, "track_walk")
+    require_tracker(opt_state, RWalkState, "track_rwalk")
 
     def end(node):
         past = jax.tree.map(
@@ -120,17 +188,26 @@ def consolidate_walk(opt_state: Any, params: Any) -> Any:
             fisher=_normalised(node.fisher),
             score=_normalised(past),
         )
-        theta = _trees.flatten_like(params, "params", node.mark)
-        return WalkState(
+        theta = _tree.flatten_like(params, "params", node.mark)
+        return RWalkState(
             count=placed_like(node.count, jnp.zeros_like(node.count)),
             tasks=placed_like(node.tasks, node.tasks + 1),
             fisher=node.fisher,
-            squares=_cleared(node.squares),
-            omega=_cleared(node.omega),
-            mark=_trees.map_positions(placed_like, node.mark, theta),
-            score=_cleared(node.score),
+            squares=cleared(node.squares),
+            omega=cleared(node.omega),
+            mark=_tree.map_positions(placed_like, node.mark, theta),
+            score=cleared(node.score),
             past_score=jax.tree.map(placed_like, node.past_score, past),
             inner=inner,
         )
 
-    return _map_nodes(end, opt_state, WalkState)
+    return map_nodes(end, opt_state, RWalkState)
+
+
+def _normalised(tree: Any) -> Any:
+    """(x − min) / (max − min) over all leaves; zeros where all are equal."""
+    leaves = jax.tree.leaves(tree)
+    low = jnp.min(jnp.stack([jnp.min(x) for x in leaves]))
+    span = jnp.max(jnp.stack([jnp.max(x) for x in leaves])) - low
+    safe = jnp.where(span > 0, span, 1)
+    return jax.tree.map(lambda x: (x - low) / safe, tree)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.modifiers import rows as evidence
+from adamr import _rows as evidence
 from adamr.modifiers.constraint import ConstraintState
-from adamr.routing import FaithfulSecondMomentState, moments, require_routed
-from adamr.second_moments import Guard
+from adamr.routing.carrier import require_routed
+from adamr.routing.merge import FaithfulSecondMomentState, moments
+from adamr.routing.sharing import Guard
 
 __all__ = ["ConstrainedState", "constrained_second_moment"]
 

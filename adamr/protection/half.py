@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.modifiers.mask import update_where
-from adamr.routing import require_plain
-from adamr.state import _map_nodes, find_nodes
+from adamr import _tree
+from adamr._nodes import find_nodes, map_nodes
+from adamr.protection.frozen import update_where
+from adamr.routing.carrier import require_plain
 
 __all__ = ["HalfFineTuningState", "default_groups", "half_fine_tuning", "redraw_half"]
 
@@ -111,11 +111,11 @@ def half_fine_tuning(
     inner, rule = optax.with_extra_args_support(optimizer), groups or default_groups
 
     def init_fn(params):
-        names, leaves = _trees.flatten_with_names(params)
+        names, leaves = _tree.flatten_with_names(params)
         categories = [
             rule(n, x.shape)
             for n, x in zip(names, leaves, strict=True)
-            if not _trees.is_hole(x)
+            if not _tree.is_hole(x)
         ]
         known = dict.fromkeys(c for c in categories if c is not None)
         number = {None: -1, **{c: i for i, c in enumerate(known)}}
@@ -168,10 +168,10 @@ def redraw_half(opt_state: Any) -> Any:
         following, now = jax.random.split(key)
         trained = _draw(now, groups)
         return node._replace(
-            key=jax.tree.map(lambda old: _trees.placed_like(old, following), node.key),
+            key=jax.tree.map(lambda old: _tree.placed_like(old, following), node.key),
             trained=jax.tree.map(
-                lambda old: _trees.placed_like(old, trained), node.trained
+                lambda old: _tree.placed_like(old, trained), node.trained
             ),
         )
 
-    return _map_nodes(redraw, opt_state, HalfFineTuningState)
+    return map_nodes(redraw, opt_state, HalfFineTuningState)

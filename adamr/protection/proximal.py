@@ -19,13 +19,9 @@ from adamr.modifiers.penalty import (
     need_params,
     widen,
 )
-from adamr.routing import (
-    FaithfulSecondMomentState,
-    moments,
-    require_plain,
-    require_routed,
-)
-from adamr.second_moments import Guard
+from adamr.routing.carrier import require_plain, require_routed
+from adamr.routing.merge import FaithfulSecondMomentState, moments
+from adamr.routing.sharing import Guard
 
 __all__ = [
     "ProximalMomentState",

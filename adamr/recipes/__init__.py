@@ -1,1 +1,16 @@
-"""Optimizers by the names users know."""
+"""Whole optimizers by the name of the paper; each recipe is at the top level, too.
+
+Their modules hold what belongs to a recipe alone, such as `recipes.ogd.ogd_directions`.
+"""
+
+from adamr.recipes import adam_nscl as adam_nscl
+from adamr.recipes import adamr as adamr
+from adamr.recipes import classp as classp
+from adamr.recipes import er as er
+from adamr.recipes import ewc as ewc
+from adamr.recipes import gem as gem
+from adamr.recipes import gpm as gpm
+from adamr.recipes import masked as masked
+from adamr.recipes import norms as norms
+from adamr.recipes import ogd as ogd
+from adamr.recipes import trgp as trgp

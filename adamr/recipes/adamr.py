@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from adamr.directions import Directions
+from adamr._nodes import find_nodes
 from adamr.modifiers.projection import ProjectOutState
-from adamr.routing import faithful_second_moment, route_first_moment
-from adamr.second_moments import Guard, contracted
-from adamr.state import find_nodes
-from adamr.strength import constant_scale
-from adamr.subspace import Subspace, project
+from adamr.routing.carrier import route_first_moment
+from adamr.routing.merge import faithful_second_moment
+from adamr.routing.sharing import Guard, contracted
+from adamr.routing.strength import constant_scale
+from adamr.subspaces.directions import Directions
+from adamr.subspaces.subspace import Subspace, project
 
 __all__ = ["AdamrState", "adamr"]
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.routing import require_plain
+from adamr import _tree
+from adamr.routing.carrier import require_plain
 
 __all__ = ["ClasspState", "classp"]
 
@@ -62,7 +62,7 @@ def classp(
       Adjustment Suppression and Sparsity Promotion, arXiv:2405.09637.
     """
     for name, value in {"power": power, "eps": eps}.items():
-        if _trees.is_known(value) and not value > 0:
+        if _tree.is_known(value) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}.")
 
     def at(value, count):

@@ -3,7 +3,7 @@
 import optax
 
 from adamr.modifiers.replay import replay_routing
-from adamr.routing import faithful_second_moment
+from adamr.routing.merge import faithful_second_moment
 
 __all__ = ["er"]
 

@@ -6,8 +6,8 @@
     online_ewc   (strength/2) Σ γ F̃ (θ − θ*)²            consolidate(…, rule="online",
                                                                      decay=γ)
     mas          (strength/2) Σ Ω (θ − θ*)²              consolidate(…, rule="online")
-    si           c Σ Ω (θ − θ*)²                         consolidate_path
-    rwalk        (strength/2) Σ ([F] + [s]) (θ − θ*)²    consolidate_walk
+    si           c Σ Ω (θ − θ*)²                         consolidate_si
+    rwalk        (strength/2) Σ ([F] + [s]) (θ − θ*)²    consolidate_rwalk
 
 All take the moments' b1, b2, eps, eps_root, share, mu_dtype, nu_dtype, and `form`:
 
@@ -26,13 +26,11 @@ import jax
 import optax
 
 from adamr.modifiers.penalty import check_numbers, quadratic_penalty
-from adamr.modifiers.proximal import proximal_second_moment
-from adamr.path_integral import track_path, track_walk
-from adamr.routing import (
-    faithful_second_moment,
-    route_both_moments,
-    route_first_moment,
-)
+from adamr.penalties.rwalk import track_rwalk
+from adamr.penalties.si import track_si
+from adamr.protection.proximal import proximal_second_moment
+from adamr.routing.carrier import route_both_moments, route_first_moment
+from adamr.routing.merge import faithful_second_moment
 
 __all__ = ["ewc", "l2_sp", "mas", "online_ewc", "rwalk", "si"]
 
@@ -220,7 +218,7 @@ def si(
     """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the path that training took.
 
     No 1/2 here: the gradient is 2 c Ω (θ − θ*), that is strength = 2 c. At a boundary
-    `consolidate_path(opt_state, params)`. The gradient that comes in must be the task's
+    `consolidate_si(opt_state, params)`. The gradient that comes in must be the task's
     own, which it is, unless the loss has more terms (then pass `task_gradient`).
 
     Args:
@@ -232,11 +230,11 @@ def si(
     Returns, Raises: as `l2_sp`.
 
     >>> import jax.numpy as jnp
-    >>> from adamr import consolidate_path, get_anchor
+    >>> from adamr import consolidate_si, get_anchor
     >>> theta, tx = jnp.array([1.0]), si(0.1)
     >>> state = tx.init(theta)
     >>> step, state = tx.update(theta, state, theta)
-    >>> state = consolidate_path(state, theta + step)
+    >>> state = consolidate_si(state, theta + step)
     >>> print(get_anchor(state).importance > 0.9)
     [ True]
 
@@ -249,7 +247,7 @@ def si(
         learning_rate, 2 * c, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
         share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
     )  # fmt: skip
-    return track_path(inner)
+    return track_si(inner)
 
 
 def rwalk(
@@ -270,13 +268,13 @@ def rwalk(
 ) -> optax.GradientTransformationExtraArgs:
     """RWalk: (strength/2) Σ ([F] + [s]) (θ − θ*)², F and s gathered while training.
 
-    At a boundary `consolidate_walk(opt_state, params)`. The authors' λ has no 1/2, so
+    At a boundary `consolidate_rwalk(opt_state, params)`. The authors' λ has no 1/2, so
     the default is their λ = 1; F and s are scaled to [0, 1].
 
     Args:
       learning_rate: a number or a schedule.
       strength: λ ≥ 0 in the convention with 1/2.
-      interval, alpha, damping: as for `track_walk`.
+      interval, alpha, damping: as for `track_rwalk`.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
       form: see `adamr.recipes.penalty`.
 
@@ -289,4 +287,4 @@ def rwalk(
         learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
         share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
     )  # fmt: skip
-    return track_walk(inner, interval, alpha, damping)
+    return track_rwalk(inner, interval, alpha, damping)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import optax
 
 from adamr.modifiers.constraint import Partition, agem_constraint, gem_constraint
-from adamr.modifiers.metric import constrained_second_moment
+from adamr.protection.constrained import constrained_second_moment
 from adamr.recipes._signature import passes_on_to
-from adamr.routing import route_first_moment
+from adamr.routing.carrier import route_first_moment
 
 __all__ = ["agem", "d_mgem", "gem", "p_mgem"]
 

@@ -3,8 +3,9 @@
 import jax
 import optax
 
-from adamr.modifiers.half import Groups, half_fine_tuning
-from adamr.modifiers.mask import disruption_mask, freeze_masked
+from adamr.modifiers.mask import disruption_mask
+from adamr.protection.frozen import freeze_masked
+from adamr.protection.half import Groups, half_fine_tuning
 
 __all__ = ["hft", "mudman"]
 

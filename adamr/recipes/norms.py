@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.routing import require_plain
+from adamr import _tree
+from adamr.routing.carrier import require_plain
 
 __all__ = [
     "NormalizeAndProjectState",
@@ -72,9 +72,9 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
 
     def init_fn(params):
         def norm(w):
-            return jnp.sqrt(_trees.squared_norm(w)) if w.ndim > 1 else None
+            return jnp.sqrt(_tree.squared_norm(w)) if w.ndim > 1 else None
 
-        norms = _trees.in_leaf_order(params, norm)
+        norms = _tree.in_leaf_order(params, norm)
         return NormalizeAndProjectState(jnp.zeros([], jnp.int32), norms)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -89,7 +89,7 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
                 return step
             wide = w.astype(jnp.float32)
             moved = wide + step.astype(jnp.float32)
-            length = jnp.sqrt(_trees.squared_norm(moved))
+            length = jnp.sqrt(_tree.squared_norm(moved))
             usable = due & (norm > 0) & (length > 0) & jnp.isfinite(length)
             scale = norm / jnp.where(usable, length, 1.0)
             return jnp.where(usable, (scale * moved - wide).astype(step.dtype), step)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.directions import Directions
-from adamr.gram_schmidt import grow_directions, principal_directions
-from adamr.logits import logit_gradients
-from adamr.protection import two_sided
+from adamr.protection.update import two_sided
 from adamr.recipes._signature import passes_on_to
-from adamr.routing import faithful_second_moment
+from adamr.routing.merge import faithful_second_moment
+from adamr.subspaces.directions import Directions
+from adamr.subspaces.gram_schmidt import grow_directions, principal_directions
+from adamr.subspaces.logits import logit_gradients
 
 __all__ = ["ogd", "ogd_directions", "ogd_plus_directions", "pca_ogd_directions"]
 

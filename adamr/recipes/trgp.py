@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from adamr.optimizers import adamr
 from adamr.recipes._signature import passes_on_to
+from adamr.recipes.adamr import adamr
 from adamr.recipes.gpm import gpm
-from adamr.subspace import Subspace
+from adamr.subspaces.subspace import Subspace
 
 __all__ = ["ScaledState", "rogo", "trgp"]
 
@@ -87,20 +87,22 @@ def trgp(
     >>> params = {"w": jnp.ones((3, 1))}
     >>> memory = adamr.empty_subspace(params)
     >>> tasks = [memory, memory]  # one per task to come
-    >>> region = adamr.trust_region(tasks, params)
-    >>> variables = {"params": params, "scales": adamr.init_scales(region.subspaces)}
+    >>> region = adamr.trust.trust_region(tasks, params)
+    >>> scales = adamr.trust.init_scales(region.subspaces)
+    >>> variables = {"params": params, "scales": scales}
     >>> tx = trgp(0.1, memory)
     >>> state = tx.init(variables)
     >>> # ... train task 1 and capture its inputs; then, at the boundary:
     >>> x = jnp.array([[1.0, 0.0, 0.0]])
-    >>> tasks[0], memory = adamr.grow_task_subspace(memory, {"w": x})
+    >>> tasks[0], memory = adamr.trust.grow_task_subspace(memory, {"w": x})
     >>> state = adamr.set_subspace(state, memory, moments="reset")
     >>> loss = lambda p: jnp.sum((x + 0.1) @ p["w"])  # of task 2, on a batch
-    >>> region = adamr.trust_region(tasks, jax.grad(loss)(params))
-    >>> variables["scales"] = adamr.init_scales(region.subspaces)
+    >>> region = adamr.trust.trust_region(tasks, jax.grad(loss)(params))
+    >>> variables["scales"] = adamr.trust.init_scales(region.subspaces)
     >>> # ... and each step of task 2:
     >>> def scaled_loss(v):
-    ...     return loss(adamr.scaled_params(v["params"], region.subspaces, v["scales"]))
+    ...     inside = region.subspaces
+    ...     return loss(adamr.trust.scaled_params(v["params"], inside, v["scales"]))
     >>> step, state = tx.update(jax.grad(scaled_loss)(variables), state, variables)
     >>> print(step["params"]["w"][:, 0].round(3) + 0.0)
     [ 0.    -0.016 -0.016]
@@ -150,16 +152,16 @@ def rogo(
     >>> params = {"w": jnp.ones((3, 1))}
     >>> memory = adamr.make_subspace(params, {"w": jnp.eye(3)[:, :2]})
     >>> loss = lambda p: jnp.sum(p["w"][0] ** 2)  # task 2
-    >>> relaxed = adamr.relaxing_subspace(memory, jax.grad(loss)(params))
-    >>> variables = {"params": params, "scales": adamr.init_scales(relaxed)}
+    >>> relaxed = adamr.trust.relaxing_subspace(memory, jax.grad(loss)(params))
+    >>> variables = {"params": params, "scales": adamr.trust.init_scales(relaxed)}
     >>> tx = rogo(0.1, memory)
     >>> state = tx.init(variables)
     >>> def scaled_loss(v):
-    ...     weights = adamr.scaled_params(v["params"], relaxed, v["scales"])
-    ...     return loss(weights) + adamr.scale_penalty(v["scales"])
+    ...     weights = adamr.trust.scaled_params(v["params"], relaxed, v["scales"])
+    ...     return loss(weights) + adamr.trust.scale_penalty(v["scales"])
     >>> step, state = tx.update(jax.grad(scaled_loss)(variables), state, variables)
     >>> variables = optax.apply_updates(variables, step)
-    >>> folded, scales = adamr.fold_scales(
+    >>> folded, scales = adamr.trust.fold_scales(
     ...     variables["params"], relaxed, variables["scales"]
     ... )
     >>> print(f"{folded['w'][0, 0]:.3f} {folded['w'][1, 0]:.3f}")

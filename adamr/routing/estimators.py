@@ -9,32 +9,17 @@ Sharing: a leaf of v whose axis has size 1 where the gradient's is larger holds 
 number along that axis. The shape says it all, so `update` needs no other description.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adamr import _trees
-from adamr.axes import default_axes
-from adamr.subspace import Subspace, check_leaves, layout
+from adamr import _tree
 
-__all__ = [
-    "ESTIMATORS",
-    "Estimator",
-    "Guard",
-    "Share",
-    "check_options",
-    "contracted",
-    "shared_zeros",
-    "squares",
-]
-
-Rule = Callable[[str, tuple[int, ...]], tuple[int, ...]]
-Share = Literal["fan_in"] | Subspace | Rule
-Guard = bool | Literal["shared"]
+__all__ = ["ESTIMATORS", "Estimator"]
 
 
 class Estimator(NamedTuple):
@@ -110,16 +95,14 @@ def _adafactor_init(zeros):
             # checkpoints refuse.
             return jnp.sum(z, axis=axes[which]) if axes else jnp.zeros((1,), z.dtype)
 
-        return _trees.in_leaf_order(zeros, leaf)
+        return _tree.in_leaf_order(zeros, leaf)
 
     def full(z):
         return (
             jnp.zeros((1,), z.dtype) if _factored_axes(z.shape) else jnp.zeros_like(z)
         )
 
-    return FactoredMoments(
-        mean_over(1), mean_over(0), _trees.in_leaf_order(zeros, full)
-    )
+    return FactoredMoments(mean_over(1), mean_over(0), _tree.in_leaf_order(zeros, full))
 
 
 def _adafactor(square, state, b2, count):
@@ -174,101 +157,3 @@ ESTIMATORS = {
     "yogi": Estimator(_filled(1e-6), _yogi, initial=1e-6),
     "adafactor": Estimator(_adafactor_init, _adafactor, _adafactor_shapes),
 }
-
-
-def fan_in(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`share="fan_in"`: the axes that a kernel contracts with its input."""
-    axes = default_axes(path, shape)
-    return axes.protected if axes else ()
-
-
-def check_options(share: Any, guard: Any) -> None:
-    named = share is None or (isinstance(share, str) and share == "fan_in")
-    if not (named or isinstance(share, Subspace) or callable(share)):
-        got = repr(share) if isinstance(share, str) else f"a {type(share).__name__}"
-        raise ValueError(
-            f"share is {got}, expected None, 'fan_in', a Subspace or a function "
-            "(path, shape) -> axes."
-        )
-    if guard not in (True, False, "shared"):
-        raise ValueError(f"guard is {guard!r}, expected True, False or 'shared'.")
-
-
-def contracted(subspaces: Sequence[Subspace], params: Any) -> Rule:
-    """The axes that the subspaces' projections contract, per leaf of params."""
-    names = _trees.flatten_with_names(params)[0]
-    axes: dict[str, set[int]] = {name: set() for name in names}
-    for subspace in subspaces:
-        for name, basis, weights in zip(names, *subspace, strict=False):
-            if basis is not None and weights is not None:
-                axes[name] |= set(layout(basis, weights).protected)
-    return lambda path, shape: tuple(sorted(axes[path]))
-
-
-def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
-    """Zeros for v in leaf order, with size 1 along the axes that `share` names."""
-    names, leaves = _trees.flatten_with_names(params)
-    if isinstance(share, Subspace):
-        if leaves:  # `optax.tree.map_params` passes a placeholder
-            check_leaves(share, params, "share")
-        rule = contracted([share], params)
-    else:
-        rule = fan_in if share == "fan_in" else share
-
-    def zeros(leaf, path):
-        axes = rule(path, leaf.shape)
-        if not axes:
-            return jnp.zeros_like(leaf, dtype=dtype)
-        # A reduction, not a shape: so the result keeps the other axes' sharding.
-        return jnp.zeros_like(jnp.sum(leaf, axis=axes, keepdims=True), dtype=dtype)
-
-    kept = [n for n, x in zip(names, leaves, strict=True) if not _trees.is_hole(x)]
-    return _trees.in_leaf_order(params, zeros, kept)
-
-
-def squares(
-    first: Any,
-    second: Any,
-    shapes: Any,
-    *,
-    guard: Guard,
-    means: list[jax.Array] | None = None,
-) -> Any:
-    """What v is fed: second², guarded by first².
-
-    Args:
-      first: tree of gradients that enter the first moment.
-      second: tree of gradients that enter the second moment.
-      shapes: tree (params-like or leaf-order tuple) of arrays or shape structs with
-        the shape and dtype of v.
-      guard: False, or True: element-wise leaves take max(second², first²), or "shared":
-        leaves with a shared v, too, take the larger of the two means.
-      means: float32 means of second² along some axes per leaf, used where they are
-        those of v: XLA would send a second reduction of a sharded leaf again.
-
-    Returns:
-      A tree with the structure of `shapes`.
-    """
-
-    def leaf(f, s, like, mean):
-        axes = tuple(d for d in range(s.ndim) if like.shape[d] != s.shape[d])
-
-        def fed(x):
-            square = jnp.square(x.astype(like.dtype))
-            return jnp.mean(square, axis=axes, keepdims=True) if axes else square
-
-        kind = (like.shape, like.dtype)
-        if axes and mean is not None and (mean.shape, mean.dtype) == kind:
-            square = mean
-        else:
-            square = fed(s)
-        # The same array in both places is the common case: max(x, x) costs a pass.
-        if f is s or not guard or (axes and guard != "shared"):
-            return square
-        return jnp.maximum(square, fed(f))
-
-    likes, treedef = jax.tree.flatten(shapes)
-    seconds = jax.tree.leaves(second)
-    known = [None] * len(seconds) if means is None else means
-    each = zip(jax.tree.leaves(first), seconds, likes, known, strict=True)
-    return jax.tree.unflatten(treedef, [leaf(*one) for one in each])

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr import _trees
-from adamr.routing import Routed, require_routed
-from adamr.second_moments import fan_in
+from adamr import _tree
+from adamr.routing.carrier import Routed, require_routed
+from adamr.routing.sharing import fan_in
 
 __all__ = [
     "OverlapState",
@@ -77,7 +77,7 @@ def constant_scale(
     >>> tx.update(Routed(0 * g, g, g), tx.init(g))[0].first
     Array([0.5], dtype=float32)
     """
-    _check_unit("alpha", alpha)
+    check_unit("alpha", alpha)
 
     def strength_at(count):
         return jnp.asarray(alpha(count) if callable(alpha) else alpha, jnp.float32)
@@ -103,8 +103,8 @@ def constant_scale(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_unit(name: str, value: Any) -> None:
-    if callable(value) or _trees.is_traced(value):
+def check_unit(name: str, value: Any) -> None:
+    if callable(value) or _tree.is_traced(value):
         return
     if not 0.0 <= float(value) <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}.")
@@ -129,7 +129,7 @@ def _squared_norms(routed: Routed) -> jax.Array:
         square = jnp.square(x.astype(jnp.float32))
         return jnp.mean(square, axis=fan_in(name, x.shape), keepdims=True)
 
-    names, _ = _trees.flatten_with_names(routed.raw)
+    names, _ = _tree.flatten_with_names(routed.raw)
     leaves = jax.tree.leaves(routed.raw)
     routed.mean_squares = means = list(map(mean, names, leaves))
     pairs = zip(leaves, means, strict=True)
@@ -142,7 +142,7 @@ def _squared_distances(routed: Routed) -> jax.Array:
     def distance(x, g):
         if x is g:
             return jnp.zeros([])
-        return _trees.squared_norm(g.astype(jnp.float32) - x.astype(jnp.float32))
+        return _tree.squared_norm(g.astype(jnp.float32) - x.astype(jnp.float32))
 
     def changed(field):
         return jnp.stack(jax.tree.leaves(jax.tree.map(distance, field, routed.raw)))
@@ -215,8 +215,8 @@ def overlap_adaptive_scale(
 
     References: arXiv:2604.22407 (withdrawn), section on adaptive decoupled routing.
     """
-    _check_unit("alpha_max", alpha_max)
-    _check_unit("decay", decay)
+    check_unit("alpha_max", alpha_max)
+    check_unit("decay", decay)
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected {list(_AGGREGATES)}.")
 

@@ -13,40 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamr import _processes, _trees
-from adamr.subspace import layout
+from adamr import _processes, _tree
+from adamr.subspaces.subspace import layout
 
 # Share of the energy that is rounding noise: of the Gram matrix in float32, of float32
 # samples in float64.
-_FLOOR = {"float32": 1e-6, "float64": 1e-12}
-_TOLERANCE = 1e-6  # of the comparison with the threshold
+FLOOR = {"float32": 1e-6, "float64": 1e-12}
+TOLERANCE = 1e-6  # of the comparison with the threshold
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _transpose(a: jax.Array) -> jax.Array:
+def transpose(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, -1, -2)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _to_columns(basis: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def to_columns(basis: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Storage shape -> (*batch, fan_in, r) and (*batch, r)."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
     order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
-    columns = _wide(basis).transpose(order)
+    columns = wide(basis).transpose(order)
     columns = columns.reshape(*batch, how.fan_in, how.capacity)
-    return columns, _wide(weights).reshape(*batch, how.capacity)
+    return columns, wide(weights).reshape(*batch, how.capacity)
 
 
-def _to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
-    """Inverse of `_to_columns`, with the shapes and dtypes of `basis`, `weights`."""
+def to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
+    """Inverse of `to_columns`, with the shapes and dtypes of `basis`, `weights`."""
     how = layout(basis, weights)
     outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
     order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
@@ -55,80 +55,80 @@ def _to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
     return stored.astype(basis.dtype), lam.reshape(weights.shape).astype(weights.dtype)
 
 
-def _used(columns: jax.Array) -> jax.Array:
+def used_columns(columns: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(columns), axis=-2) > 0.5
 
 
-def _residual(columns: jax.Array, x: jax.Array) -> jax.Array:
+def residual_columns(columns: jax.Array, x: jax.Array) -> jax.Array:
     """(I − U Uᵀ) x."""
-    return x - _matmul(columns, _matmul(_transpose(columns), x))
+    return x - matmul(columns, matmul(transpose(columns), x))
 
 
-def _places(size: int, batch: tuple[int, ...]) -> jax.Array:
+def places(size: int, batch: tuple[int, ...]) -> jax.Array:
     """0, 1, …, size − 1 along the last axis."""
     return jax.lax.broadcasted_iota(jnp.int32, (*batch, size), len(batch))
 
 
-def _append(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
+def append(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
     """Writes the first `count` columns of `new` behind the used ones of `columns`."""
-    start = jnp.sum(_used(columns), axis=-1, keepdims=True, dtype=jnp.int32)
-    place = _places(columns.shape[-1], columns.shape[:-2]) - start
+    start = jnp.sum(used_columns(columns), axis=-1, keepdims=True, dtype=jnp.int32)
+    place = places(columns.shape[-1], columns.shape[:-2]) - start
     source = jnp.clip(place, 0, new.shape[-1] - 1)
     moved = jnp.take_along_axis(new, source[..., None, :], axis=-1)
     fresh = (place >= 0) & (place < count[..., None])
     return jnp.where(fresh[..., None, :], moved, columns)
 
 
-def _spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues of a Gram matrix, largest first, and eigenvectors as columns."""
     energy, vectors = jnp.linalg.eigh(gram)
     return jnp.maximum(energy[..., ::-1], 0.0), vectors[..., ::-1]
 
 
-def _left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """σ², largest first, and the left singular vectors of x; those of σ = 0 are 0."""
     n, samples = x.shape[-2:]
     if n <= samples:
-        return _spectrum(_matmul(x, _transpose(x)))
-    energy, right = _spectrum(_matmul(_transpose(x), x))
+        return spectrum(matmul(x, transpose(x)))
+    energy, right = spectrum(matmul(transpose(x), x))
     inverse = jnp.where(energy > 0, jax.lax.rsqrt(jnp.where(energy > 0, energy, 1)), 0)
-    return energy, _matmul(x, right) * inverse[..., None, :]
+    return energy, matmul(x, right) * inverse[..., None, :]
 
 
-def _extend(columns, samples, threshold: float, least: float = 0.0) -> jax.Array:
+def extend(columns, samples, threshold: float, least: float = 0.0) -> jax.Array:
     """The fewest directions that reach the energy share, appended to `columns`."""
-    residual = _residual(columns, _transpose(samples))
-    floor = jnp.maximum(_FLOOR[str(residual.dtype)], least)
-    return _extend_by(columns, *_left_vectors(residual), threshold, floor)
+    residual = residual_columns(columns, transpose(samples))
+    floor = jnp.maximum(FLOOR[str(residual.dtype)], least)
+    return extend_by(columns, *left_vectors(residual), threshold, floor)
 
 
-def _extend_by(columns, energy, vectors, threshold: float, floor: Any) -> jax.Array:
+def extend_by(columns, energy, vectors, threshold: float, floor: Any) -> jax.Array:
     """The same from the spectrum of what `columns` leave over."""
     capacity = columns.shape[-1]
     have = 1.0 - jnp.sum(energy, axis=-1, keepdims=True)
     before = have + jnp.cumsum(energy, axis=-1) - energy
-    short = before < threshold - (_TOLERANCE if threshold < 1 else 0.0)
+    short = before < threshold - (TOLERANCE if threshold < 1 else 0.0)
     wanted = short & (energy > floor)
-    free = capacity - jnp.sum(_used(columns), axis=-1, dtype=jnp.int32)
+    free = capacity - jnp.sum(used_columns(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted, axis=-1, dtype=jnp.int32), free)
 
     most = min(capacity, vectors.shape[-1])
-    chosen = _places(most, count.shape) < count[..., None]
+    chosen = places(most, count.shape) < count[..., None]
     new = jnp.where(chosen[..., None, :], vectors[..., :most], 0.0)
     # Twice is enough; QR fills zero columns with anything: mask after it.
     for _ in range(2):
-        new = jnp.linalg.qr(_residual(columns, new)).Q
+        new = jnp.linalg.qr(residual_columns(columns, new)).Q
         new = jnp.where(chosen[..., None, :], new, 0.0)
-    return _append(columns, new, count)
+    return append(columns, new, count)
 
 
-def _normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Samples (…, num_samples, n) of energy 1, and (…, 1, 1) whether they are evidence.
 
     Zeros, or what is not finite, is none and becomes zeros: NaN must not reach `eigh`,
     which may not return.
     """
-    samples = _wide(samples)
+    samples = wide(samples)
     # First by the peak: squares of tiny or huge entries leave the range of float32.
     peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True, initial=0.0)
     samples = samples / jnp.where(peak > 0, peak, 1.0)
@@ -145,7 +145,7 @@ def _host() -> Any:
         return None
 
 
-def _whole(x: jax.Array) -> np.ndarray:
+def whole(x: jax.Array) -> np.ndarray:
     """All of an array, parts of which may lie on other hosts."""
     if not (x.is_fully_addressable or x.is_fully_replicated):
         everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore
@@ -153,16 +153,16 @@ def _whole(x: jax.Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def _on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+def on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     """`function` in float64 on the host; results in dtype and place of `arrays`.
 
     With arrays over several processes all compute it and the first one's word counts:
     eigenvectors may differ between machines. Under a trace: `function` as it is.
     """
     host = _host()
-    if host is None or any(map(_trees.is_traced, arrays)):
+    if host is None or any(map(_tree.is_traced, arrays)):
         return function(*arrays, **options)
-    wide = [_whole(x).astype(np.float64) for x in arrays]
+    wide = [whole(x).astype(np.float64) for x in arrays]
     with jax.enable_x64(True), jax.default_device(host):
         results = [np.asarray(x) for x in function(*wide, **options)]
     pairs = zip(arrays, results, strict=False)
@@ -170,4 +170,4 @@ def _on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
     if not all(x.is_fully_addressable for x in arrays):
         rounded = _processes.agreed_arrays(rounded)
     pairs = zip(arrays, rounded, strict=False)
-    return tuple(_trees.placed_like(old, new) for old, new in pairs)
+    return tuple(_tree.placed_like(old, new) for old, new in pairs)

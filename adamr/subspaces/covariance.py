@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._columns import _matmul, _transpose
-from adamr.subspace import Subspace, layout
+from adamr import _tree
+from adamr.subspaces.columns import matmul, transpose
+from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = [
     "Covariance",
@@ -120,7 +120,7 @@ def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
         )
     if samples.shape[at] == 0:
         raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
-    if not _trees.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
+    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
         raise ValueError(f"samples has NaN or infinite entries at {name}.")
     return samples.reshape(*batch, -1, fan_in)
 
@@ -129,7 +129,7 @@ def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
 def _averaged(moment, count, rows):
     number = rows.shape[-2]
     rows = rows.astype(jnp.float32)
-    new = _matmul(_transpose(rows), rows) / number
+    new = matmul(transpose(rows), rows) / number
     usable = jnp.all(jnp.isfinite(new), axis=(-1, -2))
     total = jnp.where(count > _MOST - number, _MOST, count + number)
     share = (number / total.astype(jnp.float32))[..., None, None]
@@ -167,7 +167,7 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     Array([[2., 0.],
            [0., 0.]], dtype=float32)
     """
-    names, leaves = _trees.flatten_with_names(samples)
+    names, leaves = _tree.flatten_with_names(samples)
     if len(leaves) != len(covariance.moments):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
@@ -175,7 +175,7 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
         )
 
     def leaf(name, x, moment, count):
-        if moment is None or _trees.is_hole(x):
+        if moment is None or _tree.is_hole(x):
             return moment, count
         return _averaged(moment, count, _rows(name, jnp.asarray(x), moment))
 

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamr import _trees
-from adamr.modifiers import rows as matrix
+from adamr import _rows as matrix
+from adamr import _tree
 
 __all__ = [
     "Directions",
@@ -66,7 +66,7 @@ def combine(rows: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
 
 
 def norm(vector: list[jax.Array]) -> jax.Array:
-    return jnp.sqrt(sum(map(_trees.squared_norm, vector), jnp.zeros([])))
+    return jnp.sqrt(sum(map(_tree.squared_norm, vector), jnp.zeros([])))
 
 
 def residual(rows: list[jax.Array], vector: list[jax.Array]) -> list[jax.Array]:
@@ -77,7 +77,7 @@ def residual(rows: list[jax.Array], vector: list[jax.Array]) -> list[jax.Array]:
 
 def check_directions(directions: Directions, tree: Any, argument: str) -> None:
     """Raises unless `tree` has the leaves the directions were made for."""
-    names, leaves = _trees.flatten_with_names(tree)
+    names, leaves = _tree.flatten_with_names(tree)
     if len(leaves) != len(directions.rows):
         raise ValueError(
             f"{argument} was made for {len(directions.rows)} parameter leaves, but the "
@@ -86,7 +86,7 @@ def check_directions(directions: Directions, tree: Any, argument: str) -> None:
     for name, leaf, rows in zip(names, leaves, directions.rows, strict=True):
         if rows is None:
             continue
-        if _trees.is_hole(leaf):
+        if _tree.is_hole(leaf):
             raise ValueError(
                 f"{argument} has directions over {name}, which the tree leaves out: "
                 "without it they are no longer orthonormal; restrict them first."
@@ -100,7 +100,7 @@ def check_directions(directions: Directions, tree: Any, argument: str) -> None:
 
 def _over(directions: Directions, tree: Any) -> list[jax.Array]:
     """The leaves of `tree` that the directions cover."""
-    pairs = zip(_trees.flatten(tree)[0], directions.rows, strict=True)
+    pairs = zip(_tree.flatten(tree)[0], directions.rows, strict=True)
     return [x for x, rows in pairs if rows is not None]
 
 
@@ -131,7 +131,7 @@ def project_off(directions: Directions, tree: Any) -> Any:
             return g
         return jnp.where(full, 0.0, next(kept)).astype(g.dtype)
 
-    return _trees.map_positions(leaf, tree, directions.rows)
+    return _tree.map_positions(leaf, tree, directions.rows)
 
 
 def empty_directions(
@@ -163,7 +163,7 @@ def empty_directions(
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}.")
-    names, leaves = _trees.flatten_with_names(params)
+    names, leaves = _tree.flatten_with_names(params)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of str, got {exclude!r}.")
     if exclude is None or callable(exclude):
@@ -178,10 +178,10 @@ def empty_directions(
         skip = lambda name, shape: any(part in name for part in parts)  # noqa: E731
 
     def leaf(name, x):
-        if _trees.is_hole(x) or (skip is not None and skip(name, x.shape)):
+        if _tree.is_hole(x) or (skip is not None and skip(name, x.shape)):
             return None
         place = None
-        like = None if _trees.is_traced(x) else getattr(x, "sharding", None)
+        like = None if _tree.is_traced(x) else getattr(x, "sharding", None)
         if isinstance(like, NamedSharding):
             place = NamedSharding(like.mesh, PartitionSpec(None, *like.spec))
         return jnp.zeros((capacity, *x.shape), jnp.float32, device=place)

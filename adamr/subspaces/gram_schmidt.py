@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr.directions import Directions, as_matrix, held, norm, residual
-from adamr.modifiers import rows as matrix
+from adamr import _rows as matrix
+from adamr import _tree
+from adamr.subspaces.directions import Directions, as_matrix, held, norm, residual
 
 __all__ = ["grow_directions", "principal_directions", "restrict"]
 
@@ -26,7 +26,7 @@ def _unit(samples: list[jax.Array], i: jax.Array) -> list[jax.Array]:
     """Sample i at length 1; 0 if it is zero or not finite."""
     at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
     v = [at(x).astype(jnp.float32) for x in samples]
-    peaks = [_trees.largest(x) for x in v]
+    peaks = [_tree.largest(x) for x in v]
     peak = functools.reduce(jnp.maximum, peaks)
     usable = jnp.isfinite(peak) & (peak >= jnp.finfo(jnp.float32).tiny)
     # First by the peak: squares of tiny or huge entries leave the range of float32.
@@ -70,9 +70,9 @@ def orthonormalize(rows, used, samples, max_new, tolerance):
 
 def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
     """The arrays of `samples` where `like` has rows (all, without it)."""
-    names, leaves = _trees.flatten_with_names(samples)
+    names, leaves = _tree.flatten_with_names(samples)
     if like is None:
-        like = [None if _trees.is_hole(x) else x for x in leaves]
+        like = [None if _tree.is_hole(x) else x for x in leaves]
     if len(leaves) != len(like):
         raise ValueError(
             f"samples must have one entry per parameter leaf: got {len(leaves)} "
@@ -82,7 +82,7 @@ def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
     for name, x, row in zip(names, leaves, like, strict=True):
         if row is None:
             continue
-        shape = None if _trees.is_hole(x) else jnp.shape(x)
+        shape = None if _tree.is_hole(x) else jnp.shape(x)
         lead = found[0].shape[0] if found else shape[0] if shape else "num_samples"
         wanted = (lead, *row.shape[1:])
         if shape != wanted:
@@ -142,7 +142,7 @@ def grow_directions(
     grown, used, overflow = orthonormalize(
         rows, directions.used, found, most, tolerance
     )
-    if not _trees.is_traced(overflow) and overflow:
+    if not _tree.is_traced(overflow) and overflow:
         raise ValueError(
             f"samples hold more new directions than there is room for: capacity is "
             f"{rows[0].shape[0]}, of which {directions.used} were used. Make more room "
@@ -159,7 +159,7 @@ def grow_directions(
 def _principal(samples, count):
     samples = [x.astype(jnp.float32) for x in samples]
     inner = [tuple(range(1, x.ndim)) for x in samples]
-    peaks = [_trees.largest(x, a) for x, a in zip(samples, inner, strict=True)]
+    peaks = [_tree.largest(x, a) for x, a in zip(samples, inner, strict=True)]
     peak = functools.reduce(jnp.maximum, peaks)  # NaN stays NaN
     usable = jnp.isfinite(peak)
     top = jnp.max(jnp.where(usable, peak, 0.0))
@@ -214,7 +214,7 @@ def principal_directions(samples: Any, count: int) -> Any:
         raise ValueError(f"count must be at least 1, got {count}.")
     found = _check_samples(samples, None)
     each = iter(_principal(found, min(count, found[0].shape[0])))
-    return _trees.map_positions(lambda x: next(each), samples)
+    return _tree.map_positions(lambda x: next(each), samples)
 
 
 def restrict(directions: Directions, like: Sequence[Any]) -> Directions:
@@ -228,7 +228,7 @@ def restrict(directions: Directions, like: Sequence[Any]) -> Directions:
       like: one entry per leaf; None or `MaskedNode` where it is to be left out.
     """
     pairs = zip(directions.rows, like, strict=True)
-    rows = tuple(None if _trees.is_hole(x) else r for r, x in pairs)
+    rows = tuple(None if _tree.is_hole(x) else r for r, x in pairs)
     if len(held(rows)) == len(held(directions.rows)):
         return directions
     if not held(rows):

@@ -10,25 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._columns import (
-    _FLOOR,
-    _extend,
-    _extend_by,
-    _matmul,
-    _normalized,
-    _on_host,
-    _places,
-    _residual,
-    _spectrum,
-    _to_columns,
-    _to_storage,
-    _transpose,
-    _used,
-    _wide,
+from adamr import _tree
+from adamr.subspaces.columns import (
+    FLOOR,
+    extend,
+    extend_by,
+    matmul,
+    normalized,
+    on_host,
+    places,
+    residual_columns,
+    spectrum,
+    to_columns,
+    to_storage,
+    transpose,
+    used_columns,
+    wide,
 )
-from adamr.covariance import Covariance, check_moment
-from adamr.subspace import Subspace, layout
+from adamr.subspaces.covariance import Covariance, check_moment
+from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = [
     "gradient_samples",
@@ -48,15 +48,17 @@ def _importance(energy: jax.Array, alpha: float) -> jax.Array:
 def _weights(columns, lam, grown, usable, energy, importance) -> jax.Array:
     """λ of `grown`, whose directions have this energy of the samples."""
     if importance is None:
-        return jnp.where(_used(columns), lam, _used(grown).astype(jnp.float32))
+        return jnp.where(
+            used_columns(columns), lam, used_columns(grown).astype(jnp.float32)
+        )
     new = jnp.minimum(1.0, lam + _importance(energy, importance))
-    return jnp.where(_used(grown) & usable[..., 0], new, lam)
+    return jnp.where(used_columns(grown) & usable[..., 0], new, lam)
 
 
 def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `_normalized`, for the Gram matrix of samples."""
-    gram = _wide(gram)
-    peak = _trees.largest(gram, (-1, -2), keepdims=True)
+    """As `normalized`, for the Gram matrix of samples."""
+    gram = wide(gram)
+    peak = _tree.largest(gram, (-1, -2), keepdims=True)
     usable = jnp.isfinite(peak) & (peak > 0)
     gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
@@ -65,37 +67,37 @@ def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("threshold", "importance"))
 def _grow_leaf(basis, weights, samples, threshold, importance, rounding=0.0):
-    columns, lam = _to_columns(basis, weights)
-    samples, usable = _normalized(samples)
-    grown = _extend(columns, samples, threshold, rounding)
+    columns, lam = to_columns(basis, weights)
+    samples, usable = normalized(samples)
+    grown = extend(columns, samples, threshold, rounding)
     grown = jnp.where(usable, grown, columns)
-    energy = jnp.sum(jnp.square(_matmul(samples, grown)), axis=-2)
+    energy = jnp.sum(jnp.square(matmul(samples, grown)), axis=-2)
     lam = _weights(columns, lam, grown, usable, energy, importance)
-    return _to_storage(grown, lam, basis, weights)
+    return to_storage(grown, lam, basis, weights)
 
 
 @functools.partial(jax.jit, static_argnames=("threshold", "importance"))
 def _grow_leaf_by(basis, weights, gram, threshold, importance, rounding=0.0):
-    columns, lam = _to_columns(basis, weights)
+    columns, lam = to_columns(basis, weights)
     gram, usable = _unit_trace(gram)
-    rest = _residual(columns, _transpose(_residual(columns, gram)))
-    rest = (rest + _transpose(rest)) / 2
-    floor = jnp.maximum(_FLOOR["float32"], rounding)
-    grown = _extend_by(columns, *_spectrum(rest), threshold, floor)
+    rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
+    rest = (rest + transpose(rest)) / 2
+    floor = jnp.maximum(FLOOR["float32"], rounding)
+    grown = extend_by(columns, *spectrum(rest), threshold, floor)
     grown = jnp.where(usable, grown, columns)
-    energy = jnp.sum(grown * _matmul(gram, grown), axis=-2)
+    energy = jnp.sum(grown * matmul(gram, grown), axis=-2)
     lam = _weights(columns, lam, grown, usable, energy, importance)
-    return _to_storage(grown, lam, basis, weights)
+    return to_storage(grown, lam, basis, weights)
 
 
 @jax.jit
 def _gram(rows):
     """RᵀR of rows of energy 1: where they are sharded, one sum over devices."""
-    rows, _ = _normalized(rows)
-    return _matmul(_transpose(rows), rows)
+    rows, _ = normalized(rows)
+    return matmul(transpose(rows), rows)
 
 
-def _sample_rows(name, samples, basis, weights) -> jax.Array:
+def sample_rows(name, samples, basis, weights) -> jax.Array:
     """Checks samples and brings them to (*batch, num_samples, fan_in)."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
@@ -109,7 +111,7 @@ def _sample_rows(name, samples, basis, weights) -> jax.Array:
         )
     if samples.shape[at] == 0:
         raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
-    if not _trees.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
+    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
         raise ValueError(f"samples has NaN or infinite entries at {name}.")
     return jnp.reshape(samples, (*batch, -1, how.fan_in))
 
@@ -182,7 +184,7 @@ def grow_subspace(
         raise ValueError(f"importance must be positive, got {importance}.")
     by_gram = isinstance(samples, Covariance)
     entries = samples.moments if by_gram else samples
-    names, leaves = _trees.flatten_with_names(entries)
+    names, leaves = _tree.flatten_with_names(entries)
     if len(leaves) != len(subspace.bases):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
@@ -190,7 +192,7 @@ def grow_subspace(
         )
     grown = []
     for name, x, basis, weights in zip(names, leaves, *subspace, strict=True):
-        if basis is None or _trees.is_hole(x):
+        if basis is None or _tree.is_hole(x):
             grown.append((basis, weights))
             continue
         # Energy that rounded bases leave over of what they span.
@@ -200,12 +202,12 @@ def grow_subspace(
         if by_gram:
             check_moment(evidence, name, basis, weights)
         else:
-            evidence = _sample_rows(name, evidence, basis, weights)
-            if _trees.is_traced(evidence) or evidence.is_fully_addressable:
+            evidence = sample_rows(name, evidence, basis, weights)
+            if _tree.is_traced(evidence) or evidence.is_fully_addressable:
                 grow = _grow_leaf
             else:
                 evidence = _gram(evidence)
-        grown.append(_on_host(grow, basis, weights, evidence, **options))
+        grown.append(on_host(grow, basis, weights, evidence, **options))
     return Subspace(*zip(*grown, strict=True))
 
 
@@ -217,26 +219,28 @@ def gradient_samples(subspace: Subspace, gradient: Any) -> tuple:
     """
 
     def leaf(g, basis, weights):
-        if _trees.is_hole(g) or basis is None:
+        if _tree.is_hole(g) or basis is None:
             return None
         how = layout(basis, weights)
         outputs = [d for d in range(g.ndim) if d not in how.batch + how.protected]
         rows = jnp.transpose(g, (*how.batch, *outputs, *how.protected))
         return rows.reshape(*(g.shape[d] for d in how.batch), -1, how.fan_in)
 
-    return tuple(map(leaf, _trees.flatten(gradient)[0], *subspace))
+    return tuple(map(leaf, _tree.flatten(gradient)[0], *subspace))
 
 
 @jax.jit
 def _merge_leaf(basis, weights, other, other_weights):
-    columns, lam = _to_columns(basis, weights)
-    guest, guest_lam = _to_columns(other, other_weights)
-    guests = jnp.maximum(jnp.sum(_used(guest), axis=-1)[..., None, None], 1)
-    merged = _extend(columns, _transpose(guest) / jnp.sqrt(guests), 1.0)
-    overlap = jnp.square(_matmul(_transpose(merged), guest))
+    columns, lam = to_columns(basis, weights)
+    guest, guest_lam = to_columns(other, other_weights)
+    guests = jnp.maximum(jnp.sum(used_columns(guest), axis=-1)[..., None, None], 1)
+    merged = extend(columns, transpose(guest) / jnp.sqrt(guests), 1.0)
+    overlap = jnp.square(matmul(transpose(merged), guest))
     wanted = jnp.sum(overlap * guest_lam[..., None, :], axis=-1)
-    lam = jnp.where(_used(merged), jnp.clip(jnp.maximum(lam, wanted), 0.0, 1.0), 0.0)
-    return _to_storage(merged, lam, basis, weights)
+    lam = jnp.where(
+        used_columns(merged), jnp.clip(jnp.maximum(lam, wanted), 0.0, 1.0), 0.0
+    )
+    return to_storage(merged, lam, basis, weights)
 
 
 def merge_subspaces(subspace: Subspace, other: Subspace) -> Subspace:
@@ -262,7 +266,7 @@ def merge_subspaces(subspace: Subspace, other: Subspace) -> Subspace:
                 f"other has a basis of shape {guest.shape} at leaf {position}, "
                 f"expected {mine} up to the rank."
             )
-        return _on_host(_merge_leaf, basis, weights, guest, guest_weights)
+        return on_host(_merge_leaf, basis, weights, guest, guest_weights)
 
     positions = range(len(subspace.bases))
     return Subspace(*zip(*map(leaf, positions, *subspace, *other), strict=True))
@@ -279,12 +283,14 @@ def truncate_subspace(subspace: Subspace, max_rank: int) -> Subspace:
     def leaf(basis, weights):
         if basis is None:
             return None, None
-        columns, lam = _to_columns(basis, weights)
-        order = jnp.argsort(-jnp.where(_used(columns), lam, -1.0), axis=-1, stable=True)
-        keep = _places(lam.shape[-1], lam.shape[:-1]) < max_rank
+        columns, lam = to_columns(basis, weights)
+        order = jnp.argsort(
+            -jnp.where(used_columns(columns), lam, -1.0), axis=-1, stable=True
+        )
+        keep = places(lam.shape[-1], lam.shape[:-1]) < max_rank
         columns = jnp.take_along_axis(columns, order[..., None, :], axis=-1)
         columns = jnp.where(keep[..., None, :], columns, 0.0)
         lam = jnp.where(keep, jnp.take_along_axis(lam, order, axis=-1), 0.0)
-        return _to_storage(columns, lam, basis, weights)
+        return to_storage(columns, lam, basis, weights)
 
     return Subspace(*zip(*map(leaf, *subspace), strict=True))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
+from adamr import _tree
 
 __all__ = ["logit_gradients"]
 
@@ -30,7 +30,7 @@ def _check_labels(labels: Any, count: int, classes: int) -> jax.Array:
             f"labels has shape {labels.shape} and dtype {labels.dtype}, expected "
             f"integers of shape {(count,)}, one per input."
         )
-    if not _trees.is_traced(labels) and jnp.any((labels < 0) | (labels >= classes)):
+    if not _tree.is_traced(labels) and jnp.any((labels < 0) | (labels >= classes)):
         raise ValueError(
             f"labels must lie in [0, {classes}), the number of logits, got values from "
             f"{labels.min()} to {labels.max()}."

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamr import _trees
-from adamr.axes import Axes, default_axes
-from adamr.subspace import Subspace
+from adamr import _tree
+from adamr.subspaces.axes import Axes, default_axes
+from adamr.subspaces.subspace import Subspace
 
 __all__ = ["cast_bases", "empty_subspace", "make_subspace"]
 
@@ -73,7 +73,7 @@ def _check_values(name: str, u: np.ndarray, weights: np.ndarray) -> None:
 
 def _shaped(name, leaf, axes: Axes, basis, weight, max_rank):
     """One leaf's basis and weights: checked, polished, padded, in storage shape."""
-    on_trust = _trees.is_traced(basis) or _trees.is_traced(weight)
+    on_trust = _tree.is_traced(basis) or _tree.is_traced(weight)
     xp, dtype = (jnp, jnp.float32) if on_trust else (np, np.float64)
     u = xp.asarray(basis, dtype)
     batch = tuple(leaf.shape[d] for d in axes.batch)
@@ -158,25 +158,23 @@ def make_subspace(
       ValueError: for a basis of the wrong shape, not orthonormal to 1e-3, with more
         directions than fit, or weights outside [0, 1]; the message names the leaf.
 
-    >>> from adamr import rank
+    >>> from adamr.subspaces import rank
     >>> params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
     >>> s = make_subspace(params, {"w": jnp.eye(3)[:, :1], "b": None}, max_rank=2)
     >>> [r if r is None else int(r) for r in rank(s)]
     [None, 1]
     """
     _check_room(max_rank)
-    names, leaves = _trees.flatten_with_names(params)
-    given = _trees.flatten_like(bases, "bases", params)
+    names, leaves = _tree.flatten_with_names(params)
+    given = _tree.flatten_like(bases, "bases", params)
     nothing = [None] * len(leaves)
-    lam = (
-        nothing if weights is None else _trees.flatten_like(weights, "weights", params)
-    )
+    lam = nothing if weights is None else _tree.flatten_like(weights, "weights", params)
     how = nothing if axes is None else flatten_axes(axes, params)
     entries = []
     for name, leaf, basis, weight, spec in zip(
         names, leaves, given, lam, how, strict=True
     ):
-        if _trees.is_hole(basis) or _trees.is_hole(leaf):
+        if _tree.is_hole(basis) or _tree.is_hole(leaf):
             entries.append((None, None))
             continue
         spec = _axes_for(name, leaf, spec, basis)
@@ -214,10 +212,10 @@ def cast_bases(subspace: Subspace, dtype: jax.typing.DTypeLike) -> Subspace:
 
 def flatten_axes(axes: Any, params: Any) -> list[Any]:
     """Axes per leaf of `params`: a tree like it, or a rule `(path, shape) -> Axes`."""
-    names, leaves = _trees.flatten_with_names(params)
+    names, leaves = _tree.flatten_with_names(params)
     if callable(axes):
         pairs = zip(names, leaves, strict=True)
-        return [None if _trees.is_hole(x) else axes(n, x.shape) for n, x in pairs]
+        return [None if _tree.is_hole(x) else axes(n, x.shape) for n, x in pairs]
     found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
     if len(found) != len(leaves):
         raise ValueError(
@@ -254,7 +252,7 @@ def empty_subspace(
     >>> [b if b is None else b.shape for b in s.bases]
     [None, (3, 1, 2)]
     """
-    names, leaves = _trees.flatten_with_names(params)
+    names, leaves = _tree.flatten_with_names(params)
     if isinstance(unprotected, str):
         raise ValueError(f"unprotected must be a sequence of str, got {unprotected!r}.")
     for part in unprotected:

@@ -8,19 +8,19 @@ where the inputs have hardly any energy.
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._columns import _on_host, _to_columns, _to_storage
-from adamr.covariance import Covariance, check_moment
-from adamr.subspace import Subspace, layout
+from adamr import _tree
+from adamr.subspaces.columns import on_host, to_columns, to_storage
+from adamr.subspaces.covariance import Covariance, check_moment
+from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = ["null_space_complement"]
 
 
 @jax.jit
 def _complement(basis, weights, moment, ratio, floor):
-    columns, lam = _to_columns(basis, weights)
+    columns, lam = to_columns(basis, weights)
     moment = moment.astype(columns.dtype)
-    peak = _trees.largest(moment, (-1, -2), keepdims=True)
+    peak = _tree.largest(moment, (-1, -2), keepdims=True)
     usable = jnp.isfinite(peak)
     # NaN must not reach `eigh`, which may not return.
     moment = jnp.where(usable, moment / jnp.where(peak > 0, peak, 1.0), 0.0)
@@ -31,7 +31,7 @@ def _complement(basis, weights, moment, ratio, floor):
     strongest_first = jnp.where(above[..., None, :], vectors, 0.0)[..., ::-1]
     columns = jnp.where(usable, strongest_first, columns)
     lam = jnp.where(usable[..., 0], above[..., ::-1].astype(lam.dtype), lam)
-    return _to_storage(columns, lam, basis, weights)
+    return to_storage(columns, lam, basis, weights)
 
 
 def null_space_complement(
@@ -72,7 +72,10 @@ def null_space_complement(
       ValueError: for ratio < 1, a negative floor, a capacity below the fan-in, or a
         covariance made for other leaves.
 
-    >>> from adamr import empty_covariance, empty_subspace, project, update_covariance
+    >>> from adamr import empty_subspace
+    >>> from adamr.subspaces import empty_covariance
+    >>> from adamr.subspaces import project
+    >>> from adamr.subspaces import update_covariance
     >>> kernel = jnp.ones((4, 1))
     >>> s = empty_subspace(kernel)
     >>> c = update_covariance(empty_covariance(s), jnp.diag(jnp.array([4.0, 2, 0, 0])))
@@ -104,7 +107,7 @@ def null_space_complement(
                 f"{position}, expected its fan-in {how.fan_in}: make it with "
                 "max_rank=None."
             )
-        return _on_host(_complement, basis, weights, moment, ratio=ratio, floor=floor)
+        return on_host(_complement, basis, weights, moment, ratio=ratio, floor=floor)
 
     positions = range(len(covariance.moments))
     pairs = map(leaf, positions, *subspace_like, covariance.moments)

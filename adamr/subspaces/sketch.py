@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr.subspace import Subspace, layout
+from adamr import _tree
+from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = ["Sketch", "empty_sketch", "update_sketch"]
 
@@ -85,7 +85,7 @@ def update_sketch(sketch: Sketch, samples: Any) -> Sketch:
     Returns:
       A `Sketch` of the same shapes. Samples that are not finite leave a leaf as it was.
     """
-    leaves = _trees.flatten(samples)[0]
+    leaves = _tree.flatten(samples)[0]
     if len(leaves) != len(sketch.rows):
         raise ValueError(
             f"samples must have one entry per parameter leaf: got {len(leaves)}, "
@@ -93,7 +93,7 @@ def update_sketch(sketch: Sketch, samples: Any) -> Sketch:
         )
 
     def leaf(rows, new):
-        if rows is None or _trees.is_hole(new):
+        if rows is None or _tree.is_hole(new):
             return rows
         shrink = _shrink
         for _ in range(rows.ndim - 2):

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr.directions import Directions, project_off
+from adamr import _tree
 from adamr.sharding import einsum_sharding
+from adamr.subspaces.directions import Directions, project_off
 
 __all__ = [
     "Subspace",
@@ -63,7 +63,7 @@ def layout(basis: jax.Array, weights: jax.Array) -> Layout:
     return Layout(protected, batch, fan_in, basis.shape[-1])
 
 
-def _einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
+def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(
         subscripts,
         *operands,
@@ -93,13 +93,13 @@ def coordinates(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.Ar
     """c = Uᵀ g in float32, of shape (*batch, r, *outputs)."""
     whole, inner, coords = _letters(basis, weights)
     leaf = leaf.astype(jnp.float32)
-    return _einsum(f"{whole},{inner}->{coords}", leaf, _squeezed(basis, weights))
+    return einsum(f"{whole},{inner}->{coords}", leaf, _squeezed(basis, weights))
 
 
 def reconstruct(basis: jax.Array, weights: jax.Array, coords: jax.Array) -> jax.Array:
     """U c in float32, of the leaf's shape."""
     whole, inner, kept = _letters(basis, weights)
-    return _einsum(f"{kept},{inner}->{whole}", coords, _squeezed(basis, weights))
+    return einsum(f"{kept},{inner}->{whole}", coords, _squeezed(basis, weights))
 
 
 def weighted(weights: jax.Array, coords: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ def project(subspace: Subspace | Directions, tree: Any) -> Any:
     def leaf(g, basis, weights):
         return g if basis is None else project_leaf(basis, weights, g)
 
-    return _trees.map_positions(leaf, tree, *subspace)
+    return _tree.map_positions(leaf, tree, *subspace)
 
 
 def measured_projection(
@@ -192,21 +192,21 @@ def measured_projection(
         return without(basis, weights, g, coords)
 
     def distances():
-        return [jnp.zeros([]) if c is None else _trees.squared_norm(c) for c in taken]
+        return [jnp.zeros([]) if c is None else _tree.squared_norm(c) for c in taken]
 
-    return _trees.map_positions(leaf, tree, *subspace), distances
+    return _tree.map_positions(leaf, tree, *subspace), distances
 
 
 def check_leaves(subspace: Subspace, tree: Any, argument: str) -> None:
     """Raises unless `tree` has the leaves `subspace` was made for (holes fit any)."""
-    names, leaves = _trees.flatten_with_names(tree)
+    names, leaves = _tree.flatten_with_names(tree)
     if len(leaves) != len(subspace.bases):
         raise ValueError(
             f"{argument} was made for {len(subspace.bases)} parameter leaves, but the "
             f"tree it meets has {len(leaves)}: {names}."
         )
     for name, leaf, basis in zip(names, leaves, subspace.bases, strict=True):
-        if basis is None or _trees.is_hole(leaf):
+        if basis is None or _tree.is_hole(leaf):
             continue
         fits = basis.ndim == leaf.ndim + 1 and all(
             b in (1, n) for b, n in zip(basis.shape, leaf.shape, strict=False)

@@ -19,23 +19,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr._columns import (
-    _FLOOR,
-    _TOLERANCE,
-    _append,
-    _matmul,
-    _normalized,
-    _on_host,
-    _places,
-    _residual,
-    _to_columns,
-    _to_storage,
-    _transpose,
-    _used,
+from adamr import _tree
+from adamr.subspaces.columns import (
+    FLOOR,
+    TOLERANCE,
+    append,
+    matmul,
+    normalized,
+    on_host,
+    places,
+    residual_columns,
+    to_columns,
+    to_storage,
+    transpose,
+    used_columns,
 )
-from adamr.growth import _sample_rows
-from adamr.subspace import Subspace, check_leaves, coordinates, layout
+from adamr.subspaces.grow import sample_rows
+from adamr.subspaces.subspace import Subspace, check_leaves, coordinates, layout
 
 __all__ = ["TrustRegion", "grow_task_subspace", "trust_region"]
 
@@ -126,7 +126,7 @@ def trust_region(
         if bases[0] is None:
             return [(None, None)] * count, None, None
         pairs = list(zip(bases, weights, strict=True))
-        if _trees.is_hole(g):
+        if _tree.is_hole(g):
             batch = [n for n in weights[0].shape[:-1] if n > 1]
             scores = jnp.zeros((len(pairs), *batch))
         else:
@@ -149,7 +149,7 @@ def trust_region(
             left = jnp.where(place == best, -1.0, left)
         return chosen, jnp.stack(tasks), scores
 
-    leaves = _trees.flatten(gradients)[0]
+    leaves = _tree.flatten(gradients)[0]
     bases = zip(*(s.bases for s in bases_per_task), strict=True)
     weights = zip(*(s.weights for s in bases_per_task), strict=True)
     found = [leaf(*each) for each in zip(leaves, bases, weights, strict=True)]
@@ -162,32 +162,32 @@ def trust_region(
 
 @functools.partial(jax.jit, static_argnames="threshold")
 def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
-    columns, lam = _to_columns(basis, weights)
-    samples, usable = _normalized(samples)
+    columns, lam = to_columns(basis, weights)
+    samples, usable = normalized(samples)
     capacity = columns.shape[-1]
-    old = jnp.sum(jnp.square(_matmul(samples, columns)), axis=-2)
-    residual = _residual(columns, _transpose(samples))
-    new, vectors = jnp.linalg.eigh(_matmul(residual, _transpose(residual)))
+    old = jnp.sum(jnp.square(matmul(samples, columns)), axis=-2)
+    residual = residual_columns(columns, transpose(samples))
+    new, vectors = jnp.linalg.eigh(matmul(residual, transpose(residual)))
     new, vectors = jnp.maximum(new[..., ::-1], 0.0), vectors[..., ::-1]
     energy = jnp.concatenate([old, new], axis=-1)
     order = jnp.argsort(-energy, axis=-1, stable=True)
     ranked = jnp.take_along_axis(energy, order, axis=-1)
     before = jnp.cumsum(ranked, axis=-1) - ranked
-    short = before < threshold - (_TOLERANCE if threshold < 1 else 0.0)
-    wanted = short & (ranked > _FLOOR[str(ranked.dtype)])
+    short = before < threshold - (TOLERANCE if threshold < 1 else 0.0)
+    wanted = short & (ranked > FLOOR[str(ranked.dtype)])
     wanted = jnp.take_along_axis(wanted, jnp.argsort(order, axis=-1), axis=-1)
 
-    free = capacity - jnp.sum(_used(columns), axis=-1, dtype=jnp.int32)
+    free = capacity - jnp.sum(used_columns(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted[..., capacity:], axis=-1, dtype=jnp.int32), free)
     vectors = vectors[..., :capacity]
-    fresh = (_places(vectors.shape[-1], count.shape) < count[..., None])[..., None, :]
+    fresh = (places(vectors.shape[-1], count.shape) < count[..., None])[..., None, :]
     vectors = jnp.where(fresh, vectors, 0.0)
     # Twice is enough; QR fills zero columns with anything: mask after it.
     for _ in range(2):
-        vectors = jnp.linalg.qr(_residual(columns, vectors)).Q
+        vectors = jnp.linalg.qr(residual_columns(columns, vectors)).Q
         vectors = jnp.where(fresh, vectors, 0.0)
-    grown = _append(columns, vectors, count)
-    added = _used(grown) & ~_used(columns)
+    grown = append(columns, vectors, count)
+    added = used_columns(grown) & ~used_columns(columns)
     lam = jnp.where(added, 1.0, lam)
 
     chosen = wanted[..., :capacity] | added
@@ -195,8 +195,8 @@ def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
     chosen = jnp.take_along_axis(chosen, order, axis=-1)
     own = jnp.take_along_axis(grown, order[..., None, :], axis=-1)
     own = jnp.where(chosen[..., None, :], own, 0.0)
-    own = _to_storage(own, chosen.astype(lam.dtype), task, task_weights)
-    return *own, *_to_storage(grown, lam, basis, weights)
+    own = to_storage(own, chosen.astype(lam.dtype), task, task_weights)
+    return *own, *to_storage(grown, lam, basis, weights)
 
 
 def grow_task_subspace(
@@ -226,7 +226,8 @@ def grow_task_subspace(
     Raises:
       ValueError: as `grow_subspace`.
 
-    >>> from adamr import empty_subspace, rank
+    >>> from adamr import empty_subspace
+    >>> from adamr.subspaces import rank
     >>> memory = empty_subspace({"w": jnp.zeros((3, 2))})
     >>> first, memory = grow_task_subspace(memory, {"w": jnp.eye(3)[:1]})
     >>> second, memory = grow_task_subspace(memory, {"w": jnp.eye(3)[1:2]})
@@ -237,7 +238,7 @@ def grow_task_subspace(
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
-    names, leaves = _trees.flatten_with_names(samples)
+    names, leaves = _tree.flatten_with_names(samples)
     if len(leaves) != len(memory.bases):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
@@ -247,9 +248,9 @@ def grow_task_subspace(
     for name, x, basis, weights in zip(names, leaves, *memory, strict=True):
         found: Any = basis, weights
         own: Any = jax.tree.map(jnp.zeros_like, found)
-        if basis is not None and weights is not None and not _trees.is_hole(x):
-            rows = _sample_rows(name, jnp.asarray(x), basis, weights)
-            results = _on_host(
+        if basis is not None and weights is not None and not _tree.is_hole(x):
+            rows = sample_rows(name, jnp.asarray(x), basis, weights)
+            results = on_host(
                 _grow_leaf, *own, basis, weights, rows, threshold=threshold
             )
             own, found = results[:2], results[2:]

@@ -15,44 +15,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamr._columns import (
-    _FLOOR,
-    _append,
-    _extend,
-    _matmul,
-    _normalized,
-    _on_host,
-    _spectrum,
-    _to_columns,
-    _to_storage,
-    _transpose,
-    _used,
+from adamr.subspaces.columns import (
+    FLOOR,
+    append,
+    extend,
+    matmul,
+    normalized,
+    on_host,
+    spectrum,
+    to_columns,
+    to_storage,
+    transpose,
+    used_columns,
 )
-from adamr.growth import gradient_samples
-from adamr.subspace import Subspace, check_leaves
+from adamr.subspaces.grow import gradient_samples
+from adamr.subspaces.subspace import Subspace, check_leaves
 
 __all__ = ["relaxing_subspace"]
 
 
 @functools.partial(jax.jit, static_argnames="energy")
 def _search(start, start_weights, basis, weights, rows, energy, threshold):
-    columns, _ = _to_columns(basis, weights)
-    opened, _ = _to_columns(start, start_weights)
+    columns, _ = to_columns(basis, weights)
+    opened, _ = to_columns(start, start_weights)
     fan_in = columns.shape[-2]
-    rows, usable = _normalized(rows)
+    rows, usable = normalized(rows)
     empty = jnp.zeros((*columns.shape[:-1], fan_in), columns.dtype)
-    gradient = _extend(empty, rows, energy)
-    inside = _matmul(_transpose(columns), gradient)
-    done = _matmul(_transpose(columns), opened)
-    inside = inside - _matmul(done, _matmul(_transpose(done), inside))
-    square, vectors = _spectrum(_matmul(inside, _transpose(inside)))
+    gradient = extend(empty, rows, energy)
+    inside = matmul(transpose(columns), gradient)
+    done = matmul(transpose(columns), opened)
+    inside = inside - matmul(done, matmul(transpose(done), inside))
+    square, vectors = spectrum(matmul(inside, transpose(inside)))
     # Squared cosines: at most 1, so that a threshold above 1 relaxes nothing.
     square = jnp.minimum(square, 1.0)
-    wanted = (jnp.sqrt(square) >= threshold) & (square > _FLOOR[str(square.dtype)])
-    new = jnp.where(wanted[..., None, :], _matmul(columns, vectors), 0.0)
-    grown = _append(opened, new, jnp.sum(wanted, axis=-1, dtype=jnp.int32))
-    lam = _used(grown).astype(columns.dtype)
-    return _to_storage(grown, lam, start, start_weights)
+    wanted = (jnp.sqrt(square) >= threshold) & (square > FLOOR[str(square.dtype)])
+    new = jnp.where(wanted[..., None, :], matmul(columns, vectors), 0.0)
+    grown = append(opened, new, jnp.sum(wanted, axis=-1, dtype=jnp.int32))
+    lam = used_columns(grown).astype(columns.dtype)
+    return to_storage(grown, lam, start, start_weights)
 
 
 def relaxing_subspace(
@@ -90,7 +90,8 @@ def relaxing_subspace(
     Raises:
       ValueError: for gradients or a start that do not fit, or energy outside [0, 1].
 
-    >>> from adamr import make_subspace, rank
+    >>> from adamr import make_subspace
+    >>> from adamr.subspaces import rank
     >>> g = jnp.array([[3.0], [4.0], [0.0]])
     >>> memory = make_subspace(g, jnp.eye(3)[:, :2])
     >>> relaxed = relaxing_subspace(memory, g)
@@ -112,7 +113,7 @@ def relaxing_subspace(
     def leaf(rows, basis, weights, *before):
         if basis is None or rows is None:
             return before
-        return _on_host(
+        return on_host(
             _search, *before, basis, weights, rows, energy=energy, threshold=threshold
         )
 

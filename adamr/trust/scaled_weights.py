@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamr import _trees
-from adamr.subspace import (
+from adamr import _tree
+from adamr.subspaces.subspace import (
     Subspace,
-    _einsum,
     check_leaves,
     coordinates,
+    einsum,
     layout,
     reconstruct,
 )
@@ -88,7 +88,7 @@ def _change(kernel, basis, scale) -> jax.Array:
     coords = coordinates(basis, weights, kernel)
     stack = "abcdef"[: len(batch)]
     outputs = "mnopqrst"[: coords.ndim - len(batch) - 1]
-    coords = _einsum(
+    coords = einsum(
         f"{stack}yz,{stack}z{outputs}->{stack}y{outputs}",
         q.reshape(*batch, *q.shape[-2:]),
         coords,
@@ -151,16 +151,16 @@ def scaled_params(
             f"scales has entries for {len(scales)} subspaces, expected "
             f"{len(subspaces)}: make them with init_scales(subspaces)."
         )
-    total: list[Any] = [None] * len(_trees.flatten(params)[0])
+    total: list[Any] = [None] * len(_tree.flatten(params)[0])
     for subspace, each in zip(subspaces, scales, strict=True):
         check_leaves(subspace, params, "subspaces")
         if len(each) != len(subspace.bases):
             raise ValueError(
                 f"scales has {len(each)} leaves, expected {len(subspace.bases)}."
             )
-        for i, leaf in enumerate(_trees.flatten(params)[0]):
+        for i, leaf in enumerate(_tree.flatten(params)[0]):
             basis, scale = subspace.bases[i], each[i]
-            if basis is None or scale is None or _trees.is_hole(leaf):
+            if basis is None or scale is None or _tree.is_hole(leaf):
                 continue
             change = _change(leaf, basis, scale)
             total[i] = change if total[i] is None else total[i] + change
@@ -170,7 +170,7 @@ def scaled_params(
             return w
         return (w.astype(jnp.float32) + change).astype(w.dtype)
 
-    return _trees.map_positions(leaf, params, total)
+    return _tree.map_positions(leaf, params, total)
 
 
 def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
@@ -187,7 +187,7 @@ def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
     """
 
     def leaf(q):
-        return _trees.squared_norm(q.astype(jnp.float32) - _identity_like(q))
+        return _tree.squared_norm(q.astype(jnp.float32) - _identity_like(q))
 
     return beta * sum(map(leaf, jax.tree.leaves(scales)), jnp.zeros([]))
 

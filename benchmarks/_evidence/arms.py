@@ -23,9 +23,9 @@ import optax
 
 import adamr
 from adamr import diagnostics
-from adamr.protection import in_eigenbasis
-from adamr.routing import Routed
-from examples.methods import METHODS, Method
+from adamr.protection.eigenbasis import in_eigenbasis
+from adamr.routing.carrier import Routed
+from examples.harness.methods import METHODS, Method
 
 __all__ = ["ARMS", "Arm", "VARIANTS", "method_for"]
 
@@ -140,7 +140,7 @@ def _matched(
         like, other_state = other.update(updates, state.other, params)
         ratios = diagnostics.effective_learning_rate(own, like, state.subspace)
         leaves, treedef = jax.tree.flatten(own)
-        outside = jax.tree.leaves(adamr.project(state.subspace, own))
+        outside = jax.tree.leaves(adamr.subspaces.project(state.subspace, own))
         made = [
             # A step with nothing along U has no direction there to stretch.
             x if r is None else p + jnp.where(jnp.isfinite(r), r, 1.0) * (x - p)

@@ -4,11 +4,11 @@ import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._problems import language_problem
+from benchmarks._evidence.problems import language_problem
 from examples import streams
+from examples.harness.problem import Problem
 from examples.lm.model import Preset
 from examples.lm.problem import UNPROTECTED
-from examples.problem import Problem
 from examples.vision.problem import problem
 
 __all__ = ["BENCHES", "ON_TWO_CORES", "Bench", "Made", "make"]

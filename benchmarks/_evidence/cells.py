@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import optax
 
 import adamr
-from examples import boundaries, methods
-from examples.memory import from_first_task
-from examples.methods import Method
-from examples.setting import Setting
+from examples.harness import methods, task_ends
+from examples.harness.methods import Method
+from examples.harness.replay import from_first_task
+from examples.harness.setting import Setting
 
 __all__ = ["CELLS", "DIRECTIONS", "ESTIMATORS", "MODIFIERS", "Cell", "method"]
 
@@ -73,7 +73,7 @@ def _replay(share: float, strength: Callable[[Any], Any] = lambda k: k) -> Modif
 
     def mix(k, _):
         weight = methods.weight_of_memory(strength(k))
-        return from_first_task(adamr.mix_gradients(weight))
+        return from_first_task(adamr.modifiers.mix_gradients(weight))
 
     return Modifier(
         mix,
@@ -129,7 +129,7 @@ MODIFIERS = {
         lambda k, s: adamr.quadratic_penalty(2 * k),
         own=lambda rate, c, s: adamr.si(rate, c),
         boundary=methods.METHODS["si"].boundary,
-        wrap=adamr.track_path,
+        wrap=adamr.penalties.track_si,
     ),
     "gpm_si": Modifier(
         lambda k, s: optax.chain(
@@ -137,8 +137,8 @@ MODIFIERS = {
         ),
         lambda s: s.subspace,
         own=lambda rate, c, s: adamr.gpm_si(rate, s.subspace, c),
-        boundary=boundaries.grow_and_consolidate_path,
-        wrap=adamr.track_path,
+        boundary=task_ends.grow_and_consolidate_si,
+        wrap=adamr.penalties.track_si,
     ),
     "agem": _constraint(
         "agem", lambda _: adamr.agem_constraint(), lambda rate, _, s: adamr.agem(rate)

@@ -15,9 +15,9 @@ from flax import nnx
 
 import adamr
 from adamr import capture
-from adamr.subspace import rank
-from examples.lm.data import Domain, check_lengths, sample_windows
+from adamr.subspaces.subspace import rank
 from examples.lm.model import Preset, create
+from examples.streams.domains import Domain, check_lengths, sample_windows
 
 __all__ = ["Source", "along_adam", "coordinate", "language", "quadratic"]
 
@@ -167,7 +167,7 @@ def language(
         *(tuple(x for x in part if x is not None) for part in full)
     )
     room = max(int(r) for r in rank(subspace) if r is not None)
-    subspace = adamr.truncate_subspace(subspace, room)
+    subspace = adamr.subspaces.truncate_subspace(subspace, room)
     _, record = train(params, state, batches(new, steps))
     return Source(
         kernels(params), subspace, record, lambda params, now: now, 0.0, before

@@ -19,9 +19,9 @@ import optax
 
 import adamr
 from adamr import diagnostics
-from adamr.protection import in_eigenbasis
-from adamr.subspace import coordinates
-from benchmarks._gradients import Source
+from adamr.protection.eigenbasis import in_eigenbasis
+from adamr.subspaces.subspace import coordinates
+from benchmarks._evidence.gradients import Source
 
 __all__ = [
     "ESTIMATORS",

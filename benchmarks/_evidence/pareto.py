@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._cells import ESTIMATORS
-from examples.results import interval, paired
+from benchmarks._evidence.cells import ESTIMATORS
+from examples.harness.results import interval, paired
 
 __all__ = ["compared", "draw", "front", "report", "values"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks._inflation import ESTIMATORS
-from examples.pictures import COLOURS, MARKERS
+from benchmarks._evidence.inflation import ESTIMATORS
+from examples.harness.pictures import COLOURS, MARKERS
 
 __all__ = ["draw_interventions", "draw_mechanism", "draw_over_time"]
 

@@ -7,8 +7,8 @@ from typing import Any
 from flax import nnx
 
 from adamr import capture
+from examples.harness.problem import Data, Problem
 from examples.lm.model import Preset, Transformer
-from examples.problem import Data, Problem
 from examples.vision.models import MLP
 
 __all__ = ["language_problem", "mlp_problem"]

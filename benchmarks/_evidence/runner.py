@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import _pareto, _timing
-from benchmarks._benches import BENCHES, Made, make
-from examples import loop, results, streams
-from examples.methods import Method
-from examples.setting import Setting, setting_for
+from benchmarks._evidence import pareto
+from benchmarks._evidence.benches import BENCHES, Made, make
+from benchmarks._speed import timing
+from examples import streams
+from examples.harness import loop, results
+from examples.harness.methods import Method
+from examples.harness.setting import Setting, setting_for
 from examples.vision.problem import feed
 
 __all__ = ["configurations", "quicker", "run_cell", "run_cells"]
@@ -260,11 +262,11 @@ def run_cells(
         rows[name] = {**row, "commit": " ".join(dict.fromkeys(commits))}
         each = list(rows.values())
         content = {
-            "machine": _timing.machine(),
+            "machine": timing.machine(),
             "versions": results.versions(),
             "bench": about,
             "definitions": DEFINITIONS,
-            "pareto_front": _pareto.front(each, measure),
+            "pareto_front": pareto.front(each, measure),
             "rows": each,
         }
         results.write(path, content)
@@ -281,6 +283,6 @@ def run_cells(
         if index % 10 == 9:  # programs hold memory maps, of which there are few
             jax.clear_caches()
     each = list(rows.values())
-    _pareto.report(bench, each, measure)
-    _pareto.draw(path.with_suffix(".png"), bench, each, measure)
+    pareto.report(bench, each, measure)
+    pareto.draw(path.with_suffix(".png"), bench, each, measure)
     return each

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._benches import BENCHES
-from benchmarks._cells import CELLS, MODIFIERS, Cell
-from benchmarks._pareto import compared, front, values
-from benchmarks._tables import table, written
-from examples.results import interval
+from benchmarks._evidence.benches import BENCHES
+from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell
+from benchmarks._evidence.pareto import compared, front, values
+from benchmarks._pages.tables import table, written
+from examples.harness.results import interval
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"

@@ -21,7 +21,7 @@ import optax
 import pytest
 
 import adamr
-from docs._probes import (
+from benchmarks._pages.probes import (
     RANK,
     SHAPES,
     TASKS,
@@ -39,7 +39,7 @@ from docs._probes import (
     subspace,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 
 
@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
     "gpm_si": Method(
         "2103.09762, 1703.04200", lambda: adamr.gpm_si(RATE, subspace()),
         lambda: adamr.project_out(subspace()), leak,
-        boundary=("grow_subspace", "set_subspace", "consolidate_path"),
+        boundary=("grow_subspace", "set_subspace", "consolidate_si"),
         closed_forms=(
             "test_gpm_si_keeps_the_protected_response_and_holds_what_is_open",
             "test_gpm_si_is_stable_at_any_strength",
@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
     ),
     "si": Method(
         "1703.04200", lambda: adamr.si(RATE, 0.5), adamr.quadratic_penalty, stiffness,
-        boundary=("consolidate_path",), closed_forms=(16,), parity=("si",),
+        boundary=("consolidate_si",), closed_forms=(16,), parity=("si",),
     ),
     "mas": Method(
         "1711.09601", lambda: adamr.mas(RATE, 1.0), adamr.quadratic_penalty, stiffness,
@@ -174,7 +174,7 @@ METHODS: dict[str, Method] = {
     ),
     "rwalk": Method(
         "1801.10112", lambda: adamr.rwalk(RATE, 1.0), adamr.quadratic_penalty,
-        stiffness, boundary=("consolidate_walk",), closed_forms=(18,),
+        stiffness, boundary=("consolidate_rwalk",), closed_forms=(18,),
     ),
     "er": Method(
         "1902.10486", lambda: adamr.er(RATE), evidence=one_memory, closed_forms=(19,),
@@ -185,8 +185,8 @@ METHODS: dict[str, Method] = {
         closed_forms=("test_dark_experience_closed_form",), parity=("derpp",),
     ),
     "mudman": Method(
-        "2506.12484", lambda: adamr.mudman(RATE), adamr.disruption_mask, disruption,
-        retained, closed_forms=(20,), parity=("mudman",),
+        "2506.12484", lambda: adamr.mudman(RATE), adamr.modifiers.disruption_mask,
+        disruption, retained, closed_forms=(20,), parity=("mudman",),
     ),
     "hft": Method(
         "2404.18466", lambda: adamr.hft(RATE, jax.random.key(0)),
@@ -201,7 +201,9 @@ METHODS: dict[str, Method] = {
     ),
     "normalize_and_project": Method(
         "2407.01800",
-        lambda: optax.chain(optax.adam(RATE), adamr.normalize_and_project()),
+        lambda: optax.chain(
+            optax.adam(RATE), adamr.recipes.norms.normalize_and_project()
+        ),
         closed_forms=("test_norms_stay_to_1e_6_after_every_kth_step",),
     ),
     "adamp": Method("2006.08217", lambda: adamr.adamp(RATE), parity=("adamp",)),

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import adamr
-from adamr.directions import coordinates
+from adamr.subspaces.directions import coordinates
 
 TASKS, RANK = 5, 16
 
@@ -138,7 +138,9 @@ def stiffness(tx, evidence):
     state = tx.init(params())
     state = adamr.set_anchor(
         state,
-        adamr.Anchor(jax.tree.map(lambda x: jnp.full_like(x, 1e3), params()), params()),
+        adamr.modifiers.Anchor(
+            jax.tree.map(lambda x: jnp.full_like(x, 1e3), params()), params()
+        ),
     )
 
     def step(carry, key):

@@ -1,6 +1,6 @@
 """The rival of benchmarks/avalanche.py, for an interpreter that has Avalanche.
 
-    python -P benchmarks/_avalanche_rival.py STREAM.npz SETTINGS.json RESULT.json
+    python -P benchmarks/_speed/avalanche_rival.py STREAM.npz SETTINGS.json RESULT.json
 
 -P: this folder has an `avalanche.py` of its own. Knows nothing of JAX: reads arrays,
 trains Avalanche's strategies on them, writes accuracies and seconds.

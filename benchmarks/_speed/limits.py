@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._timing import stepper
+from benchmarks._speed.timing import stepper
 
 
 def seconds_per_call(function: Callable, *arguments: Any, calls: int) -> float:

@@ -9,8 +9,8 @@ import optax
 from optax import contrib
 
 import adamr
-from adamr.state import find_nodes
-from benchmarks import _timing
+from adamr._nodes import find_nodes
+from benchmarks._speed import timing
 from benchmarks.step_time import LEARNING_RATE, optimizers_by_size
 
 
@@ -27,13 +27,13 @@ def rivals(subspace: adamr.Subspace) -> dict[str, optax.GradientTransformation]:
 
 def moved_bytes(params: Any, state: Any) -> int:
     """What an update must read and write: bases and the gradient are only read."""
-    bases = _timing.nbytes(find_nodes(state, adamr.Subspace))
-    changed = _timing.nbytes(params) + _timing.nbytes(state) - bases
-    return 2 * changed + _timing.nbytes(params) + bases
+    bases = timing.nbytes(find_nodes(state, adamr.Subspace))
+    changed = timing.nbytes(params) + timing.nbytes(state) - bases
+    return 2 * changed + timing.nbytes(params) + bases
 
 
 def torch_adam(params: Any, steps: int) -> Callable[[Any], float] | None:
-    """The same as `_timing.stepper`, of PyTorch's fused Adam; None without PyTorch."""
+    """The same as `timing.stepper`, of PyTorch's fused Adam; None without PyTorch."""
     try:
         import torch
     except ImportError:

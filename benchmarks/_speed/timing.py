@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 
-from examples.results import commit
+from examples.harness.results import commit
 
 __all__ = [
     "Compiled",

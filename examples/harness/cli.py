@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from rich.console import Console
 
-from examples import results, runs
-from examples.lm.data import DataError
-from examples.methods import Method
-from examples.runs import Bench, Done, Stopped, UsageError
-from examples.watch import watch
+from examples.harness import results, resume
+from examples.harness.methods import Method
+from examples.harness.progress import watch
+from examples.harness.resume import Bench, Done, Stopped, UsageError
+from examples.streams.domains import DataError
 
 TUNING_TASKS = 3
 
@@ -171,20 +171,20 @@ def _learn_all(
         total=_total(config, bench, len(names), len(sweeps)),
     ) as report:  # fmt: skip
         for name in sweeps:
-            tuning[name] = runs.tune(
+            tuning[name] = resume.tune(
                 folder, bench, name, *choices[name], report=report(f"{name} tuning"),
                 **options,
             )  # fmt: skip
             best = tuning[name]["best"]
             choices[name] = Candidates([best["learning_rate"]], [best["strength"]])
         if config.reference is not None:
-            reference = runs.reference(
+            reference = resume.reference(
                 folder, bench, config.reference, choices["adam"].rates[0], seeds,
                 report=report(f"{config.reference} reference"), **options,
             )  # fmt: skip
         for name in names:
             (rate,), (strength,) = choices[name]
-            history, seconds = runs.learn(
+            history, seconds = resume.learn(
                 folder / name, bench, name, bench.feed, steps=bench.steps,
                 rates=[rate] * len(seeds), strengths=[strength] * len(seeds),
                 seeds=seeds, report=report(name, keep=True), **options,

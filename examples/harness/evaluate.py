@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.parallel import over_runs
-from examples.problem import Data, masked
+from examples.harness.parallel import over_runs
+from examples.harness.problem import Data, masked
 
 __all__ = ["accuracy_and_loss", "in_portions"]
 

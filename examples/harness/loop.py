@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.memory import empty_memory, remember, with_classes
-from examples.parallel import by_cores, over_runs
-from examples.problem import Data, Feed, Problem, loss_of
-from examples.scoring import accuracy_and_loss, in_portions
+from examples.harness.evaluate import accuracy_and_loss, in_portions
+from examples.harness.parallel import by_cores, over_runs
+from examples.harness.problem import Data, Feed, Problem, loss_of
+from examples.harness.replay import empty_memory, remember, with_classes
 
 __all__ = [
     "History",

@@ -14,9 +14,9 @@ import jax
 import optax
 
 import adamr
-from examples import boundaries
-from examples.memory import from_first_task, memory_gradient, memory_gradients
-from examples.setting import Setting
+from examples.harness import task_ends
+from examples.harness.replay import from_first_task, memory_gradient, memory_gradients
+from examples.harness.setting import Setting
 
 __all__ = ["METHODS", "Method", "weight_of_memory"]
 
@@ -76,94 +76,94 @@ METHODS: dict[str, Method] = {
     "gpm": Method(
         "GPM, v shared along the projected axis (the alias)",
         lambda rate, _, s: adamr.gpm(rate, s.subspace),
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "gpm_sgd": Method(
-        "GPM as published: SGD", _sgd_gpm, boundary=boundaries.grow, learning_rate=0.1
+        "GPM as published: SGD", _sgd_gpm, boundary=task_ends.grow, learning_rate=0.1
     ),
     "gpm_shared": Method(
         "GPM's gradient into Adam: shared routing",
         _shared_gpm,
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "gpm_decoupled": Method(
         "GPM, element-wise decoupled routing, guarded",
         _decoupled_gpm,
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "gpm_adaptive": Method(
         "GPM, decoupled, overlap-adaptive strength (the paper's)",
         lambda rate, _, s: _decoupled_gpm(rate, _, s, adamr.overlap_adaptive_scale()),
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "gpm_two_sided": Method(
         "GPM's projection of gradient and update",
         lambda rate, _, s: optax.chain(
             adamr.two_sided(s.subspace), optax.scale_by_learning_rate(rate)
         ),
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "sgp": Method(
         "Scaled Gradient Projection",
         lambda rate, _, s: adamr.sgp(rate, s.subspace),
-        boundary=functools.partial(boundaries.grow, importance=10.0),
+        boundary=functools.partial(task_ends.grow, importance=10.0),
     ),
     "gpm_si": Method(
         "GPM, and SI's proximal pull on what it leaves open",
         lambda rate, c, s: adamr.gpm_si(rate, s.subspace, c),
-        boundary=boundaries.grow_and_consolidate_path,
+        boundary=task_ends.grow_and_consolidate_si,
         strength=0.1,
     ),
     "adam_nscl": Method(
         "Adam-NSCL's update projection, on GPM's bases",
         lambda rate, _, s: adamr.adam_nscl(rate, s.subspace),
-        boundary=boundaries.grow,
+        boundary=task_ends.grow,
     ),
     "ogd": Method(
         "Orthogonal Gradient Descent, ground-truth logits",
         lambda rate, _, s: adamr.ogd(rate, s.directions),
-        boundary=boundaries.add_directions,
+        boundary=task_ends.add_directions,
     ),
     "l2": Method(
         "L2 towards the last task's solution",
         lambda rate, k, s: adamr.ewc(rate, k),
-        boundary=boundaries.anchor_here,
+        boundary=task_ends.anchor_here,
         strength=0.1,
     ),
     "ewc": Method(
         "EWC, true Fisher, proximal",
         lambda rate, k, s: adamr.ewc(rate, k),
-        boundary=boundaries.consolidate,
+        boundary=task_ends.consolidate,
         strength=100.0,
     ),
     "ewc_additive": Method(
         "EWC, true Fisher, penalty in the gradient of both moments",
         lambda rate, k, s: adamr.ewc(rate, k, form="additive"),
-        boundary=boundaries.consolidate,
+        boundary=task_ends.consolidate,
         strength=100.0,
     ),
     "online_ewc": Method(
         "online EWC, γ = 0.9",
         lambda rate, k, s: adamr.online_ewc(rate, k),
-        boundary=functools.partial(boundaries.consolidate, rule="online", decay=0.9),
+        boundary=functools.partial(task_ends.consolidate, rule="online", decay=0.9),
         strength=100.0,
     ),
     "mas": Method(
         "Memory Aware Synapses",
         lambda rate, k, s: adamr.mas(rate, k),
-        boundary=functools.partial(boundaries.consolidate, kind="mas", rule="online"),
+        boundary=functools.partial(task_ends.consolidate, kind="mas", rule="online"),
         strength=1.0,
     ),
     "si": Method(
         "Synaptic Intelligence",
         lambda rate, k, s: adamr.si(rate, k),
-        boundary=boundaries.consolidate_path,
+        boundary=task_ends.consolidate_si,
         strength=0.1,
     ),
     "rwalk": Method(
         "RWalk",
         lambda rate, k, s: adamr.rwalk(rate, k),
-        boundary=boundaries.consolidate_walk,
+        boundary=task_ends.consolidate_rwalk,
         strength=10.0,
     ),
     "gem": Method(
@@ -203,6 +203,6 @@ METHODS: dict[str, Method] = {
     "hft": Method(
         "Half Fine-Tuning",
         lambda rate, _, s: adamr.hft(rate, jax.random.key(0)),
-        boundary=boundaries.redraw,
+        boundary=task_ends.redraw,
     ),
 }

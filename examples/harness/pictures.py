@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.results import by_method, interval
+from examples.harness.results import by_method, interval
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers help in print.
 COLOURS = (

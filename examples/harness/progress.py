@@ -9,8 +9,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples import loop, results
-from examples.hooks import HOOKS
+from examples.harness import loop, results
+from examples.harness.loggers import HOOKS
 
 Report = Callable[[loop.Position, loop.History], None]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples.problem import Data, Feed, Problem, loss_of
+from examples.harness.problem import Data, Feed, Problem, loss_of
 
 __all__ = [
     "Memory",

@@ -18,9 +18,9 @@ import numpy as np
 from rich.table import Table
 
 from adamr import checkpoint
-from examples import loop, results
-from examples.methods import Method
-from examples.problem import Feed, Problem
+from examples.harness import loop, results
+from examples.harness.methods import Method
+from examples.harness.problem import Feed, Problem
 
 TUNING_SEED = 1000  # of no reported run
 

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamr
-from examples.problem import Data
+from examples.harness.problem import Data
 
 __all__ = [
     "add_directions",
     "anchor_here",
     "consolidate",
-    "consolidate_path",
-    "consolidate_walk",
+    "consolidate_si",
+    "consolidate_rwalk",
     "grow",
-    "grow_and_consolidate_path",
+    "grow_and_consolidate_si",
     "redraw",
 ]
 
@@ -55,7 +55,7 @@ def _logits_fn(problem, data):
 def _fisher(problem, params, data, key, kind):
     logits = _logits_fn(problem, data)
     if kind == "mas":
-        return adamr.memory_aware_importance(
+        return adamr.penalties.memory_aware_importance(
             lambda p, x: problem.logits(p, x[None])[0], params, data.inputs,
             chunk_size=32,
         )  # fmt: skip
@@ -83,7 +83,7 @@ def add_directions(problem, setting, params, opt_state, data, key):
     directions = adamr.get_subspace(opt_state)
     data = _some(data, key, setting.new_directions)
     labels = data.labels.reshape(len(data.labels), -1)[:, -1]
-    directions = adamr.ogd_directions(
+    directions = adamr.recipes.ogd.ogd_directions(
         directions, lambda p, x: last(problem.logits(p, x[None])), params, data.inputs,
         labels, chunk_size=32,
     )  # fmt: skip
@@ -96,19 +96,19 @@ def anchor_here(problem, setting, params, opt_state, data, key):
     return adamr.consolidate(opt_state, params, ones, rule="replace")
 
 
-def consolidate_path(problem, setting, params, opt_state, data, key):
+def consolidate_si(problem, setting, params, opt_state, data, key):
     del problem, setting, data, key
-    return adamr.consolidate_path(opt_state, params, damping=1e-3)
+    return adamr.consolidate_si(opt_state, params, damping=1e-3)
 
 
-def grow_and_consolidate_path(problem, setting, params, opt_state, data, key):
+def grow_and_consolidate_si(problem, setting, params, opt_state, data, key):
     opt_state = grow(problem, setting, params, opt_state, data, key)
-    return consolidate_path(problem, setting, params, opt_state, data, key)
+    return consolidate_si(problem, setting, params, opt_state, data, key)
 
 
-def consolidate_walk(problem, setting, params, opt_state, data, key):
+def consolidate_rwalk(problem, setting, params, opt_state, data, key):
     del problem, setting, data, key
-    return adamr.consolidate_walk(opt_state, params)
+    return adamr.consolidate_rwalk(opt_state, params)
 
 
 def redraw(problem, setting, params, opt_state, data, key):

@@ -13,20 +13,21 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples import driver, loop
-from examples.lm import installed, pictures, report
-from examples.lm.data import Domain, check_lengths, load_folder
+from examples.harness import cli, loop
+from examples.harness.problem import Feed
+from examples.harness.resume import Bench
+from examples.lm import pictures, report
 from examples.lm.methods import DEFAULT, METHODS
 from examples.lm.model import PRESETS
 from examples.lm.problem import feed, for_tuning, problem, setting
-from examples.problem import Feed
-from examples.runs import Bench
+from examples.streams import installed
+from examples.streams.domains import Domain, check_lengths, load_folder
 
 _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items())
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(driver.Options):
+class Config(cli.Options):
     """Learns a stream of text domains with a byte-level transformer, one method after
     the other, and shows what each forgets. The same command again goes on where an
     interrupted run stopped.
@@ -58,7 +59,7 @@ class Config(driver.Options):
 
 
 def _domains(config: Config, console: Console) -> list[Domain]:
-    names = None if config.domains is None else driver.listed(config.domains)
+    names = None if config.domains is None else cli.listed(config.domains)
     if config.data is None:
         domains, messages = installed.load_installed(names)
         for message in messages:
@@ -94,8 +95,8 @@ def prepare(config: Config, console: Console) -> Bench:
     sizes = dataclasses.asdict(preset)
     about = report.describe(
         {
-            **driver.settings(config),
-            "methods": driver.listed(config.method),
+            **cli.settings(config),
+            "methods": cli.listed(config.method),
             "domains": names,
             "preset": {"name": config.preset, **sizes},
         },
@@ -103,7 +104,7 @@ def prepare(config: Config, console: Console) -> Bench:
     )
 
     def tuning() -> Feed:
-        first = for_tuning(domains[: driver.TUNING_TASKS])
+        first = for_tuning(domains[: cli.TUNING_TASKS])
         check_lengths(first, preset.context)
         return feed(first, preset)
 
@@ -133,7 +134,7 @@ def prepare(config: Config, console: Console) -> Bench:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return driver.main(Config, METHODS, prepare, "python -m examples.lm", args)
+    return cli.main(Config, METHODS, prepare, "python -m examples.lm", args)
 
 
 if __name__ == "__main__":

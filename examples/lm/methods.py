@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import optax
 
 import adamr
-from examples.boundaries import grow, grow_and_consolidate_path
-from examples.methods import Method
-from examples.setting import Setting
+from examples.harness.methods import Method
+from examples.harness.setting import Setting
+from examples.harness.task_ends import grow, grow_and_consolidate_si
 
 FIXED_STRENGTH = 0.5
 
@@ -135,7 +135,7 @@ METHODS = {
     "gpm_si": Method(
         "GPM through a shared v, and SI's proximal pull on what it leaves open",
         _gpm_si,
-        boundary=grow_and_consolidate_path,
+        boundary=grow_and_consolidate_si,
         learning_rate=3e-3,
         strength=0.3,
     ),

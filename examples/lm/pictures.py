@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from examples.harness.pictures import COLOURS, MARKERS
+from examples.harness.results import by_method
 from examples.lm.report import mean_of
-from examples.pictures import COLOURS, MARKERS
-from examples.results import by_method
 
 
 def _numbers(value: Any) -> Any:

@@ -12,11 +12,16 @@ from flax import nnx
 
 import adamr
 from adamr import capture, diagnostics
-from adamr.subspace import rank
-from examples.lm.data import HELD_OUT_SHARE, Domain, sample_windows, spaced_windows
+from adamr.subspaces.subspace import rank
+from examples.harness.problem import Data, Feed, Problem
+from examples.harness.setting import Setting, setting_for
 from examples.lm.model import BYTES, Preset, create
-from examples.problem import Data, Feed, Problem
-from examples.setting import Setting, setting_for
+from examples.streams.domains import (
+    HELD_OUT_SHARE,
+    Domain,
+    sample_windows,
+    spaced_windows,
+)
 
 UNPROTECTED = ("embedding", "norm", "head")
 CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found
@@ -95,7 +100,7 @@ def _observe(gradient, updates, opt_state, setting) -> dict[str, jax.Array]:
     """
     del setting
     subspace = adamr.get_subspace(opt_state)
-    removed = optax.tree.sub(gradient, adamr.project(subspace, gradient))
+    removed = optax.tree.sub(gradient, adamr.subspaces.project(subspace, gradient))
     total = optax.tree.norm(gradient, squared=True)
     ranks = zip(rank(subspace), subspace.bases, strict=True)
     return {

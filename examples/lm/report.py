@@ -7,11 +7,11 @@ import numpy as np
 from rich.table import Table
 
 from adamr import metrics
-from examples import results
-from examples.lm.data import Domain
+from examples.harness import results
+from examples.harness.results import by_method
+from examples.harness.resume import Done
 from examples.lm.methods import METHODS
-from examples.results import by_method
-from examples.runs import Done
+from examples.streams.domains import Domain
 
 DEFINITIONS = {
     "loss_matrix": "L[i][j]: mean negative log likelihood, in nats per byte, of domain "

@@ -22,13 +22,13 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from adamr.checkpoint import Checkpoints
-from examples import results
-from examples.lm import installed
-from examples.lm.data import DataError, Domain, check_lengths, load_folder
+from adamr.checkpoint.checkpoints import Checkpoints
+from examples.harness import results
 from examples.lm.model import PRESETS, Preset
 from examples.pod import placement
 from examples.pod.train import learn_stream, programs
+from examples.streams import installed
+from examples.streams.domains import DataError, Domain, check_lengths, load_folder
 
 
 @dataclasses.dataclass(frozen=True)

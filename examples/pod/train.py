@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adamr
-from adamr.capture import kernel_axes
-from adamr.checkpoint import Checkpoints, Restored
-from examples.lm.data import Domain, sample_windows, spaced_windows
+from adamr.capture.nnx import kernel_axes
+from adamr.checkpoint.checkpoints import Checkpoints, Restored
 from examples.lm.model import Preset, Transformer
 from examples.lm.problem import UNPROTECTED
 from examples.pod import placement
+from examples.streams.domains import Domain, sample_windows, spaced_windows
 
 CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found
 

@@ -15,7 +15,7 @@
 `python -m examples.streams` lists the names; with a name it describes the stream.
 """
 
-from examples.lm.data import DataError as DataError
+from examples.streams.domains import DataError as DataError
 from examples.streams.registry import load as load
 from examples.streams.registry import names as names
 from examples.streams.stream import SCENARIOS as SCENARIOS

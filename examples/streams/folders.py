@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.lm.data import DataError
+from examples.streams.domains import DataError
 from examples.streams.readers import Images, as_images, listing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.lm.data import DataError
+from examples.streams.domains import DataError
 from examples.streams.folders import TEST_NAMES, both_parts, decode, library
 from examples.streams.readers import Images
 

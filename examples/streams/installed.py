@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from examples.lm.data import HELD_OUT_SHARE, DataError, Domain, as_bytes, choose
+from examples.streams.domains import HELD_OUT_SHARE, DataError, Domain, as_bytes, choose
 
 PACKAGES = ("flax", "jax", "matplotlib", "optax", "orbax-checkpoint", "rich", "tyro")
 DOCUMENTED = ("numpy", "scipy", "matplotlib", "jax")

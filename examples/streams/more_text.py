@@ -7,7 +7,7 @@ different kinds, so they have more in common than the first eight.
 import sysconfig
 from pathlib import Path
 
-from examples.lm.installed import Files, Source
+from examples.streams.installed import Files, Source
 
 
 def _under(*folders: str, suffixes: tuple[str, ...] = (".py",)):

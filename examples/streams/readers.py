@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.lm.data import DataError
+from examples.streams.domains import DataError
 
 
 class Images(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.lm.data import DataError
 from examples.streams import images, readers, sources, synthetic, text
+from examples.streams.domains import DataError
 from examples.streams.stream import Stream
 
 DIGIT_FIVE = ("mnist", "mnist_m", "usps", "svhn", "syn")

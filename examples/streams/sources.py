@@ -12,8 +12,8 @@ hf:<name>                           Hugging Face, `load_dataset` (may download)
 
 from pathlib import Path
 
-from examples.lm.data import DataError
 from examples.streams import folders, hub, readers, tfds
+from examples.streams.domains import DataError
 
 ALIASES = {
     "cifar100": ("cifar100python",),

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.lm.data import DataError, Domain, as_bytes, load_folder
-from examples.lm.installed import SOURCES, load_installed
 from examples.streams import hub
+from examples.streams.domains import DataError, Domain, as_bytes, load_folder
+from examples.streams.installed import SOURCES, load_installed
 from examples.streams.more_text import MORE_SOURCES
 from examples.streams.stream import Part, Stream
 

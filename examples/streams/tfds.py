@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.lm.data import DataError
+from examples.streams.domains import DataError
 from examples.streams.folders import TEST_NAMES, both_parts, decode
 from examples.streams.readers import Images, listing
 

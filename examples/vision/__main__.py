@@ -13,10 +13,11 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples import driver, loop, pictures, results, streams
-from examples.methods import METHODS
-from examples.runs import Bench, Done, UsageError
-from examples.setting import setting_for
+from examples import streams
+from examples.harness import cli, loop, pictures, results
+from examples.harness.methods import METHODS
+from examples.harness.resume import Bench, Done, UsageError
+from examples.harness.setting import setting_for
 from examples.vision.problem import feed, problem, union
 
 DEFAULT = "adam,sgd,gpm,gpm_shared,ewc,agem,er"
@@ -24,7 +25,7 @@ _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items()
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(driver.Options):
+class Config(cli.Options):
     """Learns a stream of image tasks, one method after the other, and shows what each
     forgets. The same command again goes on where an interrupted run stopped.
     """
@@ -129,7 +130,7 @@ def prepare(config: Config, console: Console) -> Bench:
 
     def content(rows: list[dict]) -> dict[str, Any]:
         return {
-            "config": driver.settings(config),
+            "config": cli.settings(config),
             "stream": {"name": stream.name, "scenario": stream.scenario},
             "tasks": tasks,
             "versions": results.versions(),
@@ -138,7 +139,7 @@ def prepare(config: Config, console: Console) -> Bench:
             "comparisons": results.comparisons(rows),
         }
 
-    first = streams.for_tuning(stream, min(driver.TUNING_TASKS, len(tasks)))
+    first = streams.for_tuning(stream, min(cli.TUNING_TASKS, len(tasks)))
     return Bench(
         methods=METHODS,
         problem=made,
@@ -158,7 +159,7 @@ def prepare(config: Config, console: Console) -> Bench:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return driver.main(Config, METHODS, prepare, "python -m examples.vision", args)
+    return cli.main(Config, METHODS, prepare, "python -m examples.vision", args)
 
 
 if __name__ == "__main__":

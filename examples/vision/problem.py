@@ -10,7 +10,7 @@ from flax import nnx
 
 from adamr import capture
 from examples import streams
-from examples.problem import Data, Feed, Problem
+from examples.harness.problem import Data, Feed, Problem
 from examples.vision.models import MODELS, LinenMLP
 
 __all__ = ["feed", "problem", "union"]

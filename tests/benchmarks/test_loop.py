@@ -11,7 +11,7 @@ pytest.importorskip("tyro")
 
 from adamr import get_anchor
 from benchmarks import avalanche, throughput
-from examples.problem import Data, loss_of
+from examples.harness.problem import Data, loss_of
 from examples.vision.problem import problem
 
 MADE, _ = problem("mlp", (6,), 3, hidden=(5, 4))

@@ -12,9 +12,9 @@ import pytest
 import adamr
 from adamr.diagnostics import effective_learning_rate
 from benchmarks import interventions, mechanism
-from benchmarks._gradients import along_adam, coordinate, quadratic
-from benchmarks._inflation import NORMALIZERS, measure, predict, with_mixing
-from benchmarks._interventions import method_for
+from benchmarks._evidence.arms import method_for
+from benchmarks._evidence.gradients import along_adam, coordinate, quadratic
+from benchmarks._evidence.inflation import NORMALIZERS, measure, predict, with_mixing
 
 ALPHAS = np.array(mechanism.ALPHAS)
 

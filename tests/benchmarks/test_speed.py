@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import adamr
-from benchmarks import _rivals, _timing, accelerator, scaling
+from benchmarks import accelerator, scaling
+from benchmarks._speed import rivals, timing
 
 
 def test_power_law_finds_the_exponent_and_its_error():
@@ -49,7 +50,7 @@ def test_bytes_that_an_update_must_move():
     size = 64 * 32 + 32
 
     def moved(tx):
-        return _rivals.moved_bytes(params, tx.init(params))
+        return rivals.moved_bytes(params, tx.init(params))
 
     assert moved(optax.adam(1e-3)) == 4 * 7 * size + 2 * 4  # and the count
     subspace = adamr.empty_subspace(params, max_rank=4)
@@ -65,7 +66,7 @@ def test_a_stepper_takes_the_mean_over_its_steps():
         seen.append(gradient)
         return params, state
 
-    run = _timing.stepper(step, jnp.ones(1), jnp.ones(1), steps=3)
+    run = timing.stepper(step, jnp.ones(1), jnp.ones(1), steps=3)
     assert run("g") > 0 and seen == ["g"] * 3
 
 

@@ -148,8 +148,8 @@ def protected_step(model, samples, axes):
     s = adamr.grow_subspace(s, samples, threshold=1.0)
     keys = iter(jax.random.split(jax.random.key(9), 100))
     noise = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
-    steps = adamr.project(s, noise)
-    names, leaves = adamr._trees.flatten_with_names(steps)
+    steps = adamr.subspaces.project(s, noise)
+    names, leaves = adamr._tree.flatten_with_names(steps)
     for name, u, basis in zip(names, leaves, s.bases, strict=True):
         # Nothing was said of biases and the like: they stand still.
         assert basis is None or jnp.linalg.norm(u) > 0.1, name
@@ -185,7 +185,7 @@ def test_attention_layers_and_their_axes():
     params = nnx.state(layer, nnx.Param)
     s = adamr.empty_subspace(params, axes=axes)
     s = adamr.grow_subspace(s, samples)
-    assert any(int(r) > 0 for r in adamr.rank(s) if r is not None)
+    assert any(int(r) > 0 for r in adamr.subspaces.rank(s) if r is not None)
 
 
 def test_axes_of_a_model_of_shapes_alone():
@@ -214,8 +214,8 @@ def test_a_layer_called_twice_has_both_inputs_and_order_is_the_params():
     twice = jnp.concatenate([x, model.linear(x)])
     np.testing.assert_allclose(samples["linear"]["kernel"], twice, rtol=1e-5)
     params = nnx.state(model, nnx.Param)
-    names = adamr._trees.flatten_with_names(params)[0]
-    ours = adamr._trees.flatten_with_names(samples)[0]
+    names = adamr._tree.flatten_with_names(params)[0]
+    ours = adamr._tree.flatten_with_names(samples)[0]
     assert [n.replace("/value", "") for n in names] == [
         n.replace("/value", "") for n in ours
     ]
@@ -441,7 +441,7 @@ def linen_protected(model, x, samples, axes, variables):
     s = adamr.empty_subspace(p, axes=axes)
     s = adamr.grow_subspace(s, samples, threshold=1.0)
     noise = jax.tree.map(lambda w: jax.random.normal(jax.random.key(9), w.shape), p)
-    leaves, treedef = jax.tree.flatten(adamr.project(s, noise))
+    leaves, treedef = jax.tree.flatten(adamr.subspaces.project(s, noise))
     for u, basis in zip(leaves, s.bases, strict=True):
         assert basis is None or jnp.linalg.norm(u) > 0.1
     moved = [

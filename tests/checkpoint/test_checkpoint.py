@@ -19,8 +19,9 @@ import pytest
 from flax import nnx
 
 import adamr
-from adamr import _contents, _files, memory
-from adamr.checkpoint import Checkpoints, load
+from adamr import buffers
+from adamr.checkpoint import _contents, _folders
+from adamr.checkpoint.checkpoints import Checkpoints, load
 
 CONFIG = {"rate": 0.1, "model": {"width": 32, "layers": [1, 2]}, "name": None}
 
@@ -229,10 +230,10 @@ def test_flax_and_buffers_come_back(tmp_path):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     item = {"x": jnp.zeros(2), "y": jnp.zeros([], jnp.int32)}
-    buffer = memory.empty_reservoir(3, item, jax.random.key(1))
+    buffer = buffers.empty_reservoir(3, item, jax.random.key(1))
     batch = {"x": jnp.ones((5, 2)), "y": jnp.arange(5)}
-    buffer = memory.add_to_reservoir(buffer, batch)
-    ring = memory.empty_ring(2, 3, item, jax.random.key(2))
+    buffer = buffers.add_to_reservoir(buffer, batch)
+    ring = buffers.empty_ring(2, 3, item, jax.random.key(2))
     subspace = adamr.empty_subspace({"w": jnp.ones((3, 2)), "b": jnp.zeros(2)})
     assert_round_trip(tmp_path, (nnx.state((model, optimizer)), buffer, ring, subspace))
 
@@ -395,19 +396,19 @@ def test_damaged_is_skipped_with_a_warning_and_stays(tmp_path, name):
 def test_any_flipped_bit_is_seen(tmp_path):
     (path,) = save_all(tmp_path, [big(1.0)])
     rng = np.random.default_rng(0)
-    assert _files.damage(path) is None
+    assert _folders.damage(path) is None
     for file in files(path):
         whole = file.read_bytes()
         for position in {0, len(whole) - 1, *rng.integers(0, len(whole), 20)}:
             flip(file, position, int(rng.integers(8)))
-            assert _files.damage(path), (file, position)
+            assert _folders.damage(path), (file, position)
             file.write_bytes(whole)
     for size in range(len((path / "SHA256SUMS").read_bytes())):
         whole = (path / "SHA256SUMS").read_bytes()
         cut(path / "SHA256SUMS", size)
-        assert _files.damage(path)
+        assert _folders.damage(path)
         (path / "SHA256SUMS").write_bytes(whole)
-    assert _files.damage(path) is None
+    assert _folders.damage(path) is None
 
 
 def test_files_that_others_leave_are_no_damage(tmp_path):
@@ -458,7 +459,7 @@ def test_damage_does_not_count_as_kept(tmp_path):
 
 def test_what_a_kill_leaves_is_ignored_and_removed(tmp_path):
     save_all(tmp_path, [big(1.0)])
-    left = _files.temporary(tmp_path)
+    left = _folders.temporary(tmp_path)
     (left / "state.json").write_text("{")
     assert restored(tmp_path, big(0.0)).step == 1
     assert not left.exists()
@@ -610,7 +611,7 @@ def test_a_read_only_directory(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(_files.Path, "mkdir", refuse)
+    monkeypatch.setattr(_folders.Path, "mkdir", refuse)
     with pytest.raises(PermissionError, match=f"cannot write into.*{tmp_path}"):
         opened(tmp_path).__enter__()
 
@@ -668,15 +669,15 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {path!r})
-import _files
-with _files.locked(Path({directory!r})):
+import _folders
+with _folders.locked(Path({directory!r})):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def test_another_process_is_kept_out_until_it_ends(tmp_path):
-    path = os.path.dirname(_files.__file__)
+    path = os.path.dirname(_folders.__file__)
     code = HOLD.format(path=path, directory=str(tmp_path))
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -759,7 +760,7 @@ def test_the_name_appears_last(tmp_path, monkeypatch):
 
     def note_rename(source, target):
         if str(target).endswith("step-000000000001"):
-            seen.append(_files.damage(source))
+            seen.append(_folders.damage(source))
             inside = {str(p) for p in [source, *source.rglob("*")]}
             assert inside <= set(flushed)
             flushed.clear()

@@ -367,7 +367,7 @@ CASES = [
     Case(
         "proximal_penalty",
         lambda s: (
-            lambda learning_rate=0.1, strength=3.0: adamr.proximal_penalty(
+            lambda learning_rate=0.1, strength=3.0: adamr.protection.proximal_penalty(
                 learning_rate, strength, importance=0.5
             )
         ),
@@ -400,17 +400,17 @@ CASES = [
         )
     ],
     Case(
-        "track_path",
+        "track_si",
         lambda s: (
-            lambda strength=3.0: adamr.track_path(
+            lambda strength=3.0: adamr.penalties.track_si(
                 optax.chain(adamr.project_out(s), adamr.quadratic_penalty(strength))
             )
         ),
     ),
     Case(
-        "track_walk",
+        "track_rwalk",
         lambda s: (
-            lambda strength=3.0, alpha=0.9: adamr.track_walk(
+            lambda strength=3.0, alpha=0.9: adamr.penalties.track_rwalk(
                 adamr.quadratic_penalty(strength, importance=0.5), 2, alpha
             )
         ),
@@ -418,7 +418,7 @@ CASES = [
     ),
     Case(
         "mix_gradients",
-        lambda s: lambda weight=0.3: adamr.mix_gradients(weight),
+        lambda s: lambda weight=0.3: adamr.modifiers.mix_gradients(weight),
         holds_subspace=False,
         extra_args=memory_gradient,
     ),
@@ -426,7 +426,7 @@ CASES = [
         "replay_routing",
         lambda s: (
             lambda weight=0.3, b1=0.9: optax.chain(
-                adamr.replay_routing(weight), adamr.faithful_second_moment(b1)
+                adamr.modifiers.replay_routing(weight), adamr.faithful_second_moment(b1)
             )
         ),
         holds_subspace=False,
@@ -440,7 +440,7 @@ CASES = [
     ),
     Case(
         "disruption_mask",
-        lambda s: lambda decay=0.9: adamr.disruption_mask(decay),
+        lambda s: lambda decay=0.9: adamr.modifiers.disruption_mask(decay),
         holds_subspace=False,
         extra_args=retain_gradient,
     ),
@@ -448,7 +448,9 @@ CASES = [
         "freeze_masked_decoupled",
         lambda s: (
             lambda decay=0.9, b1=0.9: optax.chain(
-                adamr.route_first_moment(adamr.disruption_mask(decay, normalize=False)),
+                adamr.route_first_moment(
+                    adamr.modifiers.disruption_mask(decay, normalize=False)
+                ),
                 adamr.freeze_masked(adamr.faithful_second_moment(b1)),
             )
         ),
@@ -468,7 +470,7 @@ CASES = [
     Case(
         "half_fine_tuning",
         lambda s: (
-            lambda learning_rate=0.1, b1=0.9: adamr.half_fine_tuning(
+            lambda learning_rate=0.1, b1=0.9: adamr.protection.half_fine_tuning(
                 adamr.adamr(learning_rate, adamr.project_out(s), b1=b1),
                 jax.random.key(3),
             )
@@ -487,7 +489,7 @@ CASES = [
         "normalize_and_project",
         lambda s: (
             lambda learning_rate=0.1: optax.chain(
-                optax.adam(learning_rate), adamr.normalize_and_project()
+                optax.adam(learning_rate), adamr.recipes.norms.normalize_and_project()
             )
         ),
         holds_subspace=False,
@@ -495,7 +497,7 @@ CASES = [
     Case(
         "remove_radial",
         lambda s: (
-            lambda b1=0.9, delta=0.5: adamr.remove_radial(
+            lambda b1=0.9, delta=0.5: adamr.recipes.norms.remove_radial(
                 optax.scale_by_adam(b1), delta, weight_decay=0.1
             )
         ),

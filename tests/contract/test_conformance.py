@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from cases import CASES, COMPOSED, gradients, params, subspace
 
 import adamr
+from tests.contract.cases import CASES, COMPOSED, gradients, params, subspace
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_link = pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_no_recompilation_across_tasks(case, committed):
             if task or g is gs[1]:
                 assert "/jax/core/compile/backend_compile_duration" not in COMPILED
         s = adamr.get_subspace(state)
-        rows = adamr.gradient_samples(s, gradients(task))
+        rows = adamr.subspaces.gradient_samples(s, gradients(task))
         state = adamr.set_subspace(state, adamr.grow_subspace(s, rows, threshold=0.5))
     assert len(traces) == 1
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, COMPOSED, gradients, params, subspace
-from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adamr
 from adamr.sharding import state_shardings
+from tests.contract.cases import CASES, COMPOSED, gradients, params, subspace
+from tests.contract.collectives import collectives
 
 # name: mesh, and the axes along which batch, fan-in (layers of a stack) and fan-out lie
 LAYOUTS = {

@@ -8,9 +8,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 pytest.importorskip("tyro")
 
-from benchmarks import _benches, forgetting
-from benchmarks._tables import written
-from docs import evidence
+from benchmarks import forgetting
+from benchmarks._evidence import benches
+from benchmarks._pages import evidence
+from benchmarks._pages.tables import written
 
 
 @pytest.mark.parametrize("name", evidence.TABLES)
@@ -20,7 +21,7 @@ def test_tables_are_those_of_the_results(name):
     assert written(page, name, make()) == page, "run python -m docs.evidence"
 
 
-@pytest.mark.parametrize("stream", _benches.ON_TWO_CORES)
+@pytest.mark.parametrize("stream", benches.ON_TWO_CORES)
 def test_every_main_cell_has_been_measured(stream):
     file = evidence.RESULTS / f"forgetting_{stream.replace('-', '_')}.json"
     seeds = {r["cell"]: len(r["runs"]) for r in json.loads(file.read_text())["rows"]}

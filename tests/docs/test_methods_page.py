@@ -5,7 +5,7 @@ import re
 import pytest
 
 import adamr
-from docs import methods
+from benchmarks._pages import methods
 
 
 def written():

@@ -12,7 +12,7 @@ pytest.importorskip("tyro")
 
 from benchmarks import memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / memory.PAGE).read_text()
 
 

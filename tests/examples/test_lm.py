@@ -3,21 +3,24 @@
 import json
 import signal
 
-import example_kills
 import numpy as np
 import pytest
+
+from tests.processes import example_kills
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tyro")
 
-from examples import loop
-from examples.lm import data, installed, problem, report
+from examples.harness import loop
+from examples.harness.resume import Done
+from examples.lm import problem, report
 from examples.lm.__main__ import main
 from examples.lm.methods import DEFAULT, METHODS
 from examples.lm.model import PRESETS
-from examples.runs import Done
+from examples.streams import installed
+from examples.streams.domains import load_folder, sample_windows, spaced_windows
 
 
 def write_text(made):
@@ -149,7 +152,7 @@ def test_unknown_preset_exits_with_2(folder, tmp_path):
 def test_plain_file_is_split_by_position(tmp_path):
     text = bytes(range(200)) * 5
     (tmp_path / "a.txt").write_bytes(text)
-    (domain,) = data.load_folder(tmp_path)
+    (domain,) = load_folder(tmp_path)
     assert domain.train.tobytes() == text[:900]
     assert domain.valid.tobytes() == text[900:]
 
@@ -157,9 +160,9 @@ def test_plain_file_is_split_by_position(tmp_path):
 def test_windows_stay_inside_the_text():
     text = np.arange(18, dtype=np.uint8)
     rng = np.random.default_rng(0)
-    windows = data.sample_windows(text, (50, 4), 16, rng)
+    windows = sample_windows(text, (50, 4), 16, rng)
     assert windows.shape == (50, 4, 17) and set(windows[..., 0].ravel()) == {0, 1}
-    spaced = data.spaced_windows(text, 3, 16)
+    spaced = spaced_windows(text, 3, 16)
     assert spaced[:, 0].tolist() == [0, 0, 1] and spaced[-1, -1] == 17
 
 
@@ -202,7 +205,7 @@ def test_diverged_run_makes_valid_json():
 
 
 def test_batches_do_not_depend_on_how_they_are_asked_for(folder):
-    feed = problem.feed(data.load_folder(folder), PRESETS["tiny"])
+    feed = problem.feed(load_folder(folder), PRESETS["tiny"])
     whole = feed.batches(1, 7, 0, 6)
     parts = [feed.batches(1, 7, first, 2) for first in (0, 2, 4)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
@@ -212,7 +215,7 @@ def test_batches_do_not_depend_on_how_they_are_asked_for(folder):
 
 
 def test_a_union_mixes_its_domains_alone(folder):
-    feed = problem.feed(data.load_folder(folder), PRESETS["tiny"], [[0, 1]])
+    feed = problem.feed(load_folder(folder), PRESETS["tiny"], [[0, 1]])
     windows = feed.batches(0, 0, 0, 50).reshape(-1, 17)
     letters = np.isin(windows, list(b"abcdefgh")).any(-1)
     digits = np.isin(windows, list(b"0123456789")).any(-1)
@@ -224,7 +227,7 @@ def test_a_union_mixes_its_domains_alone(folder):
 
 
 def test_tuning_never_sees_held_out_text(folder):
-    domains = data.load_folder(folder)
+    domains = load_folder(folder)
     for whole, part in zip(domains, problem.for_tuning(domains), strict=True):
         assert len(part.valid) == int(0.1 * len(whole.train))
         again = np.concatenate([part.train, part.valid])

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from examples.hooks import HOOKS
+from examples.harness.loggers import HOOKS
 
 LOGGED = [
     ("adam-0", 2, {"loss": 2.5, "accuracy_so_far": 0.25}),

@@ -17,17 +17,18 @@ pytest.importorskip("flax")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tyro")
 
-from adamr.checkpoint import Checkpoints
-from adamr.routing import FaithfulSecondMomentState
-from adamr.state import find_nodes, get_subspace
-from adamr.subspace import rank
-from examples.lm.data import load_folder
+from adamr._nodes import find_nodes
+from adamr.checkpoint.checkpoints import Checkpoints
+from adamr.routing.merge import FaithfulSecondMomentState
+from adamr.state import get_subspace
+from adamr.subspaces.subspace import rank
 from examples.lm.model import PRESETS
 from examples.pod import placement
 from examples.pod.__main__ import main
 from examples.pod.train import learn_stream, programs
+from examples.streams.domains import load_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = PRESETS["tiny"]
 MESH = "data=2,fsdp=2,tensor=2"
 NUMBERS = {"seed": 0, "learning_rate": 1e-2, "max_rank": 8, "threshold": 0.9}

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("sklearn")
 
 from examples import streams
-from examples.lm.data import Domain, as_bytes
 from examples.streams import images, pixels, readers, registry, synthetic, text
 from examples.streams.__main__ import main
+from examples.streams.domains import Domain, as_bytes
 from examples.streams.stream import number_outputs, stack
 
 

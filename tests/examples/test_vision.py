@@ -5,11 +5,12 @@ import itertools
 import json
 import signal
 
-import example_kills
 import jax
 import numpy as np
 import optax
 import pytest
+
+from tests.processes import example_kills
 
 pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
@@ -19,12 +20,13 @@ pytest.importorskip("tyro")
 from rich.console import Console
 
 import adamr
-from examples import loop, results, streams
-from examples.driver import TUNING_TASKS
-from examples.memory import Memory, memory_gradients
-from examples.methods import METHODS
-from examples.problem import Data, loss_of
-from examples.setting import setting_for
+from examples import streams
+from examples.harness import loop, results
+from examples.harness.cli import TUNING_TASKS
+from examples.harness.methods import METHODS
+from examples.harness.problem import Data, loss_of
+from examples.harness.replay import Memory, memory_gradients
+from examples.harness.setting import setting_for
 from examples.vision.__main__ import Config, main, prepare
 from examples.vision.problem import feed, problem, union
 

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_constraint as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamr import empty_subspace
 from adamr.modifiers.constraint import agem_constraint, gem_constraint
 from adamr.modifiers.dual import solve_diagonal, solve_exact
-from adamr.modifiers.metric import constrained_second_moment
 from adamr.modifiers.projection import project_out
 from adamr.modifiers.surgery import cagrad, pcgrad
-from adamr.routing import faithful_second_moment, route_first_moment
+from adamr.protection.constrained import constrained_second_moment
+from adamr.routing.carrier import route_first_moment
+from adamr.routing.merge import faithful_second_moment
+from tests.references import constraint as reference
 
 SHAPES = {"a": {"bias": (4,), "kernel": (3, 4)}, "scale": (), "stack": (2, 3, 2)}
 SIZE = 29

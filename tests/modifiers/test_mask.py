@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_mask as reference
-from cases import gradients, params, subspace
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adamr
-from adamr.modifiers.half import HalfFineTuningState
+from adamr._nodes import find_nodes
 from adamr.modifiers.mask import DisruptionState
-from adamr.routing import Routed
-from adamr.state import find_nodes
+from adamr.protection.half import HalfFineTuningState
+from adamr.routing.carrier import Routed
+from tests.contract.cases import gradients, params, subspace
+from tests.references import mask as reference
 
 
 def apply(tx, g, **evidence):
@@ -34,16 +34,16 @@ def bits(tree):
 
 def test_t20_disruption_mask():
     g, r = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 1.0, -1.0])
-    step = apply(adamr.disruption_mask(), g, retain_gradient=r)
+    step = apply(adamr.modifiers.disruption_mask(), g, retain_gradient=r)
     np.testing.assert_allclose(step, [0.26726, 0.0, 0.0], atol=5e-6)
-    raw = apply(adamr.disruption_mask(normalize=False), g, retain_gradient=r)
+    raw = apply(adamr.modifiers.disruption_mask(normalize=False), g, retain_gradient=r)
     np.testing.assert_array_equal(raw, [1.0, 0.0, 0.0])
 
 
 def test_disruption_mask_matches_its_twin_over_steps():
     gs, retains = normal(0, 2, 8, 30)
     for kwargs in ({}, {"decay": 0.5}, {"normalize": False}):
-        tx = adamr.disruption_mask(**kwargs)
+        tx = adamr.modifiers.disruption_mask(**kwargs)
         tree = lambda x: {"a": jnp.asarray(x[:10]), "b": jnp.asarray(x[10:])}  # noqa: E731
         state = tx.init(tree(gs[0]))
         twin = reference.disruption(*np.float64([gs, retains]), **kwargs)
@@ -56,7 +56,7 @@ def test_disruption_mask_matches_its_twin_over_steps():
 @given(st.integers(0, 999))
 def test_masked_gradient_disrupts_no_coordinate(seed):
     gs, retains = normal(seed, 2, 3, 20)
-    tx = adamr.disruption_mask()
+    tx = adamr.modifiers.disruption_mask()
     state = tx.init(jnp.zeros(20))
     for g, r in zip(gs, retains, strict=True):
         step, state = tx.update(jnp.asarray(g), state, retain_gradient=jnp.asarray(r))
@@ -71,13 +71,13 @@ def test_masked_gradient_disrupts_no_coordinate(seed):
 def test_norm_is_global_over_leaves_and_before_the_mask():
     g = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     r = {"a": jnp.array([1.0]), "b": jnp.array([-1.0])}
-    step = apply(adamr.disruption_mask(), g, retain_gradient=r)
+    step = apply(adamr.modifiers.disruption_mask(), g, retain_gradient=r)
     np.testing.assert_allclose(step["a"], [0.6], rtol=1e-6)
     np.testing.assert_array_equal(step["b"], [0.0])
 
 
 def test_degenerate_evidence():
-    tx = adamr.disruption_mask()
+    tx = adamr.modifiers.disruption_mask()
     g, zeros = jnp.array([1.0, -2.0]), jnp.zeros(2)
     np.testing.assert_array_equal(apply(tx, zeros, retain_gradient=g), zeros)
     np.testing.assert_array_equal(apply(tx, g, retain_gradient=zeros), zeros)
@@ -91,20 +91,20 @@ def test_degenerate_evidence():
 
 def test_retain_average_is_float32_under_bf16():
     g = jnp.ones(2, jnp.bfloat16)
-    tx = adamr.disruption_mask()
+    tx = adamr.modifiers.disruption_mask()
     step, state = tx.update(g, tx.init(g), retain_gradient=g)
     assert step.dtype == jnp.bfloat16 and state.retain.dtype == jnp.float32
 
 
 def test_disruption_bad_input():
     g = {"w": jnp.ones(3)}
-    tx = adamr.disruption_mask()
+    tx = adamr.modifiers.disruption_mask()
     with pytest.raises(ValueError, match="needs retain_gradient"):
         tx.update(g, tx.init(g))
     with pytest.raises(ValueError, match="retain_gradient at 'w' has shape"):
         tx.update(g, tx.init(g), retain_gradient={"w": jnp.ones(2)})
     with pytest.raises(ValueError, match="decay must lie in"):
-        adamr.disruption_mask(1.5)
+        adamr.modifiers.disruption_mask(1.5)
     with pytest.raises(TypeError, match="takes a plain gradient tree"):
         tx.update(Routed(g, g, g), tx.init(g), retain_gradient=g)
 
@@ -190,7 +190,7 @@ def test_a_coordinate_freed_late_starts_with_a_bounded_step(b2, factor):
 def test_behind_a_decoupled_route_zeros_of_the_first_gradient_count():
     g, r = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 1.0, -1.0])
     tx = optax.chain(
-        adamr.route_first_moment(adamr.disruption_mask(0.0, normalize=False)),
+        adamr.route_first_moment(adamr.modifiers.disruption_mask(0.0, normalize=False)),
         adamr.freeze_masked(adamr.faithful_second_moment()),
     )
     state = tx.init(g)
@@ -206,7 +206,7 @@ def test_behind_a_decoupled_route_zeros_of_the_first_gradient_count():
 
 def test_masking_only_the_gradient_leaks_and_mudman_does_not():
     g, agree, against = jnp.ones(2), jnp.ones(2), jnp.array([1.0, -1.0])
-    leaky = optax.chain(adamr.disruption_mask(0.0), optax.adam(0.1))
+    leaky = optax.chain(adamr.modifiers.disruption_mask(0.0), optax.adam(0.1))
     for tx, leaks in ((leaky, True), (adamr.mudman(0.1, 0.0), False)):
         _, state = tx.update(g, tx.init(g), retain_gradient=agree)
         step, state = tx.update(g, state, retain_gradient=against)
@@ -258,7 +258,7 @@ def counts(tree, state):
     """(frozen, all) per category."""
     result, frozen = {}, frozen_by_name(tree, state)
     for name, x in zip(frozen, jax.tree.leaves(tree), strict=True):
-        category = adamr.default_groups(name, x.shape)
+        category = adamr.protection.default_groups(name, x.shape)
         part, whole = result.get(category, (0, 0))
         result[category] = (part + frozen[name], whole + 1)
     return result
@@ -267,7 +267,7 @@ def counts(tree, state):
 @pytest.mark.parametrize("seed", range(3))
 def test_exactly_half_of_every_category_in_every_round(seed):
     p = transformer(4)
-    tx = adamr.half_fine_tuning(optax.sgd(0.1), jax.random.key(seed))
+    tx = adamr.protection.half_fine_tuning(optax.sgd(0.1), jax.random.key(seed))
     state, draws = tx.init(p), set()
     for _ in range(5):
         per = counts(p, state)
@@ -284,7 +284,7 @@ def test_exactly_half_of_every_category_in_every_round(seed):
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_odd_categories_freeze_the_smaller_half_and_every_leaf_alike(size):
     p = {f"w{i}": jnp.ones((2, 2)) for i in range(size)}
-    tx = adamr.half_fine_tuning(
+    tx = adamr.protection.half_fine_tuning(
         optax.sgd(0.1), jax.random.key(0), lambda path, shape: "all"
     )
     state, often = tx.init(p), np.zeros(size)
@@ -307,7 +307,7 @@ def test_groups_are_any_function_of_name_and_shape():
         seen.append((path, shape))
         return ("two", len(shape)) if len(shape) > 1 else None
 
-    tx = adamr.half_fine_tuning(optax.sgd(0.1), jax.random.key(0), groups)
+    tx = adamr.protection.half_fine_tuning(optax.sgd(0.1), jax.random.key(0), groups)
     state = tx.init(p)
     assert seen[:3] == [
         ("conv", (2, 2, 3, 8)),
@@ -339,7 +339,7 @@ def test_groups_are_any_function_of_name_and_shape():
     ],
 )
 def test_default_groups(path, shape, category):
-    assert adamr.default_groups(path, shape) == category
+    assert adamr.protection.default_groups(path, shape) == category
 
 
 FULL = {
@@ -360,7 +360,9 @@ FULL = {
 def test_frozen_half_is_bit_identical_after_a_round(name):
     """Weights and moments, under momentum and decay; the other half moves."""
     p = params()
-    tx = adamr.half_fine_tuning(FULL[name](), jax.random.key(1), lambda path, shape: 0)
+    tx = adamr.protection.half_fine_tuning(
+        FULL[name](), jax.random.key(1), lambda path, shape: 0
+    )
     state = tx.init(p)
     update = jax.jit(tx.update)
 
@@ -397,7 +399,7 @@ def test_frozen_half_is_bit_identical_after_a_round(name):
 def test_frozen_leaves_do_not_enter_a_norm_inside():
     p = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0))
-    tx = adamr.half_fine_tuning(inner, jax.random.key(0))
+    tx = adamr.protection.half_fine_tuning(inner, jax.random.key(0))
     g = {"a": 100 * p["a"], "b": 100 * p["b"]}
     step, _ = tx.update(g, tx.init(p), p)
     np.testing.assert_allclose(sorted(float(x[0, 0]) for x in step.values()), [-1, 0])
@@ -425,7 +427,9 @@ WRAPPERS = {
     "multi_steps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
     "finite": lambda tx: optax.apply_if_finite(tx, 3),
     "injected": lambda tx: optax.inject_hyperparams(
-        lambda rate: adamr.half_fine_tuning(optax.sgd(rate), jax.random.key(0))
+        lambda rate: adamr.protection.half_fine_tuning(
+            optax.sgd(rate), jax.random.key(0)
+        )
     )(0.1),
     "partition": lambda tx: optax.partition(
         {True: tx, False: optax.sgd(0.1)},
@@ -439,7 +443,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_redraw_through_wrappers_without_recompilation(wrapper, legacy_key, committed):
     key = (jax.random.PRNGKey if legacy_key else jax.random.key)(2)
-    tx = adamr.half_fine_tuning(optax.adam(0.1), key, lambda path, shape: 0)
+    tx = adamr.protection.half_fine_tuning(optax.adam(0.1), key, lambda path, shape: 0)
     tx, p = WRAPPERS[wrapper](tx), params()
     device = jax.devices()[0] if committed else None
     p, state = jax.device_put((p, tx.init(p)), device)
@@ -500,7 +504,7 @@ def test_half_fine_tuning_bad_input():
     g = {"w": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match="holds no state of half_fine_tuning"):
         adamr.redraw_half(optax.adam(0.1).init(g))
-    tx = adamr.half_fine_tuning(optax.sgd(0.1), jax.random.key(0))
+    tx = adamr.protection.half_fine_tuning(optax.sgd(0.1), jax.random.key(0))
     with pytest.raises(TypeError, match="takes a plain gradient tree"):
         tx.update(Routed(g, g, g), tx.init(g))
 

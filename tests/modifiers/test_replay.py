@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_mask as reference
-from cases import gradients, params
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adamr
-from adamr import memory
-from adamr.routing import Routed
+from adamr import buffers
+from adamr.routing.carrier import Routed
+from tests.contract.cases import gradients, params
+from tests.references import mask as reference
 
 
 def apply(tx, g, **evidence):
@@ -31,8 +31,8 @@ def normal(seed, *shape):
 def test_weight_zero_is_plain_bit_for_bit(weight, memory):
     g = gradients(0)
     rows = jax.tree.map(lambda x: jnp.full_like(x, memory), g)
-    mixed = apply(adamr.mix_gradients(weight), g, memory_gradient=rows)
-    routed = apply(adamr.replay_routing(weight), g, memory_gradient=rows)
+    mixed = apply(adamr.modifiers.mix_gradients(weight), g, memory_gradient=rows)
+    routed = apply(adamr.modifiers.replay_routing(weight), g, memory_gradient=rows)
     for tree in (mixed, *routed):
         for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(g), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -41,9 +41,9 @@ def test_weight_zero_is_plain_bit_for_bit(weight, memory):
 @given(st.floats(0, 1, width=32), st.integers(0, 99))
 def test_identical_gradients_give_the_gradient(weight, seed):
     g = jnp.asarray(normal(seed, 7))
-    mixed = apply(adamr.mix_gradients(weight), g, memory_gradient=g)
+    mixed = apply(adamr.modifiers.mix_gradients(weight), g, memory_gradient=g)
     np.testing.assert_array_equal(mixed, g)
-    routed = apply(adamr.replay_routing(weight), g, memory_gradient=g)
+    routed = apply(adamr.modifiers.replay_routing(weight), g, memory_gradient=g)
     np.testing.assert_array_equal(routed.first, g)
     np.testing.assert_array_equal(routed.second, g)
     assert isinstance(routed, Routed) and routed.raw is g
@@ -52,10 +52,14 @@ def test_identical_gradients_give_the_gradient(weight, seed):
 @given(st.floats(0, 1, width=32), st.integers(0, 99))
 def test_mixture_matches_its_twin_and_never_exceeds_what_v_sees(weight, seed):
     g, m = normal(seed, 2, 50)
-    mixed = apply(adamr.mix_gradients(weight), jnp.asarray(g), memory_gradient=m)
+    mixed = apply(
+        adamr.modifiers.mix_gradients(weight), jnp.asarray(g), memory_gradient=m
+    )
     expected = reference.mix(*np.float64([g, m]), weight)
     np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
-    routed = apply(adamr.replay_routing(weight), jnp.asarray(g), memory_gradient=m)
+    routed = apply(
+        adamr.modifiers.replay_routing(weight), jnp.asarray(g), memory_gradient=m
+    )
     np.testing.assert_array_equal(routed.first, mixed)
     squares = reference.mix(*np.float64([g, m]) ** 2, weight)
     np.testing.assert_allclose(routed.second**2, squares, rtol=1e-5, atol=1e-6)
@@ -66,7 +70,7 @@ def test_mixture_matches_its_twin_and_never_exceeds_what_v_sees(weight, seed):
 @pytest.mark.parametrize("weight", [1.0, 1 - 2**-24])
 def test_a_small_memory_gradient_is_not_lost_beside_a_large_one(weight):
     g, m = jnp.float32(1e4) * normal(0, 99), jnp.asarray(normal(1, 99))
-    routed = apply(adamr.replay_routing(weight), g, memory_gradient=m)
+    routed = apply(adamr.modifiers.replay_routing(weight), g, memory_gradient=m)
     wide = np.float64([g, m])
     expected = np.sqrt(reference.mix(*wide**2, weight))
     np.testing.assert_allclose(routed.first, reference.mix(*wide, weight), rtol=1e-4)
@@ -77,14 +81,14 @@ def test_no_memory_yet():
     g = gradients(1)
     zeros = jax.tree.map(jnp.zeros_like, g)
     for evidence, factor in ((zeros, 0.75), (g, 1.0)):
-        mixed = apply(adamr.mix_gradients(0.25), g, memory_gradient=evidence)
+        mixed = apply(adamr.modifiers.mix_gradients(0.25), g, memory_gradient=evidence)
         for x, y in zip(jax.tree.leaves(mixed), jax.tree.leaves(g), strict=True):
             np.testing.assert_allclose(x, factor * y, rtol=1e-6)
 
 
 def test_weight_is_a_schedule_of_the_count_and_a_hyperparameter():
     g, m = jnp.ones(3), -jnp.ones(3)
-    tx = adamr.mix_gradients(lambda count: 0.25 * count)
+    tx = adamr.modifiers.mix_gradients(lambda count: 0.25 * count)
     state = tx.init(g)
     for expected in (1.0, 0.5, 0.0, -0.5):
         step, state = tx.update(g, state, memory_gradient=m)
@@ -125,10 +129,12 @@ def test_steps_stay_bounded_when_the_new_gradient_vanishes():
     """
     g, m = jnp.zeros(2), jnp.array([1.0, -1e-3])
     merge = adamr.faithful_second_moment
-    safe = optax.chain(adamr.replay_routing(0.5), merge())
-    mixture = optax.chain(adamr.route_both_moments(adamr.mix_gradients()), merge())
+    safe = optax.chain(adamr.modifiers.replay_routing(0.5), merge())
+    mixture = optax.chain(
+        adamr.route_both_moments(adamr.modifiers.mix_gradients()), merge()
+    )
     alone = optax.chain(
-        adamr.route_first_moment(adamr.mix_gradients()), merge(guard=False)
+        adamr.route_first_moment(adamr.modifiers.mix_gradients()), merge(guard=False)
     )
     largest = {}
     for name, tx in {"safe": safe, "mixture": mixture, "alone": alone}.items():
@@ -147,12 +153,17 @@ def test_opposed_gradients_give_a_small_step_not_a_rescaled_one():
     g, m = jnp.array([1.0]), jnp.array([-0.8])
     step = apply(adamr.er(1.0), g, memory_gradient=m)
     np.testing.assert_allclose(step, -0.1 / np.sqrt(0.82), rtol=1e-4)
-    shared = optax.chain(adamr.mix_gradients(), optax.scale_by_adam())
+    shared = optax.chain(adamr.modifiers.mix_gradients(), optax.scale_by_adam())
     np.testing.assert_allclose(apply(shared, g, memory_gradient=m), 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "make", [adamr.mix_gradients, adamr.replay_routing, lambda w=0.5: adamr.er(0.1, w)]
+    "make",
+    [
+        adamr.modifiers.mix_gradients,
+        adamr.modifiers.replay_routing,
+        lambda w=0.5: adamr.er(0.1, w),
+    ],
 )
 def test_replay_bad_input(make):
     g = {"w": jnp.ones(3), "b": jnp.ones(2)}
@@ -173,7 +184,7 @@ def test_replay_bad_input(make):
 
 
 def der(new, first, second, **kwargs):
-    return adamr.dark_experience_loss(
+    return adamr.modifiers.dark_experience_loss(
         *new, distilled_logits=first[0], stored_logits=first[1],
         replayed_logits=second[0], replayed_labels=second[1], **kwargs,
     )  # fmt: skip
@@ -232,11 +243,11 @@ def test_dark_experience_with_an_empty_reservoir_is_the_plain_loss():
 
     @jax.jit
     def gradient(w, buffer):
-        buffer, first, first_weights = memory.sample(buffer, 4)
-        buffer, second, second_weights = memory.sample(buffer, 4)
+        buffer, first, first_weights = buffers.sample(buffer, 4)
+        buffer, second, second_weights = buffers.sample(buffer, 4)
 
         def loss(w):
-            return adamr.dark_experience_loss(
+            return adamr.modifiers.dark_experience_loss(
                 x @ w, y,
                 distilled_logits=first["x"] @ w, stored_logits=first["z"],
                 distilled_weights=first_weights,
@@ -249,11 +260,11 @@ def test_dark_experience_with_an_empty_reservoir_is_the_plain_loss():
     def plain(w):
         return optax.softmax_cross_entropy_with_integer_labels(x @ w, y).mean()
 
-    buffer = memory.empty_reservoir(8, item, jax.random.key(0))
+    buffer = buffers.empty_reservoir(8, item, jax.random.key(0))
     expected = jax.value_and_grad(plain)(w)
     for a, b in zip(gradient(w, buffer), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-    filled = memory.add_to_reservoir(buffer, {"x": x, "y": y, "z": x @ w + 1.0})
+    filled = buffers.add_to_reservoir(buffer, {"x": x, "y": y, "z": x @ w + 1.0})
     value, _ = gradient(w, filled)
     np.testing.assert_allclose(value, 1.5 * expected[0] + 0.5, rtol=1e-5)
     assert gradient._cache_size() == 1
@@ -278,7 +289,7 @@ def test_dark_experience_bad_shapes():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_a_strength_link_keeps_the_second_gradient_away_from_zero(alpha):
     g, m = jnp.array([-1.0, 1.0]), jnp.array([1.0, 1.0])
-    tx = optax.chain(adamr.replay_routing(0.5), adamr.constant_scale(alpha))
+    tx = optax.chain(adamr.modifiers.replay_routing(0.5), adamr.constant_scale(alpha))
     routed = apply(tx, g, memory_gradient=m)
     np.testing.assert_allclose(routed.second, g)
     np.testing.assert_allclose(routed.first, [alpha - 1, 1.0])

@@ -16,8 +16,8 @@ import optax
 import pytest
 
 import adamr
-from adamr.memory import add_to_reservoir, empty_reservoir
-from adamr.posthoc import ema_weights, lines_scaling
+from adamr.averaging import ema_weights, lines_scaling
+from adamr.buffers import add_to_reservoir, empty_reservoir
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -180,12 +180,12 @@ def grown_through_tasks(method, importance=None):
             )
 
         # At their first boundary they take one direction fewer than their eq. 5.
-        by_the_paper = int(adamr.rank(grow(samples[0], thresholds[0]))[0])
+        by_the_paper = int(adamr.subspaces.rank(grow(samples[0], thresholds[0]))[0])
         assert by_the_paper == theirs[0]["ranks"][i] + 1
         for t, x in enumerate(samples):
             threshold = same_rank if t == 0 else thresholds[t]
             subspace = grow(x, threshold, subspace)
-            assert int(adamr.rank(subspace)[0]) == theirs[t]["ranks"][i]
+            assert int(adamr.subspaces.rank(subspace)[0]) == theirs[t]["ranks"][i]
             kind = "projectors" if importance is None else "scaled_projectors"
             close(scaled_projector(subspace), theirs[t][kind][i], 1e-5)
             if importance is not None:
@@ -247,13 +247,13 @@ def test_parity_trgp():
     scales = [
         (jnp.swapaxes(array(given[f"scale{i}"]), 0, 1)[None, None],) for i in (1, 2)
     ]
-    one = adamr.scaled_weight(w, spaces[0].bases[0], scales[0][0])
+    one = adamr.trust.scaled_weight(w, spaces[0].bases[0], scales[0][0])
     close(one, kernel(theirs["one_space"]))
-    both = adamr.scaled_params(w, spaces, scales)
+    both = adamr.trust.scaled_params(w, spaces, scales)
     close(both, kernel(theirs["two_spaces"]))
 
     def loss(w, scales):
-        return jnp.sum(jnp.square(x @ adamr.scaled_params(w, spaces, scales)))
+        return jnp.sum(jnp.square(x @ adamr.trust.scaled_params(w, spaces, scales)))
 
     close(x @ both, theirs["response"])
     by_w, by_scales = jax.grad(loss, (0, 1))(w, scales)
@@ -269,8 +269,8 @@ def test_parity_trgp_task_subspaces():
     for t, outputs in enumerate(theirs):
         x = array(given["activations"][t]).T
         threshold = given["thresholds"][t] if t else given["first_task_same_rank"]
-        task, grown = adamr.grow_task_subspace(memory, x, threshold=threshold)
-        assert int(adamr.rank(task)[0]) == outputs["task_rank"]
+        task, grown = adamr.trust.grow_task_subspace(memory, x, threshold=threshold)
+        assert int(adamr.subspaces.rank(task)[0]) == outputs["task_rank"]
         close(scaled_projector(task), outputs["task_projector"], 1e-5)
         basis = np.array(outputs["memory_basis"])
         # They forget to store the strongest new direction: the memory misses one.
@@ -290,19 +290,23 @@ def test_parity_adam_nscl():
         given, theirs = case("adam_nscl", name)
         w = kernel(given["weight"])
         like = adamr.empty_subspace(w)
-        covariance = adamr.empty_covariance(like)
+        covariance = adamr.subspaces.empty_covariance(like)
         if name == "without_avg":
             for batch in given["batches"]:
-                covariance = adamr.update_covariance(covariance, array(batch))
+                covariance = adamr.subspaces.update_covariance(covariance, array(batch))
             # They add the products up; the null space does not see the scale.
             total = covariance.moments[0] * covariance.counts[0]
         else:
             # They average each batch to one vector first.
             for mean in given["batch_means"]:
-                covariance = adamr.update_covariance(covariance, array([mean]))
+                covariance = adamr.subspaces.update_covariance(
+                    covariance, array([mean])
+                )
             total = covariance.moments[0]
         close(total, theirs["covariance"])
-        s = adamr.null_space_complement(covariance, like, ratio=given["thres"])
+        s = adamr.subspaces.null_space_complement(
+            covariance, like, ratio=given["thres"]
+        )
         null = np.eye(w.shape[0]) - scaled_projector(s)
         # Their projector has length 1 in the Frobenius norm, in the paper it has not.
         close(null / np.linalg.norm(null), theirs["transform"], 1e-5)
@@ -331,13 +335,13 @@ def test_parity_ogd():
     given, theirs = case("ogd", "principal_directions")
     x = np.array(given["gradients"])
     mean = np.mean(x, axis=0)
-    found = np.asarray(adamr.principal_directions(array(x), 4))
+    found = np.asarray(adamr.subspaces.principal_directions(array(x), 4))
     close(found.T @ found, theirs["four_uncentred"], 1e-4)
     close(found.T @ (found @ mean), mean, 1e-3)
     # Their code centres the gradients, and loses part of what all of them share.
     centred = np.linalg.svd(x - mean)[2][:3]
     close(centred.T @ centred, theirs["three_centred"], 1e-4)
-    found = np.asarray(adamr.principal_directions(array(x), 3))
+    found = np.asarray(adamr.subspaces.principal_directions(array(x), 3))
     kept = [np.linalg.norm(d @ mean) / np.linalg.norm(mean) for d in (found, centred)]
     assert kept[0] > 0.99 and kept[1] < 0.9
 
@@ -351,7 +355,7 @@ def test_parity_fopng():
         rate = given["learning_rate"]
         fopng = adamr.fopng(adamr.grow_directions(d, samples), as_published=True)
         tx = optax.chain(fopng, optax.scale_by_learning_rate(rate))
-        state = adamr.set_fisher(
+        state = adamr.modifiers.set_fisher(
             tx.init(samples[0]),
             old=array(given["fisher_old"]),
             new=array(given["fisher_new"]),
@@ -413,7 +417,9 @@ def test_parity_mudman():
         if k.endswith("gradients")
     }
     w = {k: array(x) for k, x in given["weights"].items()}
-    tx = optax.chain(adamr.disruption_mask(0.9), optax.sgd(given["learning_rate"]))
+    tx = optax.chain(
+        adamr.modifiers.disruption_mask(0.9), optax.sgd(given["learning_rate"])
+    )
     path, _ = run(tx, w, trees["gradients"], retain_gradient=trees["retain_gradients"])
     for name, expected in theirs["weights"].items():
         change = np.array(expected) - given["weights"][name]
@@ -554,7 +560,7 @@ def test_parity_si():
     given, theirs = case("si")
     theta = kernels(given["theta"])
     # The penalty only carries the anchor: their gradients are given.
-    tx = adamr.track_path(
+    tx = adamr.penalties.track_si(
         optax.chain(
             adamr.quadratic_penalty(0.0),
             optax.add_decayed_weights(given["weight_decay"]),
@@ -570,7 +576,7 @@ def test_parity_si():
         jax.tree.map(lambda a, b: close(a, b, 1e-5), theta, kernels(expected["theta"]))
         path = kernels(expected["path_integral"])
         jax.tree.map(lambda a, b: close(a, b, 1e-5), state.omega, path)
-        state = adamr.consolidate_path(state, theta, given["damping"])
+        state = adamr.consolidate_si(state, theta, given["damping"])
         importance.append(adamr.get_anchor(state).importance)
     # They have no ReLU on Ω, its authors have.
     first, second = (kernels(c["omega"]) for c in theirs["contexts"])
@@ -584,7 +590,7 @@ def test_parity_si():
     penalty = adamr.quadratic_penalty(2.0)
     state = penalty.init(query)
     state = adamr.set_anchor(
-        state, adamr.Anchor(jax.tree.map(jax.nn.relu, second), theta)
+        state, adamr.modifiers.Anchor(jax.tree.map(jax.nn.relu, second), theta)
     )
     pull = penalty.update(jax.tree.map(jnp.zeros_like, query), state, query)[0]
     for k, expected in kernels(theirs["penalty_gradient"]).items():
@@ -597,7 +603,7 @@ def test_parity_mas():
 
     for size in (1, 4):  # they take |Σ over a batch|: per sample for batches of 1
         given, theirs = case("mas", f"importance_batch_{size}")
-        omega = adamr.memory_aware_importance(
+        omega = adamr.penalties.memory_aware_importance(
             network, kernels(given["weights"]), array(given["x"]),
             per_sample=size == 1, chunk_size=size,
         )  # fmt: skip
@@ -607,7 +613,7 @@ def test_parity_mas():
     penalty = adamr.quadratic_penalty(2 * given["lambda"])
     tx = optax.chain(penalty, optax.sgd(given["learning_rate"]))
     theta = kernels(given["weights"])
-    anchor = adamr.Anchor(kernels(given["omega"]), kernels(given["anchor"]))
+    anchor = adamr.modifiers.Anchor(kernels(given["omega"]), kernels(given["anchor"]))
     state = adamr.set_anchor(tx.init(theta), anchor)
     step, _ = tx.update(kernels(given["gradients"]), state, theta)
     for k, expected in kernels(theirs["weights"]).items():
@@ -643,7 +649,7 @@ def test_parity_derpp():
 
     def loss(p):
         new, distilled, replayed = (each @ p["0"] + p["1"][None] for each in x)
-        return adamr.dark_experience_loss(
+        return adamr.modifiers.dark_experience_loss(
             new, y[0], distilled_logits=distilled,
             stored_logits=array(given["stored_logits"]), replayed_logits=replayed,
             replayed_labels=y[2], alpha=given["alpha"], beta=given["beta"],

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_penalty as reference
 
-from adamr import fisher_information, memory_aware_importance
+from adamr import fisher_information
+from adamr.penalties import memory_aware_importance
+from tests.references import penalty as reference
 
 
 def linear(params, x):

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_penalty as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adamr
-from adamr import Anchor, consolidate, get_anchor, set_anchor
+from adamr import consolidate, get_anchor, set_anchor
+from adamr.modifiers import Anchor
+from tests.references import penalty as reference
 
 PROXIMAL = {
     "adam": lambda rate, strength, **kw: optax.chain(
@@ -21,7 +22,7 @@ PROXIMAL = {
         optax.scale_by_learning_rate(rate),
     ),
     "sgd": lambda rate, strength, **kw: optax.chain(
-        adamr.proximal_penalty(rate, strength, **kw),
+        adamr.protection.proximal_penalty(rate, strength, **kw),
         optax.scale_by_learning_rate(rate),
     ),
 }
@@ -287,12 +288,12 @@ def quadratic_gradient(theta, t):
 def test_t16_path_integral(name):
     base = {"sgd": optax.sgd, "adam": optax.adam}[name](1e-3)
     penalty = adamr.quadratic_penalty(0.0)
-    tx = adamr.track_path(optax.chain(penalty, base))
+    tx = adamr.penalties.track_si(optax.chain(penalty, base))
     theta, state, _ = train(tx, jnp.zeros(2), quadratic_gradient, 20_000)
     np.testing.assert_allclose(state.omega, [2, 2], rtol=3e-3)
     decrease = quadratic(jnp.zeros(2)) - quadratic(theta)
     np.testing.assert_allclose(state.omega.sum(), decrease, rtol=3e-3)
-    done = adamr.consolidate_path(state, theta, damping=0.0)
+    done = adamr.consolidate_si(state, theta, damping=0.0)
     importance, anchor = get_anchor(done)
     np.testing.assert_allclose(importance, CURVATURE / 2, rtol=6e-3)
     np.testing.assert_array_equal(anchor, theta)
@@ -327,7 +328,7 @@ def test_the_path_sees_the_tasks_gradient_and_the_whole_step(form):
 def test_the_path_counts_the_change_after_rounding():
     """Steps below half a unit in the last place move no bfloat16 parameter."""
     p = jnp.array([1.0, 1.0], jnp.bfloat16)
-    tx = adamr.track_path(optax.sgd(1.0))
+    tx = adamr.penalties.track_si(optax.sgd(1.0))
     g = jnp.array([-1e-3, -1e-2], jnp.bfloat16)
 
     @jax.jit
@@ -344,32 +345,32 @@ def test_the_path_counts_the_change_after_rounding():
 def test_what_is_not_finite_adds_nothing():
     p = jnp.ones(3)
     g = jnp.array([jnp.nan, jnp.inf, 1.0])
-    _, path = adamr.track_path(optax.sgd(0.1)).update(
-        g, adamr.track_path(optax.sgd(0.1)).init(p), p
+    _, path = adamr.penalties.track_si(optax.sgd(0.1)).update(
+        g, adamr.penalties.track_si(optax.sgd(0.1)).init(p), p
     )
     np.testing.assert_allclose(path.omega, [0, 0, 0.1], rtol=1e-6)
-    walk = adamr.track_walk(optax.sgd(0.1), interval=1)
+    walk = adamr.penalties.track_rwalk(optax.sgd(0.1), interval=1)
     _, state = walk.update(g, walk.init(p), p)
     assert jnp.all(jnp.isfinite(state.fisher)) and jnp.all(jnp.isfinite(state.score))
     # A parameter that did not move, without damping.
-    tx = adamr.track_path(adamr.quadratic_penalty())
-    state = adamr.consolidate_path(tx.init(p), p, damping=0.0)
+    tx = adamr.penalties.track_si(adamr.quadratic_penalty())
+    state = adamr.consolidate_si(tx.init(p), p, damping=0.0)
     np.testing.assert_array_equal(get_anchor(state).importance, 0)
 
 
 def test_the_path_may_lower_the_importance_but_not_below_zero():
-    tx = adamr.track_path(adamr.quadratic_penalty())
+    tx = adamr.penalties.track_si(adamr.quadratic_penalty())
     state = set_anchor(tx.init(jnp.zeros(3)), Anchor(jnp.full(3, 2.0), jnp.zeros(3)))
     state = state._replace(omega=jnp.array([1.0, -1.0, -9.0]))
     theta = jnp.ones(3)
-    done = adamr.consolidate_path(state, theta, damping=1.0)
+    done = adamr.consolidate_si(state, theta, damping=1.0)
     expected = reference.si_boundary(2.0, np.array([1, -1, -9]), 1.0, 0.0, 1.0)
     np.testing.assert_allclose(get_anchor(done).importance, expected)
     np.testing.assert_allclose(expected, [2.5, 1.5, 0])
 
 
 def test_t18_walk_score():
-    tx = adamr.track_walk(optax.sgd(0.5), interval=1, alpha=0.0, damping=0.0)
+    tx = adamr.penalties.track_rwalk(optax.sgd(0.5), interval=1, alpha=0.0, damping=0.0)
     theta = jnp.zeros(1)
     state = tx.init(theta)._replace(fisher=jnp.full(1, 2.0))
     step, state = tx.update(jnp.full(1, -1.0), state, theta)
@@ -395,7 +396,7 @@ def test_walk_is_its_float64_twin_over_two_tasks():
         np.testing.assert_allclose(state.fisher, fisher, rtol=1e-4)
         np.testing.assert_allclose(state.score, score, rtol=1e-3)
         past = score if past is None else (past + score) / 2
-        state = adamr.consolidate_walk(state, theta)
+        state = adamr.consolidate_rwalk(state, theta)
         importance, anchor = get_anchor(state)
         expected = reference.unit_range(fisher) + reference.unit_range(past)
         np.testing.assert_allclose(importance, expected, rtol=1e-3, atol=1e-5)
@@ -410,7 +411,7 @@ def test_a_walk_shorter_than_an_interval_leaves_nothing():
     tx = adamr.rwalk(0.1, interval=10)
     state = tx.init(jnp.ones(2))
     _, state = tx.update(jnp.ones(2), state, jnp.ones(2))
-    state = adamr.consolidate_walk(state, jnp.ones(2))
+    state = adamr.consolidate_rwalk(state, jnp.ones(2))
     np.testing.assert_array_equal(get_anchor(state).importance, 0)
 
 
@@ -510,8 +511,8 @@ BOUNDARIES = {
         lambda: adamr.ewc(0.1, 1.0, form="additive"),
         lambda s, p: set_anchor(s, get_anchor(consolidate(s, p, p, rule="replace"))),
     ),
-    "si": (lambda: adamr.si(0.1), adamr.consolidate_path),
-    "rwalk": (lambda: adamr.rwalk(0.1, interval=1), adamr.consolidate_walk),
+    "si": (lambda: adamr.si(0.1), adamr.consolidate_si),
+    "rwalk": (lambda: adamr.rwalk(0.1, interval=1), adamr.consolidate_rwalk),
 }
 
 
@@ -575,7 +576,7 @@ def test_nnx_optimizer_and_partial_importance():
     g = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     optimizer.update(model, g)
     params = nnx.state(model, nnx.Param)
-    optimizer.opt_state = adamr.consolidate_path(optimizer.opt_state, params)
+    optimizer.opt_state = adamr.consolidate_si(optimizer.opt_state, params)
     before = jnp.copy(model.kernel[...])
     optimizer.update(model, g)
     assert jnp.max(jnp.abs(model.kernel[...] - before)) < 1e-3
@@ -626,14 +627,17 @@ def test_bfloat16_parameters_keep_a_float32_anchor():
 def test_errors_say_what_to_pass():
     p = {"w": jnp.ones(2), "b": jnp.ones(1)}
     links = [
-        adamr.quadratic_penalty(), adamr.proximal_penalty(0.1), adamr.ewc(0.1, 1.0),
-        adamr.si(0.1), adamr.rwalk(0.1),
-    ]  # fmt: skip
+        adamr.quadratic_penalty(),
+        adamr.protection.proximal_penalty(0.1),
+        adamr.ewc(0.1, 1.0),
+        adamr.si(0.1),
+        adamr.rwalk(0.1),
+    ]
     for tx in links:
         with pytest.raises(ValueError, match="needs params: pass update"):
             tx.update(p, tx.init(p))
     routed = adamr.Routed(p, p, p)
-    for tx in (links[0], links[1], adamr.track_path(optax.sgd(0.1))):
+    for tx in (links[0], links[1], adamr.penalties.track_si(optax.sgd(0.1))):
         with pytest.raises(TypeError, match="takes a plain gradient tree"):
             tx.update(routed, tx.init(p), p)
     tx = adamr.proximal_second_moment(0.1)
@@ -641,7 +645,7 @@ def test_errors_say_what_to_pass():
         tx.update(p, tx.init(p), p)
     for make in (
         adamr.quadratic_penalty,
-        functools.partial(adamr.proximal_penalty, 0.1),
+        functools.partial(adamr.protection.proximal_penalty, 0.1),
         functools.partial(adamr.proximal_second_moment, 0.1),
     ):
         negative = "strength must not be negative, got -1"
@@ -658,7 +662,7 @@ def test_errors_say_what_to_pass():
         adamr.ewc(0.1, 1.0, form="implicit")
     for name, value in [("interval", 0), ("alpha", 1.5), ("damping", -1)]:
         with pytest.raises(ValueError, match=f"{name} must lie in"):
-            adamr.track_walk(optax.sgd(0.1), **{name: value})
+            adamr.penalties.track_rwalk(optax.sgd(0.1), **{name: value})
     si = adamr.si(0.1)
     with pytest.raises(ValueError, match="task_gradient must be a tree like"):
         si.update(p, si.init(p), p, task_gradient={"w": p["w"]})
@@ -673,15 +677,19 @@ def test_boundary_errors_say_what_was_found():
         lambda: get_anchor(adam),
         lambda: set_anchor(adam, Anchor(p, p)),
         lambda: consolidate(adam, p, p),
-        lambda: adamr.consolidate_path(adamr.track_path(optax.sgd(0.1)).init(p), p),
-        lambda: adamr.consolidate_walk(adamr.track_walk(optax.sgd(0.1)).init(p), p),
+        lambda: adamr.consolidate_si(
+            adamr.penalties.track_si(optax.sgd(0.1)).init(p), p
+        ),
+        lambda: adamr.consolidate_rwalk(
+            adamr.penalties.track_rwalk(optax.sgd(0.1)).init(p), p
+        ),
     ):
         with pytest.raises(ValueError, match="holds no Anchor: build"):
             call()
-    with pytest.raises(ValueError, match="no PathState: build .* track_path"):
-        adamr.consolidate_path(state, p)
-    with pytest.raises(ValueError, match="no WalkState: build .* track_walk"):
-        adamr.consolidate_walk(state, p)
+    with pytest.raises(ValueError, match="no SIState: build .* track_si"):
+        adamr.consolidate_si(state, p)
+    with pytest.raises(ValueError, match="no RWalkState: build .* track_rwalk"):
+        adamr.consolidate_rwalk(state, p)
     both = optax.chain(adamr.quadratic_penalty(), adamr.ewc(0.1, 1.0)).init(p)
     with pytest.raises(ValueError, match="2 anchors for the same parameters"):
         consolidate(both, p, p)

@@ -40,7 +40,7 @@ class Example:
         return subprocess.Popen(
             [sys.executable, *(program or ["-m", self.module]), *self.arguments]
             + ["--out", str(out), *more],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -120,13 +120,13 @@ def check_place(example, where, count):
 
 def _kill_at(where, count, arguments):
     """Arms this process."""
-    import kill_run
+    from tests.processes import kill_run
 
     if where == "file":
         out = Path(arguments[arguments.index("--out") + 1])
         kill_run.die_at(count, str((out / "checkpoints").absolute()))
         return
-    from examples import loop
+    from examples.harness import loop
 
     boundary, left = loop._boundary, count
 
@@ -142,6 +142,6 @@ def _kill_at(where, count, arguments):
 
 if __name__ == "__main__":
     module, where, count, *arguments = sys.argv[1:]
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     _kill_at(where, int(count), arguments)
     sys.exit(importlib.import_module(f"{module}.__main__").main(arguments))

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 import adamr
-from adamr import memory
-from adamr.checkpoint import Checkpoints, Restored
+from adamr import buffers
+from adamr.checkpoint.checkpoints import Checkpoints, Restored
 
 CONFIG = {
     "sizes": [64, 32, 10],
@@ -64,7 +64,7 @@ def initial():
     return {
         "weights": weights,
         "opt_state": optimizer(adamr.empty_subspace(weights)).init(weights),
-        "buffer": memory.empty_reservoir(50, item, replay),
+        "buffer": buffers.empty_reservoir(50, item, replay),
         "key": key,
         "shuffles": rng.bit_generator.state,
         "pixels": np.arange(64),
@@ -76,11 +76,11 @@ def initial():
 @functools.partial(jax.jit, donate_argnames=("weights", "opt_state", "buffer"))
 def train_step(weights, opt_state, buffer, key, x, y):
     key, noise = jax.random.split(key)
-    buffer, (old_x, old_y), share = memory.sample(buffer, 16)
+    buffer, (old_x, old_y), share = buffers.sample(buffer, 16)
     loss, g = jax.value_and_grad(loss_fn)(weights, x, y, old_x, old_y, share, noise)
     tx = optimizer(adamr.empty_subspace(weights))
     updates, opt_state = tx.update(g, opt_state, weights)
-    buffer = memory.add_to_reservoir(buffer, (x, y))
+    buffer = buffers.add_to_reservoir(buffer, (x, y))
     return optax.apply_updates(weights, updates), opt_state, buffer, key, loss
 
 

@@ -22,10 +22,10 @@ def main(args):
     import optax
     from jax.experimental import multihost_utils
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from mlp import forward, loss_fn
 
     import adamr
-    from adamr.checkpoint import Checkpoints, Restored
+    from adamr.checkpoint.checkpoints import Checkpoints, Restored
+    from tests.mlp import forward, loss_fn
 
     if args.count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -87,10 +87,14 @@ def main(args):
         inputs, _ = forward(weights, x)
         if not last:
             return inputs
-        empty = functools.partial(adamr.empty_covariance, parts=jax.device_count())
+        empty = functools.partial(
+            adamr.subspaces.empty_covariance, parts=jax.device_count()
+        )
         parts = jax.jit(empty, out_shardings=on_mesh(("data", "fsdp")))(subspace)
-        parts = adamr.onload(adamr.offload(adamr.update_covariance(parts, inputs)))
-        return adamr.merge_covariance(parts)
+        parts = adamr.sharding.onload(
+            adamr.sharding.offload(adamr.subspaces.update_covariance(parts, inputs))
+        )
+        return adamr.subspaces.merge_covariance(parts)
 
     state = {"weights": weights, "opt_state": opt_state, "key": key, "width": width}
     state["seen"] = np.zeros(2, int)
@@ -123,7 +127,7 @@ def main(args):
                 print("stopped", flush=True)
                 return
     whole = [jax.jit(lambda x: x, out_shardings=on_mesh())(x) for x in state["weights"]]
-    ranks = adamr.rank(adamr.get_subspace(state["opt_state"]))
+    ranks = adamr.subspaces.rank(adamr.get_subspace(state["opt_state"]))
     if args.index == 0:
         arrays = {str(i): np.asarray(x) for i, x in enumerate((*whole, *ranks))}
         np.savez(f"{args.result}.npz", losses=losses, seen=state["seen"], **arrays)
@@ -144,5 +148,5 @@ if __name__ == "__main__":
     count = f"--xla_force_host_platform_device_count={arguments.devices}"
     os.environ["XLA_FLAGS"] = count
     os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     main(arguments)

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from cases import bases, gradients, orthonormal, params, subspace
 from hypothesis import given, settings
 
 import adamr
+from tests.contract.cases import bases, gradients, orthonormal, params, subspace
+from tests.references import core as reference
 
 ALPHAS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -286,7 +286,7 @@ def test_alias_weight_decay_stays_out_of_the_protected_space():
     np.testing.assert_allclose(
         step["dense"]["bias"], -0.05 * p["dense"]["bias"], rtol=1e-5
     )
-    expected = jax.tree.map(lambda x: -0.05 * x, adamr.project(s, p))
+    expected = jax.tree.map(lambda x: -0.05 * x, adamr.subspaces.project(s, p))
     np.testing.assert_allclose(step["conv"], expected["conv"], atol=1e-6)
     with pytest.raises(ValueError, match="params"):
         tx.update(zero, tx.init(p))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import reference_recipes
-from cases import gradients, orthonormal, params, subspace
 
 import adamr
+from tests.contract.cases import gradients, orthonormal, params, subspace
+from tests.references import core as reference
+from tests.references import recipes as reference_recipes
 
 RATE = 0.05
 
@@ -55,7 +55,7 @@ def test_t3_response_to_a_protected_input_never_changes(recipe, rate):
     p, state = run(tx, p, scaled_noise(p, range(5)))
     x = np.outer(np.arange(1.0, 6.0), a).astype(np.float32)
     grown = adamr.grow_subspace(adamr.get_subspace(state), {"b": None, "w": x})
-    assert int(adamr.rank(grown)[1]) == 1
+    assert int(adamr.subspaces.rank(grown)[1]) == 1
     state = adamr.set_subspace(state, grown)
     before = a @ np.asarray(p["w"], np.float64)
     w = p["w"]
@@ -126,7 +126,7 @@ def after_one_task(tx, p, moments="project"):
     inputs = {"b": None, "head": None, "w": jnp.full((1, 4), 0.5)}
     grown = adamr.grow_subspace(adamr.get_subspace(state), inputs)
     state = adamr.set_subspace(state, grown, moments=moments)
-    return p, adamr.consolidate_path(state, p, damping=1e-3)
+    return p, adamr.consolidate_si(state, p, damping=1e-3)
 
 
 def distance(a, b):
@@ -165,7 +165,7 @@ def test_the_penalty_of_gpm_si_as_a_gradient_is_not_stable():
     penalty = optax.chain(
         adamr.quadratic_penalty(2e6), adamr.project_out(unprotected())
     )
-    tx = adamr.track_path(
+    tx = adamr.penalties.track_si(
         optax.chain(
             adamr.route_first_moment(penalty),
             adamr.faithful_second_moment(share=unprotected()),
@@ -182,7 +182,7 @@ def test_gpm_si_never_ascends_at_its_anchor():
     s = adamr.make_subspace(jnp.zeros((6, 3)), orthonormal(0, 6, 2))
     tx, p = adamr.gpm_si(RATE, s, c=10.0), jnp.ones((6, 3))
     omega = 10.0 ** np.random.default_rng(0).uniform(-2, 2, (6, 3))
-    anchor = adamr.Anchor(jnp.asarray(omega, jnp.float32), p)
+    anchor = adamr.modifiers.Anchor(jnp.asarray(omega, jnp.float32), p)
     state = adamr.set_anchor(tx.init(p), anchor)
     inside = jnp.asarray(orthonormal(0, 6, 2), jnp.float32)
     for seed in range(20):
@@ -195,7 +195,7 @@ def test_gpm_si_at_strength_0_has_the_steps_of_gpm():
     both = []
     for tx in (
         adamr.gpm_si(RATE, unprotected(), 0.0),
-        adamr.track_path(adamr.gpm(RATE, unprotected())),
+        adamr.penalties.track_si(adamr.gpm(RATE, unprotected())),
     ):
         p, state = run(tx, small(), scaled_noise(small(), range(5)))
         bases = {"b": None, "head": None, "w": orthonormal(0, 4, 2)}
@@ -217,7 +217,7 @@ def test_gpm_si_equals_its_float64_twin():
     omega = 10.0 ** np.random.default_rng(0).uniform(-2, 2, (6, 3))
     s = adamr.make_subspace(p, basis)
     tx = adamr.gpm_si(RATE, s, c=1.5, b1=0.8, b2=0.95)
-    anchor = adamr.Anchor(jnp.asarray(omega, jnp.float32), p)
+    anchor = adamr.modifiers.Anchor(jnp.asarray(omega, jnp.float32), p)
     gs, state = noise(p, range(6)), adamr.set_anchor(tx.init(p), anchor)
     start, raw = np.asarray(p, np.float64), [np.asarray(g, np.float64) for g in gs]
     expected = reference_recipes.gpm_si_trajectory(
@@ -267,7 +267,10 @@ def test_t4_the_paper_s_rank_not_the_code_s():
     spectrum = np.diag(np.sqrt([0.90, 0.06, 0.03, 0.01])).astype(np.float32)
     state = adamr.gpm(RATE, adamr.empty_subspace(p)).init(p)
     s = adamr.grow_subspace(adamr.get_subspace(state), {"w": spectrum}, threshold=0.95)
-    assert int(adamr.rank(adamr.get_subspace(adamr.set_subspace(state, s)))[0]) == 2
+    assert (
+        int(adamr.subspaces.rank(adamr.get_subspace(adamr.set_subspace(state, s)))[0])
+        == 2
+    )
 
 
 def test_t5_step_is_scaled_by_importance():
@@ -307,9 +310,9 @@ def test_t5_weight_one_is_gpm_and_weight_zero_is_no_protection(weight, like):
 def t8_subspace(p):
     s = adamr.empty_subspace(p)
     x = np.sqrt(4.0) * np.diag(np.sqrt([4.0, 1.0, 0.0, 0.0])).astype(np.float32)
-    c = adamr.update_covariance(adamr.empty_covariance(s), {"w": x})
+    c = adamr.subspaces.update_covariance(adamr.subspaces.empty_covariance(s), {"w": x})
     np.testing.assert_allclose(c.moments[0], np.diag([4.0, 1, 0, 0]), atol=1e-6)
-    return adamr.null_space_complement(c, s)
+    return adamr.subspaces.null_space_complement(c, s)
 
 
 @pytest.mark.parametrize(
@@ -418,25 +421,25 @@ def test_old_tasks_are_unchanged():
     p = {"b": jnp.zeros(1), "w": 0.1 * jnp.ones((8, 1))}
     memory = adamr.empty_subspace(p)
     tasks = [memory] * 3
-    region = adamr.trust_region(tasks, p)
-    variables = {"params": p, "scales": adamr.init_scales(region.subspaces)}
+    region = adamr.trust.trust_region(tasks, p)
+    variables = {"params": p, "scales": adamr.trust.init_scales(region.subspaces)}
     frozen_bias = {"b": jnp.zeros(1)}
     tx = adamr.trgp(RATE, memory)
     state = tx.init(variables)
     kept, answers = [], []
 
     def respond(variables, own, x):
-        return x @ adamr.scaled_params(variables["params"], *own)["w"]
+        return x @ adamr.trust.scaled_params(variables["params"], *own)["w"]
 
     for task in range(3):
         batch = stream(task, task)
         plain = variables["params"]
-        region = adamr.trust_region(tasks, jax.grad(mean_square)(plain, batch))
-        variables["scales"] = adamr.init_scales(region.subspaces)
+        region = adamr.trust.trust_region(tasks, jax.grad(mean_square)(plain, batch))
+        variables["scales"] = adamr.trust.init_scales(region.subspaces)
         state = adamr.set_subspace(state, memory, moments="reset")
 
         def loss(v, region=region, batch=batch):
-            w = adamr.scaled_params(v["params"], region.subspaces, v["scales"])
+            w = adamr.trust.scaled_params(v["params"], region.subspaces, v["scales"])
             return mean_square(w | frozen_bias, batch)
 
         before = float(loss(variables))
@@ -445,7 +448,9 @@ def test_old_tasks_are_unchanged():
         kept.append((region.subspaces, variables["scales"]))
         answers.append(respond(variables, kept[task], batch[0]))
         samples = {"b": None, "w": batch[0]}
-        tasks[task], memory = adamr.grow_task_subspace(memory, samples, threshold=1.0)
+        tasks[task], memory = adamr.trust.grow_task_subspace(
+            memory, samples, threshold=1.0
+        )
     # The first trusts nobody, the others share a direction with the tasks before.
     assert int(region.tasks[1][0]) >= 0
     assert float(jnp.max(jnp.abs(kept[2][1][0][1] - jnp.eye(8)[None, None]))) > 0.01
@@ -460,7 +465,7 @@ def test_t7_with_identity_scales_rogo_is_gpm(recipe):
     p = params()
     s = subspace()
     tx = recipe(RATE, s, scale_optimizer=optax.set_to_zero(), weight_decay=0.01)
-    scales = adamr.init_scales(s)
+    scales = adamr.trust.init_scales(s)
     variables = {"params": p, "scales": scales}
     a, state, w = variables, tx.init(variables), p
     gpm = adamr.gpm(RATE, s, weight_decay=0.01)
@@ -469,7 +474,7 @@ def test_t7_with_identity_scales_rogo_is_gpm(recipe):
         g = gradients(seed, p)
 
         def loss(v, g=g):
-            w = adamr.scaled_params(v["params"], s, v["scales"])
+            w = adamr.trust.scaled_params(v["params"], s, v["scales"])
             return optax.tree.vdot(w, g)
 
         step, state = tx.update(jax.grad(loss)(a), state, a)
@@ -494,23 +499,26 @@ def test_rogo_learns_inside_the_frozen_space_and_folds():
     gpm = adamr.gpm(RATE, memory)
     stuck, _ = train(gpm, gpm.init(p), p, w_only)
     assert float(w_only(stuck)) == before
-    relaxed = adamr.relaxing_subspace(memory, jax.grad(w_only)(p))
-    assert 1 <= int(adamr.rank(relaxed)[1]) <= 3
-    variables = {"params": p, "scales": adamr.init_scales(relaxed)}
+    relaxed = adamr.trust.relaxing_subspace(memory, jax.grad(w_only)(p))
+    assert 1 <= int(adamr.subspaces.rank(relaxed)[1]) <= 3
+    variables = {"params": p, "scales": adamr.trust.init_scales(relaxed)}
     tx = adamr.rogo(RATE, memory)
 
     def loss(v):
-        w = adamr.scaled_params(v["params"], relaxed, v["scales"])
-        return w_only(w) + adamr.scale_penalty(v["scales"], 0.01)
+        w = adamr.trust.scaled_params(v["params"], relaxed, v["scales"])
+        return w_only(w) + adamr.trust.scale_penalty(v["scales"], 0.01)
 
     variables, state = train(tx, tx.init(variables), variables, loss)
     np.testing.assert_array_equal(variables["params"]["w"], p["w"])
-    folded, scales = adamr.fold_scales(
+    folded, scales = adamr.trust.fold_scales(
         variables["params"], relaxed, variables["scales"]
     )
     assert float(w_only(folded)) < 0.5 * before
     # Only the relaxed directions moved.
-    rest = adamr.project(relaxed, folded)["w"] - adamr.project(relaxed, p)["w"]
+    rest = (
+        adamr.subspaces.project(relaxed, folded)["w"]
+        - adamr.subspaces.project(relaxed, p)["w"]
+    )
     np.testing.assert_allclose(rest, jnp.zeros((8, 1)), atol=1e-6)
 
 
@@ -518,7 +526,7 @@ def test_rogo_learns_inside_the_frozen_space_and_folds():
 def test_scaled_recipes_keep_the_optax_contract(recipe):
     """jit, scan, donation, wrappers, the boundary without recompilation, bfloat16."""
     p, s = params(jnp.bfloat16), subspace()
-    variables = {"params": p, "scales": adamr.init_scales(s)}
+    variables = {"params": p, "scales": adamr.trust.init_scales(s)}
     g = jax.tree.map(jnp.ones_like, variables)
     tx = recipe(RATE, s)
     state = tx.init(variables)

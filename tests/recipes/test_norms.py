@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_mask as reference
-from cases import gradients, params
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adamr
+from tests.contract.cases import gradients, params
+from tests.references import mask as reference
 
 
 def normal(seed, *shape):
@@ -28,7 +28,7 @@ def norms(tree):
 def test_norms_stay_to_1e_6_after_every_kth_step(every):
     p = params()
     start = norms(p)
-    tx = optax.chain(optax.adamw(0.1), adamr.normalize_and_project(every))
+    tx = optax.chain(optax.adamw(0.1), adamr.recipes.norms.normalize_and_project(every))
     plain, state = optax.adamw(0.1), tx.init(p)
     for t in range(1, 8):
         before, adam_state = p, state[0]
@@ -56,7 +56,7 @@ def test_projection_does_not_change_a_scale_invariant_layer():
         return h / jnp.linalg.norm(h, axis=1, keepdims=True)
 
     g = {"kernel": jnp.asarray(normal(2, 6, 5))}
-    plain, nap = optax.sgd(0.3), adamr.normalize_and_project()
+    plain, nap = optax.sgd(0.3), adamr.recipes.norms.normalize_and_project()
     tx = optax.chain(plain, nap)
     moved = optax.apply_updates(p, plain.update(g, plain.init(p), p)[0])
     projected = optax.apply_updates(p, tx.update(g, tx.init(p), p)[0])
@@ -70,7 +70,9 @@ def test_effective_learning_rate_stays_where_plain_training_slows_down():
     angle = {}
     for name, link in (("plain", optax.identity()), ("nap", None)):
         w = jnp.asarray(normal(1, 4, 4))
-        tx = optax.chain(optax.sgd(1.0), link or adamr.normalize_and_project())
+        tx = optax.chain(
+            optax.sgd(1.0), link or adamr.recipes.norms.normalize_and_project()
+        )
         state = tx.init(w)
         for t in range(60):
             noise = jnp.asarray(normal(2 + t, 4, 4))
@@ -93,7 +95,7 @@ def test_effective_learning_rate_stays_where_plain_training_slows_down():
 def test_degenerate_norms_keep_the_step():
     p = {"zero": jnp.zeros((2, 2)), "gone": jnp.ones((2, 2)), "odd": jnp.ones((2, 2))}
     step = {"zero": p["gone"], "gone": -p["gone"], "odd": p["odd"] * jnp.inf}
-    tx = adamr.normalize_and_project()
+    tx = adamr.recipes.norms.normalize_and_project()
     out, _ = tx.update(step, tx.init(p), p)
     for name in p:
         np.testing.assert_array_equal(out[name], step[name])
@@ -101,7 +103,7 @@ def test_degenerate_norms_keep_the_step():
 
 def test_norms_are_those_of_init_and_only_kernels_have_one():
     p = params()
-    state = adamr.normalize_and_project().init(p)
+    state = adamr.recipes.norms.normalize_and_project().init(p)
     held = [None if n is None else float(n) for n in state.norms]
     want = zip(jax.tree.leaves(p), norms(p), strict=True)
     assert held == [pytest.approx(n, 1e-6) if x.ndim > 1 else None for x, n in want]
@@ -110,8 +112,11 @@ def test_norms_are_those_of_init_and_only_kernels_have_one():
 def test_nap_bad_input():
     g = jnp.ones((2, 2))
     with pytest.raises(ValueError, match="every must be at least 1"):
-        adamr.normalize_and_project(0)
-    for tx in (adamr.normalize_and_project(), adamr.remove_radial(optax.identity())):
+        adamr.recipes.norms.normalize_and_project(0)
+    for tx in (
+        adamr.recipes.norms.normalize_and_project(),
+        adamr.recipes.norms.remove_radial(optax.identity()),
+    ):
         with pytest.raises(ValueError, match="needs params"):
             tx.update(g, tx.init(g))
 
@@ -135,7 +140,7 @@ def test_remove_radial_matches_the_authors_rule(shape, kind):
         g = orthogonalised(g, w, tuple(range(len(shape))))
     else:
         g = g + w
-    tx = adamr.remove_radial(optax.stateless(lambda g, p: jnp.asarray(u)))
+    tx = adamr.recipes.norms.remove_radial(optax.stateless(lambda g, p: jnp.asarray(u)))
     step, _ = tx.update(jnp.asarray(g), tx.init(w), jnp.asarray(w))
     last = lambda x: np.moveaxis(np.float64(x), -1, 0)  # noqa: E731
     expected, ratio = reference.adamp_projection(last(w), last(g), last(u), 0.1, 0.25)
@@ -153,7 +158,7 @@ def test_remove_radial_matches_the_authors_rule(shape, kind):
 @given(st.integers(0, 999), st.floats(0.0, 3.0))
 def test_remove_radial_matches_its_twin_near_the_threshold(seed, delta):
     w, g, u = normal(seed, 3, 4, 3)
-    tx = adamr.remove_radial(
+    tx = adamr.recipes.norms.remove_radial(
         optax.stateless(lambda g, p: jnp.asarray(u)), delta, 0.5, 0.25
     )
     step, _ = tx.update(jnp.asarray(g), tx.init(w), jnp.asarray(w))
@@ -169,7 +174,9 @@ def test_remove_radial_matches_its_twin_near_the_threshold(seed, delta):
 def test_weight_decay_is_weaker_where_the_radial_part_goes():
     w = {"kernel": jnp.array([[1.0], [0.0]]), "bias": jnp.array([2.0])}
     along, across = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]])
-    tx = adamr.remove_radial(optax.identity(), weight_decay=0.5, wd_ratio=0.1)
+    tx = adamr.recipes.norms.remove_radial(
+        optax.identity(), weight_decay=0.5, wd_ratio=0.1
+    )
     for g, expected in ((across, [[0.05], [1.0]]), (along, [[1.5], [0.0]])):
         g = {"kernel": g, "bias": jnp.zeros(1)}
         step, _ = tx.update(g, tx.init(w), w)
@@ -214,7 +221,7 @@ def test_adamp_without_projection_is_adamw():
 
 def test_zero_weights_and_gradients_are_no_trouble():
     z, one = jnp.zeros((2, 2)), jnp.ones((2, 2))
-    tx = adamr.remove_radial(optax.stateless(lambda g, p: one))
+    tx = adamr.recipes.norms.remove_radial(optax.stateless(lambda g, p: one))
     np.testing.assert_array_equal(tx.update(one, tx.init(z), z)[0], one)
     np.testing.assert_allclose(tx.update(z, tx.init(one), one)[0], z, atol=1e-6)
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from cases import gradients, params
 from hypothesis import given, settings
 
 import adamr
 from adamr import Routed
+from tests.contract.cases import gradients, params
+from tests.references import core as reference
 
 
 def trajectory(tx, carriers):

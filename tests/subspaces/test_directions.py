@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_directions as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import adamr
-from adamr.directions import coordinates
-from adamr.gram_schmidt import restrict
 from adamr.modifiers.natural import FopngState
+from adamr.subspaces.directions import coordinates
+from adamr.subspaces.gram_schmidt import restrict
+from tests.references import directions as reference
 
 SHAPES = {"a": {"bias": (4,), "kernel": (3, 4)}, "scale": (), "stack": (2, 3, 2)}
 SIZE = 29
@@ -96,7 +96,7 @@ def test_t1_ogd(optimizer):
     old, new = normal(0, 3, 10) / 3, jnp.asarray(normal(1, 40, 10))
     targets = jnp.asarray(normal(2, 40))
     w = jnp.asarray(normal(3, 10)) / 10
-    d = adamr.ogd_directions(
+    d = adamr.recipes.ogd.ogd_directions(
         adamr.empty_directions(w, 5), linear, w, old, jnp.zeros(3, int)
     )
     tx = {
@@ -151,7 +151,7 @@ def test_projection_equals_the_twin():
     d = grown(samples)
     rows = reference.gram_schmidt([], samples)
     np.testing.assert_allclose(rows_of(d), rows, atol=2e-6)
-    projected = flat(adamr.project(d, tree_of(g)))
+    projected = flat(adamr.subspaces.project(d, tree_of(g)))
     np.testing.assert_allclose(projected, reference.project(g, rows), atol=2e-6)
     np.testing.assert_allclose(
         coordinates(d, tree_of(g))[:5], rows @ g, rtol=1e-4, atol=1e-5
@@ -168,7 +168,7 @@ def test_ogd_as_a_route_and_strength():
     )
     state = tx.update(g, tx.init(g), g)[1]
     share = np.sum((rows_of(d) @ flat(g)) ** 2) / np.sum(flat(g) ** 2)
-    seen = adamr.read_diagnostics(state)
+    seen = adamr.state.read_diagnostics(state)
     np.testing.assert_allclose(seen["overlap"], 0.1 * share, rtol=1e-5)
     assert [int(r) for r in seen["rank"]] == [3]
 
@@ -184,10 +184,10 @@ def test_property_projection(seed, count, exponent):
     samples = normal(seed, max(count, 1), SIZE)[:count]
     d = grown(samples) if count else empty()
     g = tree_of(normal(seed + 1, SIZE) * np.float32(10.0) ** np.float32(exponent))
-    once = adamr.project(d, g)
+    once = adamr.subspaces.project(d, g)
     size = np.linalg.norm(flat(g))
     assert np.linalg.norm(flat(once)) <= size * (1 + 1e-6)
-    twice = flat(adamr.project(d, once))
+    twice = flat(adamr.subspaces.project(d, once))
     np.testing.assert_allclose(twice, flat(once), atol=2e-7 * size)
     assert np.max(np.abs(coordinates(d, once)), initial=0) < 1e-6 * size
 
@@ -196,12 +196,12 @@ def test_property_projection(seed, count, exponent):
 @given(seeds)
 def test_property_leaf_order_and_splitting_a_leaf_change_nothing(seed):
     samples, g = normal(seed, 4, SIZE), normal(seed + 1, SIZE)
-    whole = flat(adamr.project(grown(samples), tree_of(g)))
+    whole = flat(adamr.subspaces.project(grown(samples), tree_of(g)))
 
     order = np.random.default_rng(seed).permutation(SIZE)
     shapes = {"p": (7,), "q": (11, 2)}
     mixed = grown(samples[:, order], shapes=shapes)
-    moved = flat(adamr.project(mixed, tree_of(g[order], shapes)))
+    moved = flat(adamr.subspaces.project(mixed, tree_of(g[order], shapes)))
     np.testing.assert_allclose(moved, whole[order], atol=2e-6 * np.linalg.norm(g))
 
 
@@ -247,7 +247,7 @@ def test_one_nan_in_a_long_leaf_is_seen():
     d = adamr.empty_directions(jnp.zeros(6000), 3)
     d = jax.jit(adamr.grow_directions)(d, samples)
     assert d.used == 2 and np.isfinite(d.rows[0]).all()
-    top = jax.jit(lambda x: adamr.principal_directions(x, 2))(samples)
+    top = jax.jit(lambda x: adamr.subspaces.principal_directions(x, 2))(samples)
     assert np.isfinite(top).all() and np.linalg.norm(top[0]) > 0.9
 
 
@@ -291,7 +291,7 @@ def grown_inside(samples):
 def test_full_space_lets_exactly_nothing_through():
     d = grown(normal(0, SIZE, SIZE), capacity=SIZE)
     assert d.used == SIZE
-    assert not np.any(flat(adamr.project(d, tree_of(normal(1, SIZE)))))
+    assert not np.any(flat(adamr.subspaces.project(d, tree_of(normal(1, SIZE)))))
 
 
 def test_exclude():
@@ -308,7 +308,7 @@ def test_exclude():
     assert np.max(np.abs(rows_of(d) @ over)) < 1e-6
     nothing = empty(2, exclude=lambda name, shape: True)
     assert adamr.grow_directions(nothing, tree_of(normal(0, 1, SIZE))) is nothing
-    np.testing.assert_array_equal(flat(adamr.project(nothing, g)), flat(g))
+    np.testing.assert_array_equal(flat(adamr.subspaces.project(nothing, g)), flat(g))
 
 
 # Principal directions -----------------------------------------------------------------
@@ -318,7 +318,9 @@ def test_t2_principal_directions_hold_the_mean():
     """A constant mean under noise is the first direction; centring would lose it."""
     mean = normal(0, SIZE)
     samples = mean + 0.3 * normal(1, 300, SIZE)
-    d = adamr.grow_directions(empty(5), adamr.principal_directions(tree_of(samples), 5))
+    d = adamr.grow_directions(
+        empty(5), adamr.subspaces.principal_directions(tree_of(samples), 5)
+    )
     assert d.used == 5
     inside = rows_of(d) @ (mean / np.linalg.norm(mean))
     assert np.linalg.norm(inside) > 0.999
@@ -328,7 +330,7 @@ def test_t2_principal_directions_hold_the_mean():
 
 def test_principal_directions_equal_the_twin():
     samples = normal(0, 12, SIZE) * np.linspace(1, 4, SIZE, dtype=np.float32) ** 2
-    ours = flat(adamr.principal_directions(tree_of(samples), 6), lead=1)
+    ours = flat(adamr.subspaces.principal_directions(tree_of(samples), 6), lead=1)
     theirs = reference.principal(samples, 6)
     assert_orthonormal(ours, atol=1e-5)
     np.testing.assert_allclose(np.abs(np.sum(ours * theirs, axis=1)), 1, atol=1e-4)
@@ -337,16 +339,16 @@ def test_principal_directions_equal_the_twin():
 def test_principal_directions_of_degenerate_samples():
     v = normal(0, 2, SIZE)
     low_rank = np.stack([v[0], v[1], v[0] + v[1], 2 * v[0], 0 * v[0]])
-    out = flat(adamr.principal_directions(tree_of(low_rank), 4), lead=1)
+    out = flat(adamr.subspaces.principal_directions(tree_of(low_rank), 4), lead=1)
     np.testing.assert_allclose(np.linalg.norm(out, axis=1), [1, 1, 0, 0], atol=1e-5)
     for bad in (np.nan, np.inf):
         with_bad = low_rank.copy()
         with_bad[4, 7] = bad
-        same = adamr.principal_directions(tree_of(with_bad), 4)
+        same = adamr.subspaces.principal_directions(tree_of(with_bad), 4)
         np.testing.assert_allclose(flat(same, lead=1), out, atol=1e-6)
-    zero = adamr.principal_directions(tree_of(0 * low_rank), 9)
+    zero = adamr.subspaces.principal_directions(tree_of(0 * low_rank), 9)
     assert flat(zero, lead=1).shape == (5, SIZE) and not np.any(flat(zero, lead=1))
-    huge = adamr.principal_directions(tree_of(low_rank * np.float32(1e30)), 4)
+    huge = adamr.subspaces.principal_directions(tree_of(low_rank * np.float32(1e30)), 4)
     np.testing.assert_allclose(np.abs(flat(huge, lead=1)), np.abs(out), atol=1e-5)
 
 
@@ -366,7 +368,7 @@ def test_logit_gradients_equal_the_twin():
     for variant, picks in wanted.items():
         rows = [reference.mlp_gradient(exact, x[i], w) for i, w in picks]
         for chunk_size in (None, 3):
-            ours = adamr.logit_gradients(
+            ours = adamr.subspaces.logit_gradients(
                 mlp, p, x, labels, variant=variant, chunk_size=chunk_size
             )
             for name in p:
@@ -377,7 +379,9 @@ def test_logit_gradients_equal_the_twin():
 def test_logit_gradients_under_jit_and_labels_outside():
     p, x = mlp_params(), jnp.asarray(normal(1, 4, 5))
     labels = jnp.array([2, 0, 3, -1])
-    rows = jax.jit(functools.partial(adamr.logit_gradients, mlp))(p, x, labels)
+    rows = jax.jit(functools.partial(adamr.subspaces.logit_gradients, mlp))(
+        p, x, labels
+    )
     sizes = np.linalg.norm(flat(rows, lead=1), axis=1)
     assert np.all(sizes[:2] > 0) and not np.any(sizes[2:])
 
@@ -395,9 +399,9 @@ def test_ogd_plus_is_ogd_on_a_linear_model():
     }
     for name, (f, (before, after)) in models.items():
         none = adamr.empty_directions(before, 6)
-        d = adamr.ogd_directions(none, f, before, x[0], labels)
-        d = adamr.ogd_directions(d, f, after, x[1], labels)
-        plus = adamr.ogd_plus_directions(
+        d = adamr.recipes.ogd.ogd_directions(none, f, before, x[0], labels)
+        d = adamr.recipes.ogd.ogd_directions(d, f, after, x[1], labels)
+        plus = adamr.recipes.ogd.ogd_plus_directions(
             d, f, after, np.concatenate(x), jnp.concatenate([labels, labels])
         )
         assert plus.used == d.used == 4
@@ -407,7 +411,7 @@ def test_ogd_plus_is_ogd_on_a_linear_model():
         else:
             assert overlap.min() < 0.99
             # Exact where the parameters are now.
-            fresh = adamr.logit_gradients(f, after, x[0], labels)
+            fresh = adamr.subspaces.logit_gradients(f, after, x[0], labels)
             rows = flat(fresh, lead=1)
             left = rows - rows @ rows_of(plus).T @ rows_of(plus)
             assert np.linalg.norm(left) < 1e-5 * np.linalg.norm(rows)
@@ -418,15 +422,17 @@ def test_ogd_plus_is_ogd_on_a_linear_model():
 def test_pca_ogd_keeps_the_strongest():
     p, x = mlp_params(), normal(1, 30, 5)
     labels = jnp.asarray(np.arange(30) % 3)
-    d = adamr.pca_ogd_directions(
+    d = adamr.recipes.ogd.pca_ogd_directions(
         adamr.empty_directions(p, 8), mlp, p, x, labels, count=5
     )
-    samples = flat(adamr.logit_gradients(mlp, p, x, labels), lead=1)
+    samples = flat(adamr.subspaces.logit_gradients(mlp, p, x, labels), lead=1)
     theirs = reference.principal(samples, 5)
     assert d.used == 5
     overlap = np.linalg.svd(theirs @ rows_of(d).T)[1]
     np.testing.assert_allclose(overlap, 1, atol=1e-4)
-    d = adamr.pca_ogd_directions(d, mlp, p, normal(2, 30, 5), labels, count=3)
+    d = adamr.recipes.ogd.pca_ogd_directions(
+        d, mlp, p, normal(2, 30, 5), labels, count=3
+    )
     assert d.used == 8
     assert_orthonormal(rows_of(d))
 
@@ -441,7 +447,7 @@ def fopng_step(g, gradients, old, new, shapes=None, damping=1e-7, **kwargs):
     d = adamr.empty_directions(to_tree(g), len(gradients))
     d = adamr.grow_directions(d, to_tree(gradients))
     tx = adamr.fopng(d, **kwargs)
-    state = adamr.set_fisher(
+    state = adamr.modifiers.set_fisher(
         tx.init(to_tree(g)), old=to_tree(old), new=to_tree(new), damping=damping
     )
     return flat(tx.update(to_tree(g), state)[0])
@@ -475,10 +481,12 @@ def test_t9_fopng_with_identity_metrics_is_normalised_ogd():
     tx = adamr.fopng(d)
     for state in (
         tx.init(g),
-        adamr.set_fisher(tx.init(g), old=tree_of(np.ones(SIZE)), damping=1e-6),
+        adamr.modifiers.set_fisher(
+            tx.init(g), old=tree_of(np.ones(SIZE)), damping=1e-6
+        ),
     ):
         step = flat(tx.update(g, state)[0])
-        ogd = flat(adamr.project(d, g))
+        ogd = flat(adamr.subspaces.project(d, g))
         np.testing.assert_allclose(step, ogd / np.linalg.norm(ogd), atol=1e-6)
     published = adamr.fopng(d, as_published=True)
     np.testing.assert_allclose(flat(step_of(published, g)), step, atol=1e-6)
@@ -551,18 +559,20 @@ def test_fopng_degenerate_fisher():
     tx = adamr.fopng(grown(normal(0, 3, SIZE)))
     plain = step_of(tx, g)
     zero = tree_of(np.zeros(SIZE))
-    state = adamr.set_fisher(tx.init(g), new=zero)
+    state = adamr.modifiers.set_fisher(tx.init(g), new=zero)
     np.testing.assert_array_equal(flat(tx.update(g, state)[0]), flat(plain))
     # F = 0: nothing to protect.
-    state = adamr.set_fisher(tx.init(g), old=zero)
+    state = adamr.modifiers.set_fisher(tx.init(g), old=zero)
     free = flat(g) / np.linalg.norm(flat(g))
     np.testing.assert_allclose(flat(tx.update(g, state)[0]), free, atol=1e-6)
     sparse = tree_of(np.where(np.arange(SIZE) % 3, 0.0, 1e-12))
-    step = tx.update(g, adamr.set_fisher(tx.init(g), old=sparse, new=sparse))[0]
+    step = tx.update(g, adamr.modifiers.set_fisher(tx.init(g), old=sparse, new=sparse))[
+        0
+    ]
     assert np.all(np.isfinite(flat(step)))
     with pytest.raises(ValueError, match="new has negative, NaN or infinite entries"):
-        adamr.set_fisher(tx.init(g), new=tree_of(np.full(SIZE, np.nan)))
-    inside = jax.jit(lambda s, f: adamr.set_fisher(s, new=f))
+        adamr.modifiers.set_fisher(tx.init(g), new=tree_of(np.full(SIZE, np.nan)))
+    inside = jax.jit(lambda s, f: adamr.modifiers.set_fisher(s, new=f))
     state = inside(tx.init(g), tree_of(np.full(SIZE, np.nan)))
     np.testing.assert_allclose(flat(tx.update(g, state)[0]), flat(plain), atol=1e-6)
 
@@ -572,8 +582,12 @@ def test_setting_directions_keeps_the_metric():
     g = tree_of(normal(1, SIZE))
     old, new = (tree_of(np.exp(normal(s, SIZE))) for s in (2, 3))
     tx, d = adamr.fopng(empty()), grown(normal(0, 3, SIZE))
-    first = adamr.set_subspace(adamr.set_fisher(tx.init(g), old=old, new=new), d)
-    last = adamr.set_fisher(adamr.set_subspace(tx.init(g), d), old=old, new=new)
+    first = adamr.set_subspace(
+        adamr.modifiers.set_fisher(tx.init(g), old=old, new=new), d
+    )
+    last = adamr.modifiers.set_fisher(
+        adamr.set_subspace(tx.init(g), d), old=old, new=new
+    )
     jax.tree.map(np.testing.assert_array_equal, first, last)
     assert jnp.any(first.basis[0] != d.rows[0])
 
@@ -587,7 +601,7 @@ def test_fisher_diagonals_are_parameter_shaped_state():
 
 
 def test_average_fisher():
-    f = adamr.average_fisher(
+    f = adamr.modifiers.average_fisher(
         {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.0])}, 0.25
     )
     np.testing.assert_allclose(f["w"], [1.5, 1.5])
@@ -645,7 +659,9 @@ def test_boundaries_in_wrappers_do_not_recompile(optimizer, wrapper):
             d = adamr.grow_directions(adamr.get_subspace(state), samples)
             state = adamr.set_subspace(state, d)
         if optimizer == "fopng":
-            state = adamr.set_fisher(state, new=tree_of(np.exp(normal(task, SIZE))))
+            state = adamr.modifiers.set_fisher(
+                state, new=tree_of(np.exp(normal(task, SIZE)))
+            )
     step, state = update(tree_of(normal(77, SIZE)), state)
     assert len(traces) == 1
     d = adamr.get_subspace(state)
@@ -693,7 +709,7 @@ def test_nnx_optimizer_boundaries():
         assert d.used == 1
         opt_state = adamr.set_subspace(optimizer.opt_state, d)
         if adamr.state.find_nodes(opt_state, FopngState):
-            opt_state = adamr.set_fisher(opt_state, new=g)
+            opt_state = adamr.modifiers.set_fisher(opt_state, new=g)
         optimizer.opt_state = opt_state
         before = flat(nnx.state(model, nnx.Param))
         optimizer.update(model, g)
@@ -716,7 +732,7 @@ def test_directions_lie_as_their_leaves_lie(explicit):
     def train(p, samples, g, fisher):
         d = adamr.grow_directions(adamr.empty_directions(p, 4), samples)
         tx = adamr.fopng(d)
-        state = adamr.set_fisher(tx.init(p), new=fisher)
+        state = adamr.modifiers.set_fisher(tx.init(p), new=fisher)
         ogd = adamr.ogd(0.1, d)
         return (
             d,
@@ -781,7 +797,7 @@ def test_errors():
     with pytest.raises(TypeError, match="must be a Subspace, got Directions"):
         adamr.oblique_second_moment(d)
     with pytest.raises(ValueError, match="leaves out"):
-        adamr.project(d, {**g, "scale": None})
+        adamr.subspaces.project(d, {**g, "scale": None})
     with pytest.raises(ValueError, match="capacity must be at least 1"):
         empty(0)
     with pytest.raises(ValueError, match="exclude names 'haed'"):
@@ -799,30 +815,30 @@ def test_errors():
     with pytest.raises(ValueError, match="samples is empty"):
         adamr.grow_directions(d, tree_of(np.zeros((0, SIZE))))
     with pytest.raises(ValueError, match="count must be at least 1"):
-        adamr.principal_directions(g, 0)
+        adamr.subspaces.principal_directions(g, 0)
     with pytest.raises(ValueError, match="variant is 'gtl'"):
-        adamr.logit_gradients(mlp, p, x, y, variant="gtl")
+        adamr.subspaces.logit_gradients(mlp, p, x, y, variant="gtl")
     with pytest.raises(ValueError, match="labels is None"):
-        adamr.logit_gradients(mlp, p, x)
+        adamr.subspaces.logit_gradients(mlp, p, x)
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\)"):
-        adamr.logit_gradients(mlp, p, x, y + 2)
+        adamr.subspaces.logit_gradients(mlp, p, x, y + 2)
     with pytest.raises(ValueError, match="labels has shape"):
-        adamr.logit_gradients(mlp, p, x, y[:1])
+        adamr.subspaces.logit_gradients(mlp, p, x, y[:1])
     with pytest.raises(ValueError, match="without a batch axis"):
-        adamr.logit_gradients(lambda p, x: mlp(p, x)[None], p, x, y)
+        adamr.subspaces.logit_gradients(lambda p, x: mlp(p, x)[None], p, x, y)
     with pytest.raises(ValueError, match="inputs must be arrays"):
-        adamr.logit_gradients(mlp, p, (x, x[:1]), y)
+        adamr.subspaces.logit_gradients(mlp, p, (x, x[:1]), y)
     with pytest.raises(ValueError, match="chunk_size must be"):
-        adamr.logit_gradients(mlp, p, x, y, chunk_size=0)
+        adamr.subspaces.logit_gradients(mlp, p, x, y, chunk_size=0)
     state = adamr.project_out(d).init(g)
     with pytest.raises(ValueError, match="keep max_rank and axes"):
         adamr.set_subspace(state, empty(3))
     with pytest.raises(TypeError, match="the state holds a Directions"):
         adamr.set_subspace(state, adamr.empty_subspace(g))
     with pytest.raises(ValueError, match="holds no fopng"):
-        adamr.set_fisher(state, new=g)
+        adamr.modifiers.set_fisher(state, new=g)
     tx = adamr.fopng(d)
     with pytest.raises(ValueError, match="damping must be positive"):
-        adamr.set_fisher(tx.init(g), new=g, damping=0.0)
+        adamr.modifiers.set_fisher(tx.init(g), new=g, damping=0.0)
     with pytest.raises(ValueError, match="new has shape"):
-        adamr.set_fisher(tx.init(g), new=jax.tree.map(lambda v: v[None], g))
+        adamr.modifiers.set_fisher(tx.init(g), new=jax.tree.map(lambda v: v[None], g))

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adamr
+from tests.contract.collectives import collectives
+from tests.references import core as reference
 
 IN, OUT = 16, 8
 
@@ -26,9 +26,9 @@ def samples(seed, count=64, decay=0.7):
 
 
 def covariance_of(s, *batches):
-    c = adamr.empty_covariance(s)
+    c = adamr.subspaces.empty_covariance(s)
     for x in batches:
-        c = adamr.update_covariance(c, (x,))
+        c = adamr.subspaces.update_covariance(c, (x,))
     return c
 
 
@@ -52,7 +52,7 @@ def test_growth_from_a_covariance_equals_the_twin_on_samples(threshold, scale):
     columns = np.asarray(s.bases[0][:, 0], np.float64)
     columns = columns[:, np.linalg.norm(columns, axis=0) > 0.5]
     expected = reference.grow(columns, second.astype(np.float64), threshold)
-    assert int(adamr.rank(grown)[0]) == expected.shape[1]
+    assert int(adamr.subspaces.rank(grown)[0]) == expected.shape[1]
     np.testing.assert_allclose(projector(grown), expected @ expected.T, atol=1e-4)
 
 
@@ -70,16 +70,18 @@ def test_importance_from_a_covariance_equals_that_from_samples():
 def test_covariances_of_nothing_change_nothing():
     s = adamr.grow_subspace(empty(), (samples(3),), threshold=0.5)
     for moment in (0.0, np.nan, np.inf):
-        c = adamr.Covariance((jnp.full((IN, IN), moment),), (jnp.ones([], int),))
+        c = adamr.subspaces.Covariance(
+            (jnp.full((IN, IN), moment),), (jnp.ones([], int),)
+        )
         same = adamr.grow_subspace(s, c, threshold=1.0)
         np.testing.assert_array_equal(same.bases[0], s.bases[0])
-    parts = adamr.empty_covariance(s, parts=4)
+    parts = adamr.subspaces.empty_covariance(s, parts=4)
     with pytest.raises(ValueError, match="merge_covariance"):
         adamr.grow_subspace(s, parts)
     with pytest.raises(ValueError, match="multiple of 4"):
-        adamr.update_covariance(parts, (samples(0, 6),))
+        adamr.subspaces.update_covariance(parts, (samples(0, 6),))
     with pytest.raises(ValueError, match="parts must be at least 1"):
-        adamr.empty_covariance(s, parts=0)
+        adamr.subspaces.empty_covariance(s, parts=0)
 
 
 def test_parts_add_up_whatever_they_saw():
@@ -87,14 +89,16 @@ def test_parts_add_up_whatever_they_saw():
     rng = np.random.default_rng(0)
     params = {"stack": jnp.zeros((3, IN, OUT)), "w": jnp.zeros((IN, OUT))}
     s = adamr.empty_subspace(params)
-    parts = adamr.empty_covariance(s, parts=4)
-    assert not any(map(jnp.any, jax.tree.leaves(adamr.merge_covariance(parts).counts)))
+    parts = adamr.subspaces.empty_covariance(s, parts=4)
+    assert not any(
+        map(jnp.any, jax.tree.leaves(adamr.subspaces.merge_covariance(parts).counts))
+    )
     batches = [(rng.normal(size=(3, n, IN)), rng.normal(size=(n, IN))) for n in (8, 12)]
-    whole = adamr.empty_covariance(s)
+    whole = adamr.subspaces.empty_covariance(s)
     for stack, w in batches:
-        whole = adamr.update_covariance(whole, (stack, w))
-        parts = adamr.update_covariance(parts, (stack, w))
-    merged = adamr.merge_covariance(parts)
+        whole = adamr.subspaces.update_covariance(whole, (stack, w))
+        parts = adamr.subspaces.update_covariance(parts, (stack, w))
+    merged = adamr.subspaces.merge_covariance(parts)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -106,12 +110,12 @@ def test_bases_without_gathering():
     x = samples(4)
     rows = (jax.device_put(x, sharded),)
     s = empty()
-    parts = jax.device_put(adamr.empty_covariance(s, parts=8), sharded)
-    update = jax.jit(adamr.update_covariance).lower(parts, rows).compile()
+    parts = jax.device_put(adamr.subspaces.empty_covariance(s, parts=8), sharded)
+    update = jax.jit(adamr.subspaces.update_covariance).lower(parts, rows).compile()
     assert collectives(update) == []
     parts = update(parts, rows)
     assert parts.moments[0].sharding.is_equivalent_to(sharded, 3)
-    merge = jax.jit(adamr.merge_covariance).lower(parts).compile()
+    merge = jax.jit(adamr.subspaces.merge_covariance).lower(parts).compile()
     sent = sorted(n for _, *numbers in collectives(merge) for n in numbers)
     assert sent[-1] == IN * IN and sum(sent[:-1]) <= 16  # and the counts
     assert {kind for kind, *_ in collectives(merge)} <= {"all-reduce", "all-gather"}
@@ -146,7 +150,7 @@ def test_bases_in_bfloat16_leak_what_is_stated(rank):
     u = np.linalg.qr(rng.normal(size=(n, rank)))[0].astype(np.float32)
     params = {"w": jnp.zeros((n, out))}
     s = adamr.make_subspace(params, {"w": u}, max_rank=rank)
-    small = adamr.cast_bases(s, jnp.bfloat16)
+    small = adamr.subspaces.cast_bases(s, jnp.bfloat16)
     assert small.bases[0].dtype == jnp.bfloat16
     assert small.weights[0].dtype == jnp.float32
     inside = u @ rng.normal(size=(rank, out)).astype(np.float32)  # nothing may pass
@@ -154,7 +158,9 @@ def test_bases_in_bfloat16_leak_what_is_stated(rank):
     leak = {}
     for name, g in (("inside", inside), ("anything", anything)):
         for kind, basis in (("float32", s), ("bfloat16", small)):
-            step = np.asarray(adamr.project(basis, {"w": jnp.asarray(g)})["w"])
+            step = np.asarray(
+                adamr.subspaces.project(basis, {"w": jnp.asarray(g)})["w"]
+            )
             leak[name, kind] = np.linalg.norm(u.T @ step) / np.linalg.norm(g)
     assert leak["inside", "float32"] < 1e-6 and leak["anything", "float32"] < 1e-6
     assert 1e-4 < leak["inside", "bfloat16"] < 4e-3
@@ -164,7 +170,9 @@ def test_bases_in_bfloat16_leak_what_is_stated(rank):
 def test_an_optimizer_with_bases_in_bfloat16_takes_float32_ones_at_a_boundary():
     params = {"w": jnp.ones((IN, OUT))}
     master = adamr.grow_subspace(empty(8), (samples(6),), threshold=0.9)
-    tx = adamr.adamr(0.1, adamr.project_out(adamr.cast_bases(empty(8), jnp.bfloat16)))
+    tx = adamr.adamr(
+        0.1, adamr.project_out(adamr.subspaces.cast_bases(empty(8), jnp.bfloat16))
+    )
     state = adamr.set_subspace(tx.init(params), master)
     held = adamr.get_subspace(state)
     assert held.bases[0].dtype == jnp.bfloat16
@@ -172,11 +180,11 @@ def test_an_optimizer_with_bases_in_bfloat16_takes_float32_ones_at_a_boundary():
     assert 0 < adamr.update_leak(step, master).total < 1e-2
     again = adamr.grow_subspace(held, (samples(6),), threshold=0.9)
     np.testing.assert_array_equal(again.bases[0], held.bases[0])
-    full = adamr.grow_subspace(adamr.cast_bases(empty(), jnp.bfloat16), (samples(6),),
-                               threshold=1.0)  # fmt: skip
-    once = int(adamr.rank(full)[0])
+    small = adamr.subspaces.cast_bases(empty(), jnp.bfloat16)
+    full = adamr.grow_subspace(small, (samples(6),), threshold=1.0)
+    once = int(adamr.subspaces.rank(full)[0])
     twice = adamr.grow_subspace(full, (samples(6),), threshold=1.0)
-    assert int(adamr.rank(twice)[0]) == once  # rounding is not evidence
+    assert int(adamr.subspaces.rank(twice)[0]) == once  # rounding is not evidence
 
 
 # Host memory.
@@ -186,32 +194,34 @@ def test_offloaded_arrays_come_back_where_they_were():
     mesh = mesh_of_eight()
     where = NamedSharding(mesh, PartitionSpec("data"))
     s = empty()
-    c = jax.device_put(adamr.empty_covariance(s, parts=8), where)
-    c = adamr.update_covariance(c, (jax.device_put(samples(7), where),))
-    held = adamr.offload({"c": c, "d": adamr.empty_directions(s.bases[0], 2), "n": 3})
+    c = jax.device_put(adamr.subspaces.empty_covariance(s, parts=8), where)
+    c = adamr.subspaces.update_covariance(c, (jax.device_put(samples(7), where),))
+    held = adamr.sharding.offload(
+        {"c": c, "d": adamr.empty_directions(s.bases[0], 2), "n": 3}
+    )
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(held["c"])}
     assert kinds == {"pinned_host"}
-    back = adamr.onload(held)
+    back = adamr.sharding.onload(held)
     assert back["n"] == 3
     for a, b in zip(jax.tree.leaves(back["c"]), jax.tree.leaves(c), strict=True):
         assert a.sharding == b.sharding and a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
-    jax.block_until_ready(adamr.update_covariance(back["c"], (samples(7),)))
+    jax.block_until_ready(adamr.subspaces.update_covariance(back["c"], (samples(7),)))
 
 
 def test_offloaded_values_outlive_donated_ones():
     donate = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     x = jnp.arange(1000.0)
-    held = adamr.offload(x)
+    held = adamr.sharding.offload(x)
     jax.block_until_ready(donate(x))
-    np.testing.assert_array_equal(adamr.onload(held), np.arange(1000.0))
+    np.testing.assert_array_equal(adamr.sharding.onload(held), np.arange(1000.0))
 
 
 def test_without_host_memory_arrays_become_numpy(monkeypatch):
-    monkeypatch.setattr("adamr.offloading._has_host_memory", lambda sharding: False)
-    held = adamr.offload([jnp.arange(3)])
+    monkeypatch.setattr("adamr.sharding._has_host_memory", lambda sharding: False)
+    held = adamr.sharding.offload([jnp.arange(3)])
     assert type(held[0]) is np.ndarray
-    assert isinstance(adamr.onload(held)[0], jax.Array)
+    assert isinstance(adamr.sharding.onload(held)[0], jax.Array)
 
 
 def test_captured_rows_of_a_sharded_batch_stay_where_they_are():
@@ -239,9 +249,9 @@ def test_captured_rows_of_a_sharded_batch_stay_where_they_are():
     params = nnx.state(Model(), nnx.Param)
     axes = adamr.capture.kernel_axes(Model())
     s = adamr.empty_subspace(params, axes=axes)
-    parts = jax.device_put(adamr.empty_covariance(s, parts=8), where)
-    parts = adamr.update_covariance(parts, far)
-    whole = adamr.update_covariance(adamr.empty_covariance(s), near)
-    merged = adamr.merge_covariance(parts)
+    parts = jax.device_put(adamr.subspaces.empty_covariance(s, parts=8), where)
+    parts = adamr.subspaces.update_covariance(parts, far)
+    whole = adamr.subspaces.update_covariance(adamr.subspaces.empty_covariance(s), near)
+    merged = adamr.subspaces.merge_covariance(parts)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

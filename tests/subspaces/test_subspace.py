@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from cases import orthonormal
 from hypothesis import given, settings
 
 import adamr
 from adamr import Axes
+from tests.contract.cases import orthonormal
+from tests.references import core as reference
 
 # shape, path, axes, shape of one basis, fan-in
 LAYOUTS = [
@@ -58,7 +58,7 @@ def test_projection_in_every_layout_equals_the_matrix_form(shape, path, axes, fa
     s = adamr.make_subspace(
         tree, nested(path, basis), weights=nested(path, lam), axes=how
     )
-    got = jax.tree.leaves(jax.jit(adamr.project)(s, tree))[0]
+    got = jax.tree.leaves(jax.jit(adamr.subspaces.project)(s, tree))[0]
     axes = axes or adamr.default_axes(path, shape)
     flat, out = columns_first(g.astype(np.float64), axes), columns_first(got, axes)
     if not axes.batch:
@@ -80,10 +80,10 @@ def test_growing_in_every_layout_protects_what_was_seen(shape, path, axes, fan_i
         size=(*fan_in[:-1], seen, fan_in[-1])
     )
     s = adamr.grow_subspace(s, nested(path, low.astype(np.float32)), threshold=1.0)
-    rank = [r for r in adamr.rank(s) if r is not None][0]
+    rank = [r for r in adamr.subspaces.rank(s) if r is not None][0]
     np.testing.assert_array_equal(rank, np.full(fan_in[:-1], seen))
     g = rng.normal(size=shape).astype(np.float32)
-    got = jax.tree.leaves(adamr.project(s, nested(path, jnp.asarray(g))))[0]
+    got = jax.tree.leaves(adamr.subspaces.project(s, nested(path, jnp.asarray(g))))[0]
     axes = axes or adamr.default_axes(path, shape)
     flat = columns_first(np.asarray(got, np.float64), axes)
     response = np.abs(low @ flat).max() / np.abs(low).max()
@@ -99,7 +99,7 @@ def test_t4_rank_rule_with_a_basis(threshold, added):
     s = adamr.make_subspace(p, {"w": np.eye(4)[:, :1]})
     samples = {"w": np.diag(np.sqrt([6.0, 3.0, 1.0, 0.0])).astype(np.float32)}
     grown = adamr.grow_subspace(s, samples, threshold=threshold)
-    assert int(adamr.rank(grown)[0]) == 1 + added
+    assert int(adamr.subspaces.rank(grown)[0]) == 1 + added
 
 
 def test_t4_equation_5_not_one_fewer():
@@ -109,7 +109,7 @@ def test_t4_equation_5_not_one_fewer():
     s = adamr.grow_subspace(
         adamr.empty_subspace(p), {"w": np.diag(spectrum)}, threshold=0.95
     )
-    assert int(adamr.rank(s)[0]) == 2
+    assert int(adamr.subspaces.rank(s)[0]) == 2
 
 
 def test_t3_gpm_keeps_the_response_to_a_rank_one_input():
@@ -121,7 +121,7 @@ def test_t3_gpm_keeps_the_response_to_a_rank_one_input():
     before = a @ w
     for seed in range(20):
         g = jax.random.normal(jax.random.key(seed), w.shape)
-        w = w - 0.1 * adamr.project(s, g)
+        w = w - 0.1 * adamr.subspaces.project(s, g)
     np.testing.assert_allclose(a @ w, before, atol=2e-6)
 
 
@@ -135,7 +135,7 @@ def test_t5_scaled_gradient_projection():
     lam = np.asarray(s.weights[0]).reshape(3)
     np.testing.assert_allclose(lam, [1.0, 0.916667, 0.55], rtol=1e-5)
     g = {"w": jnp.array([[0.0], [0.0], [1.0]])}
-    np.testing.assert_allclose(adamr.project(s, g)["w"][2], 0.45, rtol=1e-5)
+    np.testing.assert_allclose(adamr.subspaces.project(s, g)["w"][2], 0.45, rtol=1e-5)
     # The second task sees direction 3 at full strength: λ accumulates, up to 1.
     s = adamr.grow_subspace(s, {"w": np.eye(3, dtype=np.float32)[2:]}, importance=10.0)
     np.testing.assert_allclose(s.weights[0].reshape(3), [1, 0.916667, 1], rtol=1e-5)
@@ -158,7 +158,7 @@ def test_growth_equals_its_float64_twin(seed, rank, threshold, scale):
         s, (scale * samples).astype(np.float32), threshold=threshold
     )
     expected = reference.grow(basis.astype(np.float64), samples, threshold)
-    assert int(adamr.rank(grown)[0]) == expected.shape[1]
+    assert int(adamr.subspaces.rank(grown)[0]) == expected.shape[1]
     u = np.asarray(grown.bases[0], np.float64)[:, 0]
     np.testing.assert_allclose(u @ u.T, expected @ expected.T, atol=2e-4)
     used = u[:, : expected.shape[1]]
@@ -170,8 +170,8 @@ def test_growth_equals_its_float64_twin(seed, rank, threshold, scale):
 def test_projection_is_idempotent_and_does_not_expand(seed, rank):
     s = adamr.make_subspace(np.zeros((6, 3), np.float32), orthonormal(seed, 6, rank))
     g = jax.random.normal(jax.random.key(seed), (6, 3))
-    once = adamr.project(s, g)
-    np.testing.assert_allclose(adamr.project(s, once), once, atol=1e-6)
+    once = adamr.subspaces.project(s, g)
+    np.testing.assert_allclose(adamr.subspaces.project(s, once), once, atol=1e-6)
     assert jnp.linalg.norm(once) <= jnp.linalg.norm(g) * (1 + 1e-6)
 
 
@@ -198,7 +198,7 @@ def test_awkward_samples_give_finite_orthonormal_bases(kind):
     x = awkward_samples()[kind].astype(np.float32)
     for _ in range(3):
         s = adamr.grow_subspace(s, x, threshold=0.999)
-    u, r = np.asarray(s.bases[0])[:, 0], int(adamr.rank(s)[0])
+    u, r = np.asarray(s.bases[0])[:, 0], int(adamr.subspaces.rank(s)[0])
     assert np.isfinite(u).all() and not u[:, r:].any()
     np.testing.assert_allclose(u[:, :r].T @ u[:, :r], np.eye(r), atol=1e-6)
     assert {"zero": r == 0, "rank 1": r == 1, "one sample": r == 1}.get(kind, r <= 6)
@@ -209,9 +209,9 @@ def test_a_full_basis_stays_full_and_lets_exactly_nothing_through():
     x = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     s = adamr.grow_subspace(s, x, threshold=1.0)
     again = adamr.grow_subspace(s, x[::-1].copy(), threshold=1.0)
-    assert int(adamr.rank(s)[0]) == 8
+    assert int(adamr.subspaces.rank(s)[0]) == 8
     np.testing.assert_array_equal(s.bases[0], again.bases[0])
-    assert not np.any(adamr.project(s, jnp.ones((8, 2))))
+    assert not np.any(adamr.subspaces.project(s, jnp.ones((8, 2))))
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -227,11 +227,11 @@ def test_few_samples_and_many_give_the_same_bases(jit, threshold):
         x = (rng.normal(size=(8, 40)) * np.geomspace(1, 0.02, 40)).astype(np.float32)
         few = grow(few, {"w": x})
         many = grow(many, {"w": np.concatenate([x, np.zeros((40, 40), x.dtype)])})
-        assert adamr.rank(few)[0] == adamr.rank(many)[0] > 0
+        assert adamr.subspaces.rank(few)[0] == adamr.subspaces.rank(many)[0] > 0
         each = [np.asarray(u.bases[0][:, 0], np.float64) for u in (few, many)]
         one, other = (u @ u.T for u in each)
         np.testing.assert_allclose(one, other, atol=2e-4 if jit else 1e-6)
-    assert threshold < 1 or adamr.rank(few)[0] == 24
+    assert threshold < 1 or adamr.subspaces.rank(few)[0] == 24
 
 
 @pytest.mark.parametrize("condition", [1.0, 20.0, 300.0, 3e4])
@@ -243,8 +243,10 @@ def test_threshold_one_spans_badly_conditioned_samples(condition):
     x = x.astype(np.float32)
     w = np.zeros((n, 3), np.float32)
     s = adamr.grow_subspace(adamr.empty_subspace(w), x, threshold=1.0)
-    assert int(adamr.rank(s)[0]) == r
-    step = np.asarray(adamr.project(s, rng.normal(size=w.shape).astype(np.float32)))
+    assert int(adamr.subspaces.rank(s)[0]) == r
+    step = np.asarray(
+        adamr.subspaces.project(s, rng.normal(size=w.shape).astype(np.float32))
+    )
     assert np.linalg.norm(step) > 1.0
     moved = np.linalg.norm(x.astype(np.float64) @ step)
     assert moved < 1e-6 * np.linalg.norm(x) * np.linalg.norm(step)
@@ -253,7 +255,7 @@ def test_threshold_one_spans_badly_conditioned_samples(condition):
 def test_rank_zero_changes_nothing():
     g = jnp.arange(6.0).reshape(3, 2)
     s = adamr.empty_subspace(g)
-    np.testing.assert_array_equal(adamr.project(s, g), g)
+    np.testing.assert_array_equal(adamr.subspaces.project(s, g), g)
 
 
 def test_nan_samples_raise_outside_jit_and_change_nothing_inside():
@@ -293,21 +295,21 @@ def test_merging_spans_both_and_keeps_the_stronger_weight():
     eye = np.eye(5)
     a = adamr.make_subspace(p, eye[:, :2], weights=np.array([0.2, 1.0]))
     b = adamr.make_subspace(p, eye[:, [0, 3]], weights=np.array([0.7, 0.4]))
-    merged = adamr.merge_subspaces(a, b)
-    assert int(adamr.rank(merged)[0]) == 3
-    got = adamr.project(merged, jnp.eye(5))
+    merged = adamr.subspaces.merge_subspaces(a, b)
+    assert int(adamr.subspaces.rank(merged)[0]) == 3
+    got = adamr.subspaces.project(merged, jnp.eye(5))
     np.testing.assert_allclose(np.diag(got), [0.3, 0, 1, 0.6, 1], atol=1e-5)
 
 
 def test_truncation_keeps_the_largest_weights_and_the_room():
     p = np.zeros((5, 2), np.float32)
     s = adamr.make_subspace(p, np.eye(5)[:, :3], weights=np.array([0.2, 1.0, 0.5]))
-    cut = adamr.truncate_subspace(s, 2)
+    cut = adamr.subspaces.truncate_subspace(s, 2)
     assert cut.bases[0].shape == s.bases[0].shape
-    assert int(adamr.rank(cut)[0]) == 2
-    got = adamr.project(cut, jnp.eye(5))
+    assert int(adamr.subspaces.rank(cut)[0]) == 2
+    got = adamr.subspaces.project(cut, jnp.eye(5))
     np.testing.assert_allclose(np.diag(got), [1, 0, 0.5, 1, 1], atol=1e-6)
-    assert int(adamr.rank(adamr.truncate_subspace(s, 0))[0]) == 0
+    assert int(adamr.subspaces.rank(adamr.subspaces.truncate_subspace(s, 0))[0]) == 0
 
 
 @pytest.mark.parametrize("outputs", [2, 30])
@@ -322,11 +324,11 @@ def test_sketch_keeps_the_frequent_directions_bound(outputs):
 
     def body(sketch, gradient):
         tree = {"w": gradient, "b": jnp.zeros(3)}
-        rows = adamr.gradient_samples(s, tree)
-        return adamr.update_sketch(sketch, rows), None
+        rows = adamr.subspaces.gradient_samples(s, tree)
+        return adamr.subspaces.update_sketch(sketch, rows), None
 
     sketch, _ = jax.jit(lambda k: jax.lax.scan(body, k, jnp.asarray(g)))(
-        adamr.empty_sketch(s, size)
+        adamr.subspaces.empty_sketch(s, size)
     )
     a = np.moveaxis(g, 1, 2).reshape(-1, n).astype(np.float64)
     b = np.asarray(sketch.rows[1], np.float64)
@@ -345,15 +347,17 @@ def test_sketch_keeps_the_frequent_directions_bound(outputs):
 
 def test_sketch_of_stacked_leaves_and_of_bad_steps():
     s = adamr.empty_subspace({"scan": {"kernel": jnp.zeros((2, 4, 3))}})
-    sketch = adamr.empty_sketch(s, 3)
+    sketch = adamr.subspaces.empty_sketch(s, 3)
     g = {"scan": {"kernel": jax.random.normal(jax.random.key(0), (2, 4, 3))}}
-    sketch = adamr.update_sketch(sketch, adamr.gradient_samples(s, g))
+    sketch = adamr.subspaces.update_sketch(
+        sketch, adamr.subspaces.gradient_samples(s, g)
+    )
     for i in range(2):
         k = g["scan"]["kernel"][i]
         got = sketch.rows[0][i]
         np.testing.assert_allclose(got.T @ got, k @ k.T, atol=1e-4)
-    bad = jax.tree.map(lambda x: x * jnp.nan, adamr.gradient_samples(s, g))
-    after = adamr.update_sketch(sketch, bad)
+    bad = jax.tree.map(lambda x: x * jnp.nan, adamr.subspaces.gradient_samples(s, g))
+    after = adamr.subspaces.update_sketch(sketch, bad)
     np.testing.assert_array_equal(after.rows[0], sketch.rows[0])
 
 
@@ -412,10 +416,13 @@ def test_errors_name_the_argument_the_leaf_and_both_sides():
     fails("samples is empty at w", s, {"w": np.ones((0, 4)), "b": None}, call=grow)
     fails("got 1 .*expected 2", s, {"w": x["w"]}, call=grow)
     fails(
-        "made for 2 parameter leaves", s, {"w": jnp.zeros((4, 2))}, call=adamr.project
+        "made for 2 parameter leaves",
+        s,
+        {"w": jnp.zeros((4, 2))},
+        call=adamr.subspaces.project,
     )
     wrong = {"w": jnp.zeros((5, 2)), "b": jnp.zeros(2)}
-    fails("does not fit a leaf of shape", s, wrong, call=adamr.project)
+    fails("does not fit a leaf of shape", s, wrong, call=adamr.subspaces.project)
     other = adamr.empty_subspace({"w": jnp.zeros((5, 2)), "b": jnp.zeros(2)})
-    fails("other has a basis", s, other, call=adamr.merge_subspaces)
-    fails("size must be", s, 0, call=adamr.empty_sketch)
+    fails("other has a basis", s, other, call=adamr.subspaces.merge_subspaces)
+    fails("size must be", s, 0, call=adamr.subspaces.empty_sketch)

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_recipes as reference
-from cases import orthonormal
 from hypothesis import given, settings
 
 import adamr
 from adamr import Axes
+from tests.contract.cases import orthonormal
+from tests.references import recipes as reference
 
 
 def columns(s, leaf=0):
@@ -38,16 +38,16 @@ def test_t6_trust_is_one_inside_the_span_and_zero_outside():
     p = dense(4)
     tasks = [unit_subspace(p, 0, 1), unit_subspace(p, 2), adamr.empty_subspace(p)]
     inside = jnp.zeros((4, 3)).at[:2].set(jnp.arange(6.0).reshape(2, 3))
-    region = adamr.trust_region(tasks, inside)
+    region = adamr.trust.trust_region(tasks, inside)
     np.testing.assert_allclose(region.scores[0], [1, 0, 0], atol=1e-6)
     np.testing.assert_array_equal(region.tasks[0], [0, -1])
     np.testing.assert_array_equal(region.subspaces[0].bases[0], tasks[0].bases[0])
     assert not np.any(region.subspaces[1].bases[0])
     assert not np.any(region.subspaces[1].weights[0])
     # Strictly above: no share at all is never trusted, nor is an empty task.
-    every = adamr.trust_region(tasks, inside, threshold=0.0, count=3)
+    every = adamr.trust.trust_region(tasks, inside, threshold=0.0, count=3)
     np.testing.assert_array_equal(every.tasks[0], [0, -1, -1])
-    outside = adamr.trust_region(tasks, jnp.zeros((4, 3)).at[3].set(1.0))
+    outside = adamr.trust.trust_region(tasks, jnp.zeros((4, 3)).at[3].set(1.0))
     np.testing.assert_array_equal(outside.scores[0], [0, 0, 0])
     np.testing.assert_array_equal(outside.tasks[0], [-1, -1])
 
@@ -59,12 +59,12 @@ def test_the_most_trusted_tasks_above_the_threshold_come_first(scale):
     g = scale * jnp.array([[0.3], [0.5], [0.1], [0.8], [0.6]])
     norm = np.sqrt(1.35)
     region = jax.jit(
-        lambda tasks, g: adamr.trust_region(tasks, g, threshold=0.5 / norm - 1e-3)
+        lambda tasks, g: adamr.trust.trust_region(tasks, g, threshold=0.5 / norm - 1e-3)
     )(tasks, g)
     expected = np.array([0.3, 0.5, 0.1, 0.8, 0.6]) / norm
     np.testing.assert_allclose(region.scores[0], expected, rtol=1e-5)
     np.testing.assert_array_equal(region.tasks[0], [3, 4])
-    three = adamr.trust_region(tasks, g, threshold=0.5 / norm + 1e-3, count=7)
+    three = adamr.trust.trust_region(tasks, g, threshold=0.5 / norm + 1e-3, count=7)
     np.testing.assert_array_equal(three.tasks[0], [3, 4, -1, -1, -1, -1, -1])
     assert len(three.subspaces) == 7
 
@@ -76,7 +76,7 @@ def test_trust_equals_its_twin(seed):
     bases = [orthonormal(seed + i, 6, 1 + i) for i in range(3)]
     g = rng.normal(size=(6, 4)).astype(np.float32)
     tasks = [adamr.make_subspace(g, b, max_rank=3) for b in bases]
-    region = adamr.trust_region(tasks, g, threshold=0.0, count=3)
+    region = adamr.trust.trust_region(tasks, g, threshold=0.0, count=3)
     expected = reference.trust([b.astype(np.float64) for b in bases], g)
     np.testing.assert_allclose(region.scores[0], expected, atol=1e-5)
     np.testing.assert_array_equal(region.tasks[0], np.argsort(-expected))
@@ -96,7 +96,9 @@ def test_stacked_layers_choose_their_tasks_one_by_one():
     tasks = [task(0, 1), task(1, 0), task(2, 3)]
     g = np.zeros((4, 2, 3), np.float32)
     g[1, 0], g[3, 1] = 1.0, -2.0
-    region = adamr.trust_region(tasks, {"a": g, "b": jnp.ones(3), "c": None}, count=1)
+    region = adamr.trust.trust_region(
+        tasks, {"a": g, "b": jnp.ones(3), "c": None}, count=1
+    )
     np.testing.assert_allclose(region.scores[0], [[0, 0], [1, 0], [0, 1]], atol=1e-6)
     np.testing.assert_array_equal(region.tasks[0], [[1, 2]])
     chosen = np.asarray(region.subspaces[0].bases[0])
@@ -110,7 +112,7 @@ def test_stacked_layers_choose_their_tasks_one_by_one():
 def test_degenerate_gradients_trust_nobody(value):
     p = dense(3)
     g = jnp.full((3, 3), value)
-    region = jax.jit(adamr.trust_region)([unit_subspace(p, 0, 1, 2)] * 2, g)
+    region = jax.jit(adamr.trust.trust_region)([unit_subspace(p, 0, 1, 2)] * 2, g)
     np.testing.assert_array_equal(region.scores[0], [0, 0])
     np.testing.assert_array_equal(region.tasks[0], [-1, -1])
 
@@ -124,9 +126,9 @@ def test_task_subspace_keeps_the_strongest_new_direction():
     x = np.diag(np.sqrt([6.0, 3.0, 1.0, 0.0])).astype(np.float32)
     memory = unit_subspace(p, 0)
     for threshold, own, all_of_them in [(0.55, 1, 1), (0.85, 2, 2), (0.95, 3, 3)]:
-        task, grown = adamr.grow_task_subspace(memory, x, threshold=threshold)
-        assert int(adamr.rank(task)[0]) == own
-        assert int(adamr.rank(grown)[0]) == all_of_them
+        task, grown = adamr.trust.grow_task_subspace(memory, x, threshold=threshold)
+        assert int(adamr.subspaces.rank(task)[0]) == own
+        assert int(adamr.subspaces.rank(grown)[0]) == all_of_them
         expected = np.diag((np.arange(4) < own).astype(float))
         np.testing.assert_allclose(span(columns(task)), expected, atol=1e-6)
 
@@ -134,7 +136,9 @@ def test_task_subspace_keeps_the_strongest_new_direction():
 def test_old_directions_without_energy_are_not_the_tasks_own():
     p = dense(4)
     x = np.diag(np.sqrt([0.0, 3.0, 6.0, 1.0])).astype(np.float32)
-    task, grown = adamr.grow_task_subspace(unit_subspace(p, 0, 1), x, threshold=0.85)
+    task, grown = adamr.trust.grow_task_subspace(
+        unit_subspace(p, 0, 1), x, threshold=0.85
+    )
     np.testing.assert_allclose(span(columns(task)), np.diag([0.0, 1, 1, 0]), atol=1e-6)
     np.testing.assert_allclose(span(columns(grown)), np.diag([1.0, 1, 1, 0]), atol=1e-6)
     np.testing.assert_array_equal(task.weights[0][0, 0], [1, 1, 0, 0])
@@ -152,10 +156,10 @@ def test_task_subspace_equals_its_twin(seed, rank, threshold, scale):
     basis = orthonormal(seed, 7, rank) if rank else np.zeros((7, 0), np.float32)
     x = (rng.normal(size=(12, 7)) * 2.0 ** -np.arange(7)).astype(np.float32)
     memory = adamr.make_subspace(dense(7), basis)
-    task, grown = adamr.grow_task_subspace(memory, scale * x, threshold=threshold)
+    task, grown = adamr.trust.grow_task_subspace(memory, scale * x, threshold=threshold)
     own, everything = reference.task_subspace(columns(memory), x, threshold)
-    assert int(adamr.rank(task)[0]) == own.shape[1]
-    assert int(adamr.rank(grown)[0]) == everything.shape[1]
+    assert int(adamr.subspaces.rank(task)[0]) == own.shape[1]
+    assert int(adamr.subspaces.rank(grown)[0]) == everything.shape[1]
     np.testing.assert_allclose(span(columns(task)), span(own), atol=1e-5)
     np.testing.assert_allclose(span(columns(grown)), span(everything), atol=1e-5)
     # What the task needs is frozen, orthonormal, and reaches the share of energy.
@@ -173,7 +177,7 @@ def test_first_task_is_that_of_gpm():
     x = np.random.default_rng(0).normal(size=(2, 20, 5)).astype(np.float32)
     empty = adamr.empty_subspace(p)
     samples = {"stack": x, "b": None}
-    task, grown = adamr.grow_task_subspace(empty, samples, threshold=0.8)
+    task, grown = adamr.trust.grow_task_subspace(empty, samples, threshold=0.8)
     gpm = adamr.grow_subspace(empty, samples, threshold=0.8)
     for a, b, c in zip(task.bases, grown.bases, gpm.bases, strict=True):
         if a is not None:
@@ -185,7 +189,7 @@ def test_where_room_ends_the_strongest_new_directions_are_in():
     p = dense(4)
     memory = unit_subspace(p, 0, max_rank=2)
     x = np.diag(np.sqrt([1.0, 3.0, 6.0, 4.0])).astype(np.float32)
-    task, grown = adamr.grow_task_subspace(memory, x, threshold=1.0)
+    task, grown = adamr.trust.grow_task_subspace(memory, x, threshold=1.0)
     np.testing.assert_allclose(span(columns(grown)), np.diag([1.0, 0, 1, 0]), atol=1e-6)
     np.testing.assert_allclose(span(columns(task)), span(columns(grown)), atol=1e-6)
 
@@ -195,21 +199,21 @@ def test_no_evidence_gives_an_empty_task_and_keeps_the_memory():
     memory = adamr.make_subspace(p, {"w": np.eye(3)[:, :1], "v": np.eye(3)[:, :1]})
     x = {"w": np.zeros((4, 3), np.float32), "v": None}
     nan = {"w": np.full((4, 3), np.nan, np.float32), "v": None}
-    inside = jax.jit(adamr.grow_task_subspace)(memory, nan)
-    for task, grown in (adamr.grow_task_subspace(memory, x), inside):
+    inside = jax.jit(adamr.trust.grow_task_subspace)(memory, nan)
+    for task, grown in (adamr.trust.grow_task_subspace(memory, x), inside):
         for i in range(2):
             assert not np.any(task.bases[i]) and not np.any(task.weights[i])
             np.testing.assert_array_equal(grown.bases[i], memory.bases[i])
             np.testing.assert_array_equal(grown.weights[i], memory.weights[i])
     with pytest.raises(ValueError, match="samples has NaN"):
-        adamr.grow_task_subspace(memory, nan)
+        adamr.trust.grow_task_subspace(memory, nan)
 
 
 def test_growing_under_jit_equals_growing_outside():
     memory = unit_subspace(dense(6), 0, 1)
     x = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
-    outside = adamr.grow_task_subspace(memory, x, threshold=0.8)
-    inside = jax.jit(lambda m, x: adamr.grow_task_subspace(m, x, threshold=0.8))
+    outside = adamr.trust.grow_task_subspace(memory, x, threshold=0.8)
+    inside = jax.jit(lambda m, x: adamr.trust.grow_task_subspace(m, x, threshold=0.8))
     for a, b in zip(outside, inside(memory, x), strict=True):
         np.testing.assert_allclose(span(columns(a)), span(columns(b)), atol=1e-5)
 
@@ -220,9 +224,9 @@ def test_growing_under_jit_equals_growing_outside():
 def test_t6_closed_form():
     w = jnp.array([[1.0], [2.0]])
     s = unit_subspace(w, 0, max_rank=1)
-    scale = adamr.init_scales(s)[0][0]
-    np.testing.assert_array_equal(adamr.scaled_weight(w, s.bases[0], scale), w)
-    twice = adamr.scaled_weight(w, s.bases[0], 2.0 * scale)
+    scale = adamr.trust.init_scales(s)[0][0]
+    np.testing.assert_array_equal(adamr.trust.scaled_weight(w, s.bases[0], scale), w)
+    twice = adamr.trust.scaled_weight(w, s.bases[0], 2.0 * scale)
     np.testing.assert_allclose(twice[:, 0], [2.0, 2.0], atol=1e-6)
 
 
@@ -243,13 +247,15 @@ def test_scaled_weight_equals_its_twin_in_every_layout(layout, dtype):
     w = jnp.asarray(rng.normal(size=shape), dtype)
     u = orthonormal(1, *batch, n, 3)
     s = adamr.make_subspace([w], [u], axes=[axes], max_rank=4)
-    (scales,) = adamr.init_scales(s)
-    same = adamr.scaled_params([w], s, [scales])[0]
+    (scales,) = adamr.trust.init_scales(s)
+    same = adamr.trust.scaled_params([w], s, [scales])[0]
     np.testing.assert_array_equal(same, w)
     assert same.dtype == w.dtype
     q = rng.normal(size=(*batch, 4, 4)).astype(np.float32)
     scale = jnp.asarray(q.reshape(scales[0].shape))
-    got = np.asarray(jax.jit(adamr.scaled_weight)(w, s.bases[0], scale), np.float64)
+    got = np.asarray(
+        jax.jit(adamr.trust.scaled_weight)(w, s.bases[0], scale), np.float64
+    )
     atol = 5e-6 if dtype == jnp.float32 else 0.05
     for i in range(batch[0] if batch else 1):
         at = () if not batch else (i,) if axes is None else (slice(None), i)
@@ -265,8 +271,8 @@ def test_several_scalings_add_up_on_the_same_weights():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
     bases = [orthonormal(i, 5, 2) for i in range(2)]
     subspaces = [adamr.make_subspace(w, b, max_rank=2) for b in bases]
-    scales = jax.tree.map(lambda q: q + 0.5, adamr.init_scales(subspaces))
-    got = adamr.scaled_params(w, subspaces, scales)
+    scales = jax.tree.map(lambda q: q + 0.5, adamr.trust.init_scales(subspaces))
+    got = adamr.trust.scaled_params(w, subspaces, scales)
     q = np.eye(2) + 0.5
     parts = [reference.scaled_weight(np.asarray(w), b, q) - w for b in bases]
     np.testing.assert_allclose(got, w + sum(parts), atol=1e-5)
@@ -278,10 +284,10 @@ def test_scales_are_trainable_and_padding_gets_no_gradient():
     x = jnp.arange(1.0, 5.0)[None]
 
     def loss(p, scales):
-        p = adamr.scaled_params(p, s, scales)
+        p = adamr.trust.scaled_params(p, s, scales)
         return jnp.sum((x @ p["w"] + p["b"][None]) ** 2)
 
-    grad, scale_grad = jax.grad(loss, argnums=(0, 1))(p, adamr.init_scales(s))
+    grad, scale_grad = jax.grad(loss, argnums=(0, 1))(p, adamr.trust.init_scales(s))
     plain = jax.grad(lambda p: jnp.sum((x @ p["w"] + p["b"][None]) ** 2))(p)
     np.testing.assert_allclose(grad["w"], plain["w"], rtol=1e-6)
     assert scale_grad[0][0] is None
@@ -307,7 +313,7 @@ def test_relaxing_subspace_equals_the_greedy_search(seed, rank, threshold, outpu
     rng = np.random.default_rng(seed)
     memory = adamr.make_subspace(dense(7, outputs), orthonormal(seed, 7, rank))
     g = (rng.normal(size=(7, outputs)) * 0.5 ** np.arange(7)[:, None]).astype("f4")
-    got = columns(adamr.relaxing_subspace(memory, g, threshold=threshold))
+    got = columns(adamr.trust.relaxing_subspace(memory, g, threshold=threshold))
     m = columns(memory)
     expected = reference.relaxing_subspace(m, np.float64(g), 0.97, threshold)
     assert got.shape == expected.shape
@@ -320,42 +326,42 @@ def test_t7_above_threshold_1_nothing_is_relaxed():
     p = dense(4)
     memory = unit_subspace(p, 0, 1, 2, 3)
     g = jax.random.normal(jax.random.key(0), (4, 3))
-    relaxed = adamr.relaxing_subspace(memory, g, threshold=1.0 + 1e-6)
-    assert int(adamr.rank(relaxed)[0]) == 0
+    relaxed = adamr.trust.relaxing_subspace(memory, g, threshold=1.0 + 1e-6)
+    assert int(adamr.subspaces.rank(relaxed)[0]) == 0
     # In a full space every gradient direction is there to be relaxed.
-    full = adamr.relaxing_subspace(memory, g, energy=1.0, threshold=0.999)
-    assert int(adamr.rank(full)[0]) == 3
+    full = adamr.trust.relaxing_subspace(memory, g, energy=1.0, threshold=0.999)
+    assert int(adamr.subspaces.rank(full)[0]) == 3
 
 
 def test_t7_folding_leaves_the_function_unchanged():
     p = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.ones(3)}
     s = adamr.make_subspace(p, {"w": orthonormal(0, 4, 2), "b": None}, max_rank=3)
     noise = jax.random.normal(jax.random.key(1), (1, 1, 3, 3))
-    scales = jax.tree.map(lambda q: q + noise, adamr.init_scales(s))
+    scales = jax.tree.map(lambda q: q + noise, adamr.trust.init_scales(s))
     x = jax.random.normal(jax.random.key(2), (5, 4))
 
     def network(p, scales):
-        p = adamr.scaled_params(p, s, scales)
+        p = adamr.trust.scaled_params(p, s, scales)
         return x @ p["w"] + p["b"][None]
 
-    folded, fresh = adamr.fold_scales(p, s, scales)
+    folded, fresh = adamr.trust.fold_scales(p, s, scales)
     np.testing.assert_array_equal(network(folded, fresh), network(p, scales))
     assert float(jnp.max(jnp.abs(folded["w"] - p["w"]))) > 0.1
-    assert float(adamr.scale_penalty(fresh)) == 0.0
+    assert float(adamr.trust.scale_penalty(fresh)) == 0.0
 
 
 def test_a_second_search_keeps_the_first_and_adds_behind_it():
     memory = unit_subspace(dense(5), 0, 1, 2)
     g = np.zeros((5, 2), np.float32)
     g[0, 0] = 1.0
-    first = adamr.relaxing_subspace(memory, g)
+    first = adamr.trust.relaxing_subspace(memory, g)
     g[:, 1] = [1.0, 1.0, 0.0, 0.0, 0.0]
-    second = adamr.relaxing_subspace(memory, g, start=first)
+    second = adamr.trust.relaxing_subspace(memory, g, start=first)
     u = np.asarray(second.bases[0])[:, 0]
     np.testing.assert_array_equal(u[:, 0], np.asarray(first.bases[0])[:, 0, 0])
     np.testing.assert_allclose(np.abs(u[:, 1]), np.eye(5)[1], atol=1e-6)
-    assert int(adamr.rank(second)[0]) == 2
-    again = adamr.relaxing_subspace(memory, g, start=second)
+    assert int(adamr.subspaces.rank(second)[0]) == 2
+    again = adamr.trust.relaxing_subspace(memory, g, start=second)
     np.testing.assert_array_equal(again.bases[0], second.bases[0])
 
 
@@ -366,21 +372,21 @@ def test_relaxing_stacked_layers_and_bad_gradients():
     g = np.zeros((3, 4, 3), np.float32)
     g[0, 1], g[1, 3], g[2] = 1.0, 1.0, np.nan
     tree = {"b": jnp.ones(3), "stack": g}
-    relaxed = jax.jit(adamr.relaxing_subspace)(memory, tree)
-    np.testing.assert_array_equal(adamr.rank(relaxed)[1], [1, 0, 0])
+    relaxed = jax.jit(adamr.trust.relaxing_subspace)(memory, tree)
+    np.testing.assert_array_equal(adamr.subspaces.rank(relaxed)[1], [1, 0, 0])
     np.testing.assert_allclose(
         np.abs(relaxed.bases[1][0, :, 0, 0]), np.eye(4)[1], atol=1e-6
     )
-    missing = adamr.relaxing_subspace(memory, {"b": jnp.ones(3), "stack": None})
+    missing = adamr.trust.relaxing_subspace(memory, {"b": jnp.ones(3), "stack": None})
     assert not np.any(missing.bases[1])
 
 
 def test_penalty_is_beta_times_the_squared_distance_to_the_identity():
     s = adamr.empty_subspace({"w": dense(4), "stack": jnp.zeros((2, 4, 3))}, max_rank=2)
-    scales = adamr.init_scales([s, s])
-    assert float(adamr.scale_penalty(scales)) == 0.0
+    scales = adamr.trust.init_scales([s, s])
+    assert float(adamr.trust.scale_penalty(scales)) == 0.0
     moved = jax.tree.map(lambda q: q + 0.5, scales)
-    assert float(adamr.scale_penalty(moved, 3.0)) == 3 * 2 * 3 * 4 * 0.25
+    assert float(adamr.trust.scale_penalty(moved, 3.0)) == 3 * 2 * 3 * 4 * 0.25
 
 
 # Errors -----------------------------------------------------------------------------
@@ -394,7 +400,7 @@ def test_errors_name_the_argument_and_both_sides():
         with pytest.raises(ValueError, match=match):
             call(*args, **kwargs)
 
-    trust, own = adamr.trust_region, adamr.grow_task_subspace
+    trust, own = adamr.trust.trust_region, adamr.trust.grow_task_subspace
     fails("count must be at least 1", trust, [s], p, count=0)
     fails("at least one task", trust, [], p)
     small = adamr.empty_subspace(p, max_rank=2)
@@ -403,13 +409,19 @@ def test_errors_name_the_argument_and_both_sides():
     fails("threshold must lie", own, s, {"w": np.ones((2, 4))}, threshold=2.0)
     fails(r"samples has shape \(2, 5\) at w", own, s, {"w": np.ones((2, 5))})
     fails("got 0 .*expected 1", own, s, {})
-    scales = adamr.init_scales(s)
-    fails("entries for 1 subspaces, expected 2", adamr.scaled_params, p, [s, s], scales)
-    fails("scales has 2 leaves", adamr.scaled_params, p, s, [scales[0] * 2])
-    wrong = adamr.init_scales(small)
-    fails(r"scale has shape \(1, 1, 2, 2\)", adamr.scaled_params, p, s, wrong)
-    fails("does not fit a leaf", adamr.scaled_params, {"w": dense(5)}, s, scales)
-    relax = adamr.relaxing_subspace
+    scales = adamr.trust.init_scales(s)
+    fails(
+        "entries for 1 subspaces, expected 2",
+        adamr.trust.scaled_params,
+        p,
+        [s, s],
+        scales,
+    )
+    fails("scales has 2 leaves", adamr.trust.scaled_params, p, s, [scales[0] * 2])
+    wrong = adamr.trust.init_scales(small)
+    fails(r"scale has shape \(1, 1, 2, 2\)", adamr.trust.scaled_params, p, s, wrong)
+    fails("does not fit a leaf", adamr.trust.scaled_params, {"w": dense(5)}, s, scales)
+    relax = adamr.trust.relaxing_subspace
     fails("energy must lie", relax, s, p, energy=1.5)
     fails("start has shapes", relax, s, p, start=small)
     fails("memory.*does not fit", relax, s, {"w": dense(5)})

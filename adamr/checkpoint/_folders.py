@@ -8,8 +8,10 @@ behind has a temporary name and is removed by the next process that holds the lo
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,8 +21,20 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
-__all__ = ["commit", "damage", "locked", "remove", "temporary", "unused"]
+__all__ = [
+    "commit",
+    "damage",
+    "found",
+    "locked",
+    "new_path",
+    "newest",
+    "remove",
+    "retain",
+    "temporary",
+    "unused",
+]
 
+_NAME = re.compile(r"step-(\d{12,})(?:-(\d+))?")
 SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 _TEMPORARY = ".adamr-partial-"
 
@@ -142,3 +156,43 @@ def locked(directory: Path) -> Iterator[None]:
             for left in directory.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def found(directory: Path) -> list[tuple[int, int, Path]]:
+    """(step, attempt, path) of every checkpoint, good or damaged, newest first."""
+    matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
+    named = [(int(m[1]), int(m[2] or 1), path) for m, path in matches if m]
+    return sorted(named, reverse=True)
+
+
+def newest(directory: Path) -> str | None:
+    """The newest that is not damaged; warns of those that are."""
+    for _, _, path in found(directory):
+        reason = damage(path)
+        if reason is None:
+            return str(path)
+        warnings.warn(f"{path} is damaged and skipped: {reason}.", stacklevel=5)
+    return None
+
+
+def new_path(directory: Path, step: int) -> str:
+    """A name for a checkpoint of this step."""
+    here = found(directory)
+    later = [path for n, _, path in here if n > step and not damage(path)]
+    if later:
+        raise ValueError(
+            f"step is {step}, but there is {later[0]}: restore before saving, or "
+            "take another directory."
+        )
+    attempts = [attempt for n, attempt, _ in here if n == step]
+    suffix = f"-{attempts[0] + 1}" if attempts else ""
+    return str(directory / f"step-{step:012d}{suffix}")
+
+
+def retain(directory: Path, keep: int | None) -> None:
+    """Removes undamaged checkpoints but for the `keep` newest."""
+    here = [path for _, _, path in found(directory)]
+    if keep is not None and len(here) > keep:
+        good = [path for path in here if not damage(path)]
+        for path in good[keep:]:
+            remove(path)

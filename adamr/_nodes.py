@@ -1,0 +1,37 @@
+"""Reaching into any optimizer state by the type of a node."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from adamr._tree import placed_like
+
+
+def map_nodes(function: Callable[[Any], Any], tree: Any, *types: type) -> Any:
+    """Maps `function` over the nodes of the given types, all else unchanged."""
+    found = lambda node: isinstance(node, types)  # noqa: E731
+    return jax.tree.map(
+        lambda node: function(node) if found(node) else node, tree, is_leaf=found
+    )
+
+
+def find_nodes(tree: Any, *types: type) -> list[Any]:
+    """All nodes of the given types, in order."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types))
+    return [node for node in leaves if isinstance(node, types)]
+
+
+def replace_arrays(node: Any, arrays: list[jax.Array]) -> Any:
+    old, treedef = jax.tree.flatten(node)
+    pairs = zip(old, arrays, strict=True)
+    return jax.tree.unflatten(treedef, [placed_like(o, n) for o, n in pairs])
+
+
+def without_variables(node: Any) -> Any:
+    """Nested tuples of arrays or None, without the Variables of nnx.Optimizer."""
+    return jax.tree.map(
+        lambda x: None if x is None else jax.tree.leaves(x)[0],
+        node,
+        is_leaf=lambda x: not isinstance(x, tuple),
+    )

@@ -1,0 +1,116 @@
+"""Eigenbasis."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamr import _tree
+from adamr.modifiers.projection import (
+    copy_subspace,
+    require_subspace,
+)
+from adamr.routing.carrier import Routed
+from adamr.subspaces.subspace import (
+    Subspace,
+    check_leaves,
+    coordinates,
+    reconstruct,
+    used,
+    without,
+)
+
+__all__ = ["EigenbasisState", "Rotated", "in_eigenbasis"]
+
+
+class Rotated(NamedTuple):
+    """One leaf in the eigenbasis of its protected space."""
+
+    along: jax.Array  # c = Uᵀ g
+    rest: jax.Array  # g − U c
+
+
+class EigenbasisState(NamedTuple):
+    subspace: Subspace
+    inner: Any
+
+
+def rotate(subspace: Subspace, tree: Any) -> tuple:
+    """Leaves in order; protected ones split into coordinates along U and the rest."""
+
+    def leaf(x, basis, weights):
+        if basis is None or _tree.is_hole(x):
+            return x
+        along = coordinates(basis, weights, x)
+        rest = x.astype(jnp.float32) - reconstruct(basis, weights, along)
+        return Rotated(along.astype(x.dtype), rest.astype(x.dtype))
+
+    return tuple(map(leaf, _tree.flatten(tree)[0], *subspace))
+
+
+def in_eigenbasis(
+    preconditioner: optax.GradientTransformation, subspace: Subspace
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a preconditioner in the eigenbasis of the protected space and rotates back.
+
+    The coordinates along U get moments of their own, and so does the rest of the leaf
+    (kept off U on the way out):
+
+        g -> (Uᵀg, g − UUᵀg) -> preconditioner -> (a, b) -> U a + (b − UUᵀb)
+
+    There the projector is diagonal, so attenuating a direction by 1 − α does exactly
+    what Proposition 1 of the paper says: routed, the step along it is (1 − α) of
+    Adam's; shared, it is Adam's. Guarantee: with a fully projected first moment and
+    the raw gradient in the second, UᵀΔ = 0; and ⟨g, Δ⟩ ≥ 0 on the first step. Proven in
+    `test_proposition_1_in_the_eigenbasis` and `test_leak_of_exact_protections`. Do not
+    put `route_both_moments` before it at full strength: all that is left along U is
+    rounding, and a v of its own scales that up to whole steps
+    (`test_shared_routing_in_the_eigenbasis_scales_rounding_up`).
+
+    Args:
+      preconditioner: `faithful_second_moment(...)` or any plain optax preconditioner.
+        It sees a tuple in leaf order in which a protected leaf is a `Rotated`.
+      subspace: bases U (λ is the modifier's business); r more rows of moments per leaf.
+
+    Returns:
+      A link that takes what `preconditioner` takes. Parameters reach it rotated too.
+      `set_subspace` resets its moments, since their coordinates change meaning.
+    """
+    require_subspace(subspace, "in_eigenbasis")
+    inner = optax.with_extra_args_support(preconditioner)
+
+    def rotate_params(here, params):
+        return rotate(here, params) if jax.tree.leaves(params) else jnp.zeros([])
+
+    def init_fn(params) -> Any:
+        if jax.tree.leaves(params):
+            check_leaves(subspace, params, "in_eigenbasis(subspace)")
+        here = copy_subspace(subspace, params)
+        return EigenbasisState(here, inner.init(rotate_params(here, params)))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        basis = state.subspace
+        if isinstance(updates, Routed):
+            # What is one tree before the rotation stays one after it.
+            once = {id(tree): rotate(basis, tree) for tree in updates}
+            plain, rotated = updates.raw, Routed(*(once[id(t)] for t in updates))
+        else:
+            plain, rotated = updates, rotate(basis, updates)
+        if params is not None:
+            params = rotate(basis, params)
+        steps, inner_state = inner.update(rotated, state.inner, params, **extra_args)
+
+        def leaf(like, step, basis, weights):
+            if basis is None:
+                return step.astype(like.dtype)
+            along, rest = step.along.astype(jnp.float32), step.rest.astype(jnp.float32)
+            back = reconstruct(basis, weights, along)
+            inside = coordinates(basis, weights, rest)  # 0 along padding
+            back = back + without(basis, used(basis, weights), rest, inside)
+            return back.astype(like.dtype)
+
+        steps = _tree.map_positions(leaf, plain, steps, *basis)
+        return steps, EigenbasisState(basis, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,108 @@
+"""Adam-NSCL."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamr import _tree
+from adamr.modifiers.projection import copy_subspace, require_subspace
+from adamr.protection.update import protect_update
+from adamr.routing.carrier import require_plain
+from adamr.subspaces.subspace import Subspace, check_leaves, layout, project_leaf, used
+
+__all__ = ["NormalizedProtectionState", "adam_nscl"]
+
+
+class NormalizedProtectionState(NamedTuple):
+    subspace: Subspace
+
+
+def _normalized_leaf(basis, weights, step):
+    """P Δ / ‖P‖_F; a slice with an empty basis is left alone, as in a first task."""
+    on = used(basis, weights)
+    rank = jnp.sum(on, axis=-1)
+    square = layout(basis, weights).fan_in - rank
+    square = square + jnp.sum(on * jnp.square(1.0 - weights), axis=-1)
+    norm = jnp.sqrt(jnp.where((rank > 0) & (square > 0), square, 1.0))
+    projected = project_leaf(basis, weights, step.astype(jnp.float32))
+    return (projected / norm).astype(step.dtype)
+
+
+def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
+    require_subspace(subspace, "adam_nscl")
+
+    def init_fn(params) -> Any:
+        if jax.tree.leaves(params):
+            check_leaves(subspace, params, "adam_nscl(subspace)")
+        return NormalizedProtectionState(copy_subspace(subspace, params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        require_plain(updates, "adam_nscl")
+        check_leaves(state.subspace, updates, "adam_nscl(subspace)")
+
+        def leaf(step, basis, weights):
+            return step if basis is None else _normalized_leaf(basis, weights, step)
+
+        return _tree.map_positions(leaf, updates, *state.subspace), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adam_nscl(
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    as_in_code: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam-NSCL: the raw gradient in both moments, Adam's update in the null space.
+
+        Δ = P m̂ / (√v̂ + eps),   P = U2 U2ᵀ = I − U1 U1ᵀ
+
+    with U2 the eigenvectors of the feature covariance of (almost) no energy. Guarantee:
+    the moments are plain Adam's bit for bit (`test_t8_moments_are_those_of_plain_adam`)
+    and U1ᵀΔ = 0. It is no descent guarantee: P D g can point uphill (`two_sided` has
+    one). The authors' L2 penalty is `optax.add_decayed_weights` before this one.
+
+    Args:
+      learning_rate: a number or a schedule.
+      subspace: from `null_space_complement`; `empty_subspace(params)` for the first
+        task, with room for the fan-in (`max_rank=None`).
+      b1, b2, eps, mu_dtype: as for `optax.adam`.
+      as_in_code: divide P by its Frobenius norm, as the authors' code does and their
+        paper does not: each layer's learning rate shrinks by √(fan-in − rank). Layers
+        with an empty basis keep theirs.
+
+    Returns:
+      An optimizer.
+
+    >>> import adamr as lib
+    >>> params = {"w": jnp.zeros((4, 1))}
+    >>> tx = adam_nscl(1.0, lib.empty_subspace(params))
+    >>> state = tx.init(params)
+    >>> covariance = lib.empty_covariance(lib.get_subspace(state))
+    >>> # ... train task 1; then pass its layer inputs, batch by batch:
+    >>> inputs = {"w": jnp.diag(jnp.array([4.0, 2.0, 0.0, 0.0]))}
+    >>> covariance = lib.update_covariance(covariance, inputs)
+    >>> s = lib.null_space_complement(covariance, lib.get_subspace(state), ratio=10.0)
+    >>> state = lib.set_subspace(state, s)  # ... and train task 2
+    >>> step, state = tx.update({"w": jnp.ones((4, 1))}, state, params)
+    >>> print(step["w"][:, 0].round(3) + 0.0)
+    [ 0.  0. -1. -1.]
+
+    References:
+      Wang, Li, Sun, Xu, Training Networks in Null Space of Feature Covariance for
+      Continual Learning, arXiv:2103.07113.
+    """
+    protect = _protect_normalized if as_in_code else protect_update
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        protect(subspace),
+        optax.scale_by_learning_rate(learning_rate),
+    )
