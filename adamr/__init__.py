@@ -103,6 +103,7 @@ from adamr.sharding import state_shardings as state_shardings
 
 # Task boundaries.
 from adamr.state import get_subspace as get_subspace
+from adamr.state import protect_inputs as protect_inputs
 from adamr.state import reset_moments as reset_moments
 from adamr.state import reset_overlap as reset_overlap
 from adamr.state import set_subspace as set_subspace

@@ -6,7 +6,7 @@ shift every later leaf. State in leaf order (bases, shared second moments) needs
 position to be stable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -68,6 +68,15 @@ def map_positions(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         for leaf, *others in zip(leaves, *rest, strict=True)
     ]
     return jax.tree.unflatten(treedef, mapped)
+
+
+def spread(values: Sequence[Any], positions: Sequence[Any]) -> list[Any]:
+    """One entry per position: the values in order, None where there is a hole."""
+    spread: list[Any] = [None] * len(positions)
+    there = [i for i, x in enumerate(positions) if not is_hole(x)]
+    for i, value in zip(there, values, strict=True):
+        spread[i] = value
+    return spread
 
 
 def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:

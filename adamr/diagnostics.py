@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from adamr import _tree
 from adamr._nodes import find_nodes
-from adamr.modifiers.projection import require_subspace
 from adamr.protection.eigenbasis import EigenbasisState, Rotated
 from adamr.routing.estimators import ESTIMATORS, AmsgradMoments, FactoredMoments
 from adamr.state import get_subspace
-from adamr.subspaces.subspace import Subspace, check_leaves, coordinates, used, weighted
+from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.subspace import Subspace, coordinates, used, weighted
 
 __all__ = [
     "Measured",
@@ -57,7 +57,7 @@ def _lengths(name: str, subspace: Subspace, *trees: Any) -> Measured:
     """‖UᵀΔ‖ / ‖Uᵀf‖ of two trees, ‖UᵀΔ‖ / ‖Δ‖ of one."""
     require_subspace(subspace, name)
     for tree in trees:
-        check_leaves(subspace, tree, "subspace")
+        subspace.check(tree, "subspace")
 
     def pair(basis, weights, *leaves):
         if basis is None or any(map(_tree.is_hole, leaves)):
@@ -264,7 +264,7 @@ def moment_statistics(
     for state, own in found:
         u = own or subspace
         if own is None and u is not None:
-            check_leaves(u, state.mu, "subspace")
+            u.check(state.mu, "subspace")
         rotated = lambda x: _tree.is_hole(x) or isinstance(x, Rotated)  # noqa: E731
         entries = _entries(state, b1, b2, eps, eps_root)
         for i, x in enumerate(jax.tree.leaves(state.mu, is_leaf=rotated)):

@@ -19,12 +19,14 @@ from adamr.protection.eigenbasis import EigenbasisState
 from adamr.routing.merge import FaithfulSecondMomentState
 from adamr.routing.strength import OverlapState, StrengthState
 from adamr.subspaces.directions import Directions
-from adamr.subspaces.gram_schmidt import restrict
-from adamr.subspaces.subspace import Subspace, project, rank
+from adamr.subspaces.grow import grow_subspace
+from adamr.subspaces.protected import Protected
+from adamr.subspaces.subspace import Subspace
 
 __all__ = [
     "get_subspace",
     "project_moments",
+    "protect_inputs",
     "read_diagnostics",
     "reset_moments",
     "reset_overlap",
@@ -32,26 +34,28 @@ __all__ = [
 ]
 
 
-def _shapes(subspace: Subspace | Directions) -> list[tuple[int, ...] | None]:
+def _shapes(subspace: Protected) -> list[tuple[int, ...] | None]:
     leaves = jax.tree.leaves(tuple(subspace), is_leaf=lambda x: x is None)
     return [None if x is None else jnp.shape(x) for x in leaves]
 
 
-def _subspaces(opt_state: Any) -> list[Any]:
-    found = find_nodes(opt_state, Subspace, Directions)
+def _held(opt_state: Any) -> Protected:
+    """The subspace that the links of the state hold, all of them the same."""
+    found = [without_variables(x) for x in find_nodes(opt_state, Subspace, Directions)]
     if not found:
         raise ValueError(
             "opt_state holds no Subspace and no Directions: build the optimizer with "
             "project_out, protect_update, oblique_second_moment, in_eigenbasis or "
             "fopng."
         )
-    kind = lambda node: (type(node), _shapes(node))  # noqa: E731
-    if any(kind(other) != kind(found[0]) for other in found[1:]):
-        raise ValueError(
-            "opt_state holds subspaces of different shapes: pass the part of the state "
-            "that has one of them."
-        )
-    return found
+    first, *others = found
+    for other in others:
+        if type(other) is not type(first) or _shapes(other) != _shapes(first):
+            raise ValueError(
+                "opt_state holds subspaces of different shapes: pass the part of the "
+                "state that has one of them."
+            )
+    return first
 
 
 def get_subspace(opt_state: Any) -> Any:
@@ -73,12 +77,12 @@ def get_subspace(opt_state: Any) -> Any:
     >>> int(rank(get_subspace(state))[0])
     0
     """
-    return jax.tree.map(jnp.copy, without_variables(_subspaces(opt_state)[0]))
+    return jax.tree.map(jnp.copy, _held(opt_state))
 
 
 def set_subspace(
     opt_state: Any,
-    subspace: Subspace | Directions,
+    subspace: Protected,
     *,
     moments: Literal["project", "reset", "keep"] = "project",
 ) -> Any:
@@ -111,25 +115,19 @@ def set_subspace(
     """
     if moments not in ("project", "reset", "keep"):
         raise ValueError(f"moments is {moments!r}, expected project, reset or keep.")
-    if not isinstance(subspace, Subspace | Directions):
-        raise TypeError(
-            f"subspace must be a Subspace, got {type(subspace).__name__} (or it must "
-            "be Directions, if the state holds them)."
-        )
-    held = _subspaces(opt_state)[0]
-    here = _shapes(held)
-    if type(held) is not type(subspace):
+    held = _held(opt_state)
+    if not isinstance(subspace, type(held)):
         raise TypeError(
             f"subspace is a {type(subspace).__name__}, the state holds a "
             f"{type(held).__name__}."
         )
-    if isinstance(subspace, Directions) and len(held[0]) == len(subspace.rows):
-        subspace = restrict(subspace, held[0])
-    if _shapes(subspace) != here:
+    subspace = subspace.restrict(held[0])  # to the leaves that the optimizer sees
+    new, old = _shapes(subspace), _shapes(held)
+    if new != old:
         raise ValueError(
-            f"subspace has shapes {_shapes(subspace)}, the state holds {here}: keep "
-            "max_rank and axes as they were (of Directions, capacity and exclude), or "
-            "initialise the optimizer anew."
+            f"subspace has shapes {new}, the state holds {old}: keep max_rank and axes "
+            "unchanged (of Directions, capacity and exclude), or initialise the "
+            "optimizer anew."
         )
 
     def swap(old):
@@ -140,6 +138,55 @@ def set_subspace(
     if moments == "project":
         return project_moments(opt_state)
     return reset_moments(opt_state) if moments == "reset" else opt_state
+
+
+def protect_inputs(
+    opt_state: Any,
+    inputs: Any,
+    *,
+    threshold: float = 0.97,
+    scaling: float | None = None,
+    moments: Literal["project", "reset", "keep"] = "project",
+) -> Any:
+    """Ends a task: the state that also protects the inputs of the finished task.
+
+        U <- grow_subspace(U, inputs, threshold),    m <- m − U diag(λ) Uᵀ m
+
+    The commonest task boundary in one call: `get_subspace`, `grow_subspace` and
+    `set_subspace`. The step does not recompile.
+
+    Args:
+      opt_state: of any wrapper around a link that holds a `Subspace`.
+      inputs: layer inputs of the finished task, as `grow_subspace` takes them: a tree
+        like the parameters of arrays (num_samples, n) or None, or a `Covariance`.
+      threshold: the share of the inputs' energy to protect, in [0, 1].
+      scaling: None, or α > 0 of Scaled Gradient Projection; see `grow_subspace`.
+      moments: what happens to the first moment; see `set_subspace`.
+
+    Raises:
+      TypeError: if the state holds `Directions`, which grow from whole gradients.
+      ValueError: as `grow_subspace` and `set_subspace` raise it.
+
+    >>> from adamr import adamr, empty_subspace, project_out, update_leak
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> tx = adamr(0.1, project_out(empty_subspace(params)))
+    >>> inputs = {"w": jnp.array([[0.0, 2.0, 0.0]])}
+    >>> state = protect_inputs(tx.init(params), inputs)
+    >>> step, state = tx.update(params, state, params)
+    >>> print(jnp.abs(step["w"][:, 0]).round(2))
+    [0.1 0.  0.1]
+
+    References: Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
+    """
+    subspace = get_subspace(opt_state)
+    if not isinstance(subspace, Subspace):
+        raise TypeError(
+            "protect_inputs: the state holds Directions, which grow from whole "
+            "gradients: set_subspace(opt_state, grow_directions(get_subspace("
+            "opt_state), gradients))."
+        )
+    grown = grow_subspace(subspace, inputs, threshold=threshold, importance=scaling)
+    return set_subspace(opt_state, grown, moments=moments)
 
 
 def project_moments(opt_state: Any) -> Any:
@@ -154,10 +201,15 @@ def project_moments(opt_state: Any) -> Any:
             return reset_moments(node)
         if len(_tree.flatten(node.mu)[0]) != len(subspace[0]):
             return node
-        mu = jax.tree.map(placed_like, node.mu, project(subspace, node.mu))
+        mu = jax.tree.map(placed_like, node.mu, subspace.project(node.mu))
         return node._replace(mu=mu)
 
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
+
+
+def _zeros_like(x: jax.Array) -> jax.Array:
+    """Zeros in a fresh buffer, placed as x is."""
+    return placed_like(x, jnp.zeros_like(x))
 
 
 def _has_moments(node: Any) -> bool:
@@ -180,7 +232,7 @@ def reset_moments(opt_state: Any) -> Any:
     def reset(node):
         if not _has_moments(node):
             return node
-        return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), node)
+        return jax.tree.map(_zeros_like, node)
 
     return jax.tree.map(reset, opt_state, is_leaf=_has_moments)
 
@@ -189,8 +241,7 @@ def reset_overlap(opt_state: Any) -> Any:
     """Forgets the smoothed overlap, as the paper's code does at each new task."""
 
     def reset(node):
-        count = placed_like(node.count, jnp.zeros_like(node.count))
-        overlap = placed_like(node.overlap, jnp.zeros_like(node.overlap))
+        count, overlap = jax.tree.map(_zeros_like, (node.count, node.overlap))
         return node._replace(count=count, overlap=overlap)
 
     return map_nodes(reset, opt_state, OverlapState)
@@ -210,8 +261,7 @@ def read_diagnostics(opt_state: Any) -> dict[str, Any]:
         if isinstance(node, OverlapState):
             found["overlap"] = node.overlap
     for node in find_nodes(opt_state, Subspace, Directions)[:1]:
-        ranks = (node.used,) if isinstance(node, Directions) else rank(node)
-        found["rank"] = tuple(r for r in ranks if r is not None)
+        found["rank"] = node.ranks()
     for node in find_nodes(opt_state, FaithfulSecondMomentState)[:1]:
         found["count"] = node.count
     return found

@@ -24,8 +24,8 @@ from adamr import _rows as matrix
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
 from adamr.routing.carrier import require_plain
-from adamr.subspaces.directions import Directions, check_directions, norm, residual
-from adamr.subspaces.gram_schmidt import orthonormalize, restrict
+from adamr.subspaces.directions import Directions
+from adamr.subspaces.vectors import norm, orthonormalize, residual
 
 __all__ = ["FopngState", "average_fisher", "fopng", "set_fisher"]
 
@@ -139,10 +139,8 @@ def fopng(
         old, new = (optax.tree.ones_like(params, dtype=jnp.float32) for _ in range(2))
         if not jax.tree.leaves(params):  # optax.tree.map_params looks at the structure
             return FopngState(jnp.zeros([]), old, new, jnp.zeros([]))  # pyright: ignore
-        here = directions
-        if len(leaves := _tree.flatten(params)[0]) == len(here.rows):
-            here = restrict(here, leaves)
-        check_directions(here, params, "fopng(directions)")
+        here = directions.restrict(params)
+        here.check(params, "fopng(directions)")
         here = jax.tree.map(lambda x: jnp.array(x, copy=True), here)
         basis = metric_basis(here, old, new)
         return FopngState(here, old, new, basis)
@@ -150,7 +148,7 @@ def fopng(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_plain(updates, "fopng")
-        check_directions(state.directions, updates, "fopng(directions)")
+        state.directions.check(updates, "fopng(directions)")
         g = [x.astype(jnp.float32) for x in jax.tree.leaves(updates)]
         roots = [jnp.sqrt(f) for f in jax.tree.leaves(state.fisher_new)]
         visible = [not _tree.is_hole(x) for x in _tree.flatten(updates)[0]]

@@ -9,7 +9,14 @@ import optax
 from adamr import _rows as evidence
 from adamr.modifiers.constraint import ConstraintState
 from adamr.routing.carrier import require_routed
-from adamr.routing.merge import FaithfulSecondMomentState, moments
+from adamr.routing.estimators import Estimators
+from adamr.routing.merge import (
+    FaithfulSecondMomentState,
+    MomentOptions,
+    advance_moments,
+    check_moments,
+    init_moments,
+)
 from adamr.routing.sharing import Guard
 
 __all__ = ["ConstrainedState", "constrained_second_moment"]
@@ -41,7 +48,7 @@ def constrained_second_moment(
     eps: float = 1e-8,
     eps_root: float = 0.0,
     *,
-    estimator: str = "adam",
+    estimator: Estimators = "adam",
     share: Any = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -92,10 +99,10 @@ def constrained_second_moment(
     True
     """
     constraint = optax.with_extra_args_support(constraint)
-    init_moments, advance = moments(
-        b1, b2, eps, eps_root, estimator=estimator, share=share, guard=guard,
-        mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    check_moments(options)
 
     def is_state(node):
         return isinstance(node, ConstraintState)
@@ -107,11 +114,11 @@ def constrained_second_moment(
                 "constrained_second_moment takes gem_constraint(...) or "
                 f"agem_constraint(...), got a transformation with state {state!r}."
             )
-        return ConstrainedState(state, init_moments(params))
+        return ConstrainedState(state, init_moments(options, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         require_routed(updates, "constrained_second_moment")
-        (mu_hat, denominator), inner = advance(updates, state.moments)
+        (mu_hat, denominator), inner = advance_moments(options, updates, state.moments)
         raw, treedef = jax.tree.flatten(updates.raw)
         steps = [
             (m / d).astype(jnp.float32)

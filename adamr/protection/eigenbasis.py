@@ -1,4 +1,4 @@
-"""Eigenbasis."""
+"""Preconditioning in the eigenbasis of the protected space, where P is diagonal."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.modifiers.projection import (
-    copy_subspace,
-    require_subspace,
-)
 from adamr.routing.carrier import Routed
+from adamr.subspaces.protected import require_subspace
 from adamr.subspaces.subspace import (
     Subspace,
-    check_leaves,
     coordinates,
     reconstruct,
     used,
@@ -62,11 +58,9 @@ def in_eigenbasis(
     There the projector is diagonal, so attenuating a direction by 1 − α does exactly
     what Proposition 1 of the paper says: routed, the step along it is (1 − α) of
     Adam's; shared, it is Adam's. Guarantee: with a fully projected first moment and
-    the raw gradient in the second, UᵀΔ = 0; and ⟨g, Δ⟩ ≥ 0 on the first step. Proven in
-    `test_proposition_1_in_the_eigenbasis` and `test_leak_of_exact_protections`. Do not
+    the raw gradient in the second, UᵀΔ = 0; and ⟨g, Δ⟩ ≥ 0 on the first step. Do not
     put `route_both_moments` before it at full strength: all that is left along U is
-    rounding, and a v of its own scales that up to whole steps
-    (`test_shared_routing_in_the_eigenbasis_scales_rounding_up`).
+    rounding, and a v of its own scales that up to whole steps.
 
     Args:
       preconditioner: `faithful_second_moment(...)` or any plain optax preconditioner.
@@ -85,14 +79,14 @@ def in_eigenbasis(
 
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
-            check_leaves(subspace, params, "in_eigenbasis(subspace)")
-        here = copy_subspace(subspace, params)
+            subspace.check(params, "in_eigenbasis(subspace)")
+        here = subspace.beside(params)
         return EigenbasisState(here, inner.init(rotate_params(here, params)))
 
     def update_fn(updates, state, params=None, **extra_args):
         basis = state.subspace
         if isinstance(updates, Routed):
-            # What is one tree before the rotation stays one after it.
+            # A tree that stands twice in the carrier is rotated once.
             once = {id(tree): rotate(basis, tree) for tree in updates}
             plain, rotated = updates.raw, Routed(*(once[id(t)] for t in updates))
         else:

@@ -1,4 +1,4 @@
-"""Oblique."""
+"""Projection in the preconditioner's own metric: the allowed step nearest to Adam's."""
 
 from typing import Any, NamedTuple
 
@@ -7,23 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.modifiers.projection import (
-    copy_subspace,
-    require_subspace,
-)
 from adamr.routing.carrier import require_routed
+from adamr.routing.estimators import Estimators
 from adamr.routing.merge import (
     FaithfulSecondMomentState,
-    moments,
+    MomentOptions,
+    advance_moments,
+    check_moments,
+    init_moments,
 )
-from adamr.routing.sharing import Guard
-from adamr.subspaces.subspace import (
-    Subspace,
-    check_leaves,
-    layout,
-    project_leaf,
-    used,
-)
+from adamr.routing.sharing import Guard, Share
+from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
 __all__ = ["ObliqueState", "oblique_second_moment"]
 
@@ -72,8 +67,8 @@ def oblique_second_moment(
     eps: float = 1e-8,
     eps_root: float = 0.0,
     *,
-    estimator: str = "adam",
-    share: Any = None,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
@@ -83,10 +78,10 @@ def oblique_second_moment(
         Δ = D (m̂ − U diag(λ) x),   (UᵀDU) x = UᵀD m̂
 
     Guarantee (λ = 1): UᵀΔ = 0; ⟨m̂, Δ⟩ ≥ 0; and Δ is the point of the allowed space
-    closest to D m̂ in the metric D⁻¹. Proven in `test_t0d_closed_form`. Use it with the
-    raw gradient in both moments (`route_first_moment(optax.identity())`) or with a
-    projected first moment; it costs an r × r solve per output unit and out · r² numbers
-    of working memory per leaf, so keep the rank at 64 or less.
+    closest to D m̂ in the norm of D⁻¹. Use it with the raw gradient in both moments
+    (`route_first_moment(optax.identity())`) or with a projected first moment. It costs
+    an r × r solve per output unit and out · r² numbers of working memory per leaf, so
+    keep the rank at 64 or less.
 
     Args:
       subspace: as for `project_out`.
@@ -97,30 +92,30 @@ def oblique_second_moment(
       A link from `Routed` to a plain tree.
     """
     require_subspace(subspace, "oblique_second_moment")
-    init_moments, advance = moments(
-        b1, b2, eps, eps_root, estimator=estimator, share=share, guard=guard,
-        mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    check_moments(options)
 
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
-            check_leaves(subspace, params, "oblique_second_moment(subspace)")
-        return ObliqueState(copy_subspace(subspace, params), init_moments(params))
+            subspace.check(params, "oblique_second_moment(subspace)")
+        return ObliqueState(subspace.beside(params), init_moments(options, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_routed(updates, "oblique_second_moment")
-        (mu_hat, root), inner = advance(updates, state.moments)
-        each = iter(zip(mu_hat, root, strict=True))
+        (mu_hat, root), inner = advance_moments(options, updates, state.moments)
 
-        def leaf(raw, basis, weights):
-            m, denominator = next(each)
+        def leaf(raw, m, denominator, basis, weights):
             if basis is None:
                 return (m / denominator).astype(raw.dtype)
             step = _oblique_leaf(basis, weights, m, 1.0 / denominator)
             return step.astype(raw.dtype)
 
-        steps = _tree.map_positions(leaf, updates.raw, *state.subspace)
+        positions = _tree.flatten(updates.raw)[0]
+        moments = (_tree.spread(x, positions) for x in (mu_hat, root))
+        steps = _tree.map_positions(leaf, updates.raw, *moments, *state.subspace)
         return steps, ObliqueState(state.subspace, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

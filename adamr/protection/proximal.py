@@ -20,7 +20,14 @@ from adamr.modifiers.penalty import (
     widen,
 )
 from adamr.routing.carrier import require_plain, require_routed
-from adamr.routing.merge import FaithfulSecondMomentState, moments
+from adamr.routing.estimators import Estimators
+from adamr.routing.merge import (
+    FaithfulSecondMomentState,
+    MomentOptions,
+    advance_moments,
+    check_moments,
+    init_moments,
+)
 from adamr.routing.sharing import Guard
 
 __all__ = [
@@ -67,7 +74,7 @@ def proximal_second_moment(
     eps_root: float = 0.0,
     *,
     importance: Any = 0.0,
-    estimator: str = "adam",
+    estimator: Estimators = "adam",
     share: Any = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -120,16 +127,16 @@ def proximal_second_moment(
       arXiv:2202.00089.
     """
     check_numbers("proximal_second_moment", importance, strength=strength)
-    init_moments, advance = moments(
-        b1, b2, eps, eps_root, estimator=estimator, share=share, guard=guard,
-        mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    check_moments(options)
 
     def init_fn(params):
         return ProximalMomentState(
             jnp.zeros([], jnp.int32),
             anchor_at(params, importance),
-            init_moments(params),
+            init_moments(options, params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -137,7 +144,7 @@ def proximal_second_moment(
         require_routed(updates, "proximal_second_moment")
         need_params(params, "proximal_second_moment")
         rate = _rate(learning_rate, state.steps)
-        (mu_hat, denominator), inner = advance(updates, state.moments)
+        (mu_hat, denominator), inner = advance_moments(options, updates, state.moments)
         each = iter(zip(mu_hat, denominator, strict=True))
 
         def step(raw, p, omega, anchor):

@@ -9,48 +9,43 @@ a projected step: UᵀDPm ≠ 0. Besides sharing v along the protected axis
     two_sided (protect_update after  P D P m         yes        yes
       a projected first moment)
     oblique_second_moment            D(m − U x)      yes        yes, and closest to D m
-                                     UᵀΔ = 0                    in the metric D⁻¹
+                                     UᵀΔ = 0                    in the norm of D⁻¹
     in_eigenbasis                    Q D' Qᵀ m       yes        yes
 
 "invariant": UᵀΔ = 0, so a layer's response to protected inputs does not change.
 "never ascends": ⟨g, Δ⟩ ≥ 0 for the first step of the moments.
-Proven in tests/test_protection.py: `test_t0d_closed_form`,
-`test_leak_of_exact_protections`, `test_exact_protections_descend`.
+
+This file holds the first two; `oblique` and `eigenbasis` hold the others.
 """
 
 from typing import NamedTuple
 
+import jax
 import optax
 
-from adamr.modifiers.projection import (
-    project_out,
-    projection,
-)
+from adamr.modifiers.projection import project_out, projection
 from adamr.routing.carrier import route_both_moments
-from adamr.routing.merge import (
-    faithful_second_moment,
-)
-from adamr.subspaces.directions import Directions
-from adamr.subspaces.subspace import (
-    Subspace,
-)
+from adamr.routing.estimators import Estimators
+from adamr.routing.merge import faithful_second_moment
+from adamr.routing.sharing import Guard, Share
+from adamr.subspaces.protected import Protected
 
 __all__ = ["ProtectUpdateState", "protect_update", "two_sided"]
 
 
 class ProtectUpdateState(NamedTuple):
-    subspace: Subspace | Directions
+    subspace: Protected
 
 
 def protect_update(
-    subspace: Subspace | Directions,
+    subspace: Protected,
 ) -> optax.GradientTransformationExtraArgs:
     """Update projection: Δ <- Δ − U diag(λ) UᵀΔ, after any preconditioner.
 
     Guarantee: UᵀΔ = 0 (for λ = 1) whatever came before. Not a descent guarantee: with
-    raw moments gᵀPDg may be negative; put a projected first moment before it
-    (`two_sided`) for one. Proven in `test_t0d_closed_form`. Weight decay and the
-    learning rate belong before and after it: decay before, so that it is projected too.
+    raw moments gᵀPDg may be negative, and a projected first moment before it
+    (`two_sided`) prevents that. Weight decay belongs before it, so that the decay is
+    projected as well, and the learning rate after it.
 
     Args:
       subspace: as for `project_out`.
@@ -71,22 +66,41 @@ def protect_update(
 
 
 def two_sided(
-    subspace: Subspace | Directions, **kwargs
+    subspace: Protected,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    *,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient and update projected: Δ = P D P m.
 
     Guarantee: UᵀΔ = 0 and ⟨g, Δ⟩ ≥ 0 on the first step, also with element-wise v.
-    Proven in `test_t0d_closed_form` and `test_exact_protections_descend`.
 
     Args:
       subspace: as for `project_out`; a task boundary sets both copies at once.
-      **kwargs: of `faithful_second_moment`.
+      b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
+        `faithful_second_moment`.
 
     Returns:
       g -> unsigned step: follow it with `optax.scale_by_learning_rate`.
     """
+    merge = faithful_second_moment(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        estimator=estimator,
+        share=share,
+        guard=guard,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )
     return optax.chain(
-        route_both_moments(project_out(subspace)),
-        faithful_second_moment(**kwargs),
-        protect_update(subspace),
+        route_both_moments(project_out(subspace)), merge, protect_update(subspace)
     )

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.modifiers.projection import copy_subspace, require_subspace
 from adamr.protection.update import protect_update
 from adamr.routing.carrier import require_plain
-from adamr.subspaces.subspace import Subspace, check_leaves, layout, project_leaf, used
+from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
 __all__ = ["NormalizedProtectionState", "adam_nscl"]
 
@@ -35,13 +35,13 @@ def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtra
 
     def init_fn(params) -> Any:
         if jax.tree.leaves(params):
-            check_leaves(subspace, params, "adam_nscl(subspace)")
-        return NormalizedProtectionState(copy_subspace(subspace, params))
+            subspace.check(params, "adam_nscl(subspace)")
+        return NormalizedProtectionState(subspace.beside(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_plain(updates, "adam_nscl")
-        check_leaves(state.subspace, updates, "adam_nscl(subspace)")
+        state.subspace.check(updates, "adam_nscl(subspace)")
 
         def leaf(step, basis, weights):
             return step if basis is None else _normalized_leaf(basis, weights, step)

@@ -9,17 +9,77 @@ from adamr._nodes import find_nodes
 from adamr.modifiers.projection import ProjectOutState
 from adamr.routing.carrier import route_first_moment
 from adamr.routing.merge import faithful_second_moment
-from adamr.routing.sharing import Guard, contracted
+from adamr.routing.sharing import Guard
 from adamr.routing.strength import constant_scale
 from adamr.subspaces.directions import Directions
-from adamr.subspaces.subspace import Subspace, project
+from adamr.subspaces.protected import Protected
+from adamr.subspaces.subspace import Subspace
 
-__all__ = ["AdamrState", "adamr"]
+__all__ = ["adamr"]
 
 
-class AdamrState(NamedTuple):
-    links: Any
-    learning_rate: Any
+class _Protection(NamedTuple):
+    """What the modifier's state says about the moments and the step.
+
+    Attributes:
+      share: subspaces whose contracted axes v is shared along, or None.
+      guard: of the second moment.
+      decay: what weight decay is projected off.
+      step: what the step is projected off.
+    """
+
+    share: tuple[Subspace, ...] | None
+    guard: Guard
+    decay: tuple[Protected, ...]
+    step: tuple[Protected, ...]
+
+
+def _protection(modifier_state: Any) -> _Protection:
+    """Along which axes v is shared, and which guard holds.
+
+    v is shared where a projection per leaf mixes coordinates. A projection only
+    shortens the gradient; whatever is chained to it may not, so then a shared v is
+    guarded as well. Directions of the whole vector mix all leaves, and no v per leaf
+    commutes with them.
+    """
+    subspaces = tuple(find_nodes(modifier_state, Subspace))
+    projects = isinstance(modifier_state, ProjectOutState)
+    return _Protection(
+        share=subspaces or None,
+        guard=True if projects else "shared",
+        decay=subspaces,
+        step=tuple(find_nodes(modifier_state, Directions)),
+    )
+
+
+def _project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
+    """Projects the step off everything that is held."""
+
+    def project(steps, params):
+        del params
+        for each in held:
+            steps = each.project(steps)
+        return steps
+
+    return optax.stateless(project)
+
+
+def _decay_outside(
+    held: tuple[Protected, ...], weight_decay: Any, mask: Any
+) -> optax.GradientTransformation:
+    """Adds decoupled weight decay, projected off the protected space."""
+    decay = optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), _project_off(held)
+    )
+
+    def add(steps, params):
+        if params is None:
+            raise ValueError("weight_decay needs params: update(g, state, params).")
+        zeros = optax.tree.zeros_like(steps)
+        decayed, _ = decay.update(zeros, decay.init(params), params)
+        return optax.tree.add(steps, decayed)
+
+    return optax.stateless(add)
 
 
 def adamr(
@@ -45,16 +105,16 @@ def adamr(
         v_t = b2 v_{t−1} + (1 − b2) ⟨g²⟩
         θ_t = θ_{t−1} − η (m̂_t / (√(v̂_t + eps_root) + eps) + P(weight_decay · θ_{t−1}))
 
-    ⟨·⟩ is the mean over the axes along which a projection in the modifier mixes
-    coordinates (the fan-in of each protected kernel) and nothing elsewhere, so biases
-    and unprotected leaves get plain Adam. There preconditioner and projector commute:
-    what the projection removes from the gradient is absent from the step, to rounding
-    (`test_leak_of_exact_protections`), at less memory than Adam. Element-wise modifiers
-    keep an element-wise v, guarded against coordinates where g = 0 and g̃ is not; so is
-    a shared v where the modifier does more than project, such as a penalty or replay
-    chained before the projection (`test_the_alias_bounds_what_is_chained_to_...`). P
-    projects the decay off the protected space: plain decay would shrink it. No v per
-    leaf commutes with whole-vector `Directions`: there the step is projected too.
+    ⟨·⟩ is the mean along the axes that a projection in the modifier mixes (the fan-in
+    of each protected kernel), and nothing elsewhere, so biases and unprotected leaves
+    get plain Adam. Preconditioner and projector then commute: what the projection
+    removes from the gradient is absent from the step, to rounding, with less memory
+    than Adam. Element-wise modifiers keep an element-wise v, guarded against
+    coordinates where g = 0 and g̃ is not. A shared v is guarded where the modifier does
+    more than project, such as a penalty or replay chained before the projection. P
+    projects the decay off the protected space, which plain decay would shrink. No v per
+    leaf commutes with `Directions` of the whole vector: there the step is projected as
+    well.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -94,46 +154,42 @@ def adamr(
       Learning, arXiv:2604.22407 (withdrawn for its experiments; the mechanism is
       verified here). Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
-    links: list[optax.GradientTransformation] = [route_first_moment(modifier)]
-    if isinstance(strength, optax.GradientTransformation):
-        links.append(strength)
-    elif strength is not None:
-        links.append(constant_scale(strength))
+    if strength is None:
+        scale = optax.identity()
+    elif isinstance(strength, optax.GradientTransformation):
+        scale = strength
+    else:
+        scale = constant_scale(strength)
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    rate = optax.scale_by_learning_rate(learning_rate)
 
-    def chained(share=None, guard: Guard = True):
+    def links(protection: _Protection) -> optax.GradientTransformationExtraArgs:
         merge = faithful_second_moment(
-            b1, b2, eps, eps_root, share=share, guard=guard, mu_dtype=mu_dtype,
+            b1,
+            b2,
+            eps,
+            eps_root,
+            share=protection.share,
+            guard=protection.guard,
+            mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
-        )  # fmt: skip
-        return optax.chain(*links, merge)
+        )
+        decay = _decay_outside(protection.decay, weight_decay, mask)
+        return optax.chain(
+            route_first_moment(modifier),
+            scale,
+            merge,
+            decay if decays else optax.identity(),
+            _project_off(protection.step),
+            optax.scale_by_learning_rate(learning_rate),
+        )
 
     def init_fn(params):
         state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
-        subspaces = find_nodes(state, Subspace)
-        share = contracted(subspaces, params) if subspaces else None
-        return AdamrState(chained(share).init(params), rate.init(params))
+        return links(_protection(state)).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        # A projection shortens the gradient; what is chained to it may not.
-        projects = isinstance(state.links[0].modifier, ProjectOutState)
-        # The shapes in the state say along which axes v is shared: no rule needed here.
-        steps, links_state = chained(guard=True if projects else "shared").update(
-            updates, state.links, params, **extra_args
-        )
-        if decays:
-            if params is None:
-                raise ValueError("weight_decay needs params: update(g, state, params).")
-            zeros = optax.tree.zeros_like(steps)
-            decayed, _ = decay.update(zeros, decay.init(params), params)
-            for subspace in find_nodes(state.links, Subspace):
-                decayed = project(subspace, decayed)
-            steps = optax.tree.add(steps, decayed)
-        for directions in find_nodes(state.links, Directions):
-            steps = project(directions, steps)
-        steps, rate_state = rate.update(steps, state.learning_rate, params)
-        return steps, AdamrState(links_state, rate_state)
+        route, *_ = state
+        tx = links(_protection(route.modifier))
+        return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -13,31 +13,23 @@ towards the raw gradient. The *merging* link ends the carrier and applies the mo
         optax.scale_by_learning_rate(1e-3),
     )
 
-    modifiers/       g -> g̃, one family a file
-    strength.py      strength links               second_moments.py  estimators of v
-    recipes/         gpm, ewc, agem, …            optimizers.py      the alias `adamr`
-    protection.py    exact protections            state.py           task boundaries
-    subspace.py      protected per leaf           directions.py      as whole vectors
-    bases.py, growth.py, sketch.py, gram_schmidt.py,
-    covariance.py, null_space.py   learning these
-    trust_region.py, scales.py, relaxation.py     learning inside them: TRGP, ROGO
-    importance.py, path_integral.py, consolidation.py     a penalty's weights and anchor
-    capture.py       layer inputs (Flax)          logits.py          logit gradients
-    memory.py        stored examples              checkpoint.py      exact resume
-    diagnostics.py   leaks, statistics            metrics.py         forgetting and kin
-    sharding.py      state beside its parameters  offloading.py      host memory
+A modifier knows nothing of moments, a route nothing of any method, and what happens
+between two tasks is a pure function on the optimizer state (`adamr.state`,
+`adamr.penalties`), outside the step. The rooms:
 
-Equations of the merging link, per leaf, with its argument names:
-
-    m_t = b1 m_{t−1} + (1 − b1) first_t
-    v_t = b2 v_{t−1} + (1 − b2) second_t²
-    Δ_t = m̂_t / (√(v̂_t + eps_root) + eps)
+    routing       this file; strength, merge, estimators of v, sharing of v
+    modifiers     g -> g̃, one family a file
+    protection    links whose step keeps its promise exactly
+    subspaces     what is protected, per leaf or as whole vectors, and how it grows
+    capture       the inputs of a model's layers, from which subspaces grow
+    penalties     importance of parameters, and the anchor they are pulled towards
+    trust         learning inside the protected space: TRGP, ROGO
+    recipes       whole optimizers by the name of the paper, and the alias `adamr`
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 __all__ = [
@@ -49,30 +41,18 @@ __all__ = [
 ]
 
 
-class _Gradients(NamedTuple):
-    first: Any
-    second: Any
-    raw: Any
-
-
-class Routed(_Gradients):
+class Routed(NamedTuple):
     """The gradients that travel together: three trees shaped like the parameters.
 
     Attributes:
       first: what the first moment will see.
       second: what the second moment will see.
       raw: the gradient before the modifier.
-      squared_distances: None, or `() -> ‖g − g̃‖²` per leaf from a modifier that knows
-        them without a pass over memory.
-      mean_squares: None, or the means of raw² per leaf along the fan-in, from a link
-        that took them; v shared there needs the same ones.
-
-    The last two are not part of the pytree: a carrier that is rebuilt, as by any change
-    of its fields, has none.
     """
 
-    squared_distances: Callable[[], list[jax.Array]] | None = None
-    mean_squares: list[jax.Array] | None = None
+    first: Any
+    second: Any
+    raw: Any
 
 
 class RouteState(NamedTuple):
@@ -104,12 +84,6 @@ def _route(link: str, modifier: optax.GradientTransformation, carry: Callable):
 
     def update_fn(updates, state, params=None, **extra_args):
         require_plain(updates, link)
-        measured = getattr(modifier, "measured_update", None)
-        if measured is not None:
-            modified, distances, inner = measured(updates, state.modifier)
-            routed = carry(updates, modified)
-            routed.squared_distances = distances
-            return routed, RouteState(inner)
         modified, inner = modifier.update(updates, state.modifier, params, **extra_args)
         return carry(updates, modified), RouteState(inner)
 

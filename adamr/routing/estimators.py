@@ -1,16 +1,13 @@
-"""Estimators of the second moment, and sharing of v along axes.
+"""Estimators of the second moment.
 
 An estimator turns the squares that `faithful_second_moment` feeds it into v̂. Each is
 one `init` and one `update` on whole trees; `ESTIMATORS` is the table. With an identity
 modifier each equals its optax twin: `scale_by_adam` bit for bit, `scale_by_amsgrad`,
 `scale_by_rms`, `scale_by_rss`, `scale_by_yogi` and `scale_by_factored_rms` to rounding.
-
-Sharing: a leaf of v whose axis has size 1 where the gradient's is larger holds one
-number along that axis. The shape says it all, so `update` needs no other description.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +146,7 @@ def _amsgrad_init(zeros):
     return AmsgradMoments(zeros, jax.tree.map(jnp.zeros_like, zeros))
 
 
+Estimators = Literal["adam", "amsgrad", "rmsprop", "adagrad", "yogi", "adafactor"]
 ESTIMATORS = {
     "adam": Estimator(lambda zeros: zeros, _adam),
     "amsgrad": Estimator(_amsgrad_init, _amsgrad, lambda state, gradient: state.nu),

@@ -1,14 +1,20 @@
-"""The merging link: m from `first`, v from `second`."""
+"""The merging link: it ends the carrier and applies the moments.
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+Per leaf, with the argument names of `faithful_second_moment`:
+
+    m_t = b1 m_{t−1} + (1 − b1) first_t
+    v_t = b2 v_{t−1} + (1 − b2) second_t²
+    Δ_t = m̂_t / (√(v̂_t + eps_root) + eps)
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.routing.carrier import require_routed
-from adamr.routing.estimators import ESTIMATORS
+from adamr.routing.carrier import Routed, require_routed
+from adamr.routing.estimators import ESTIMATORS, Estimators
 from adamr.routing.sharing import Guard, Share, check_options, shared_zeros, squares
 
 __all__ = ["FaithfulSecondMomentState", "faithful_second_moment"]
@@ -29,6 +35,20 @@ class FaithfulSecondMomentState(NamedTuple):
     nu: Any
 
 
+class MomentOptions(NamedTuple):
+    """How a merging link keeps its moments; see `faithful_second_moment`."""
+
+    b1: jax.typing.ArrayLike = 0.9
+    b2: jax.typing.ArrayLike = 0.999
+    eps: jax.typing.ArrayLike = 1e-8
+    eps_root: jax.typing.ArrayLike = 0.0
+    estimator: Estimators = "adam"
+    share: Share | None = None
+    guard: Guard = True
+    mu_dtype: jax.typing.DTypeLike | None = None
+    nu_dtype: jax.typing.DTypeLike | None = None
+
+
 class Moments(NamedTuple):
     """Bias-corrected m̂ and √(v̂ + eps_root) + eps, leaves in order."""
 
@@ -36,44 +56,47 @@ class Moments(NamedTuple):
     denominator: list[jax.Array]
 
 
-def moments(
-    b1, b2, eps, eps_root, *, estimator, share: Share | None, guard, mu_dtype, nu_dtype
-) -> tuple[Callable, Callable]:
-    """`init(params) -> state`, `advance(routed, state) -> (Moments, state)`."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is {estimator!r}, expected {list(ESTIMATORS)}.")
-    check_options(share, guard)
-    kind = ESTIMATORS[estimator]
+def init_moments(options: MomentOptions, params: Any) -> FaithfulSecondMomentState:
+    """Zero moments; `options.share` gives v its shape."""
+    kind = ESTIMATORS[options.estimator]
+    if options.share is None:
+        nu = optax.tree.zeros_like(params, dtype=options.nu_dtype)
+    else:
+        nu = shared_zeros(params, options.share, options.nu_dtype)
+    return FaithfulSecondMomentState(
+        count=jnp.zeros([], jnp.int32),
+        mu=optax.tree.full_like(params, kind.initial, dtype=options.mu_dtype),
+        nu=kind.init(nu),
+    )
 
-    def init(params):
-        if share is None:
-            nu = optax.tree.zeros_like(params, dtype=nu_dtype)
-        else:
-            nu = shared_zeros(params, share, nu_dtype)
-        return FaithfulSecondMomentState(
-            count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.full_like(params, kind.initial, dtype=mu_dtype),
-            nu=kind.init(nu),
+
+def advance_moments(
+    options: MomentOptions, routed: Routed, state: FaithfulSecondMomentState
+) -> tuple[Moments, FaithfulSecondMomentState]:
+    """One step of m and v."""
+    kind = ESTIMATORS[options.estimator]
+    mu = optax.tree.update_moment(routed.first, state.mu, options.b1, 1)
+    like = kind.shapes(state.nu, routed.second)
+    fed = squares(routed.first, routed.second, like, guard=options.guard)
+    count = optax.safe_increment(state.count)
+    nu_hat, nu = kind.update(fed, state.nu, options.b2, count)
+    mu_hat = optax.tree.bias_correction(mu, options.b1, count)
+    roots = [jnp.sqrt(v + options.eps_root) for v in jax.tree.leaves(nu_hat)]
+    # Stored in the dtypes of `init`, whatever the arithmetic promoted to: scan carries
+    # the state.
+    mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+    nu = jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
+    moments = Moments(jax.tree.leaves(mu_hat), [root + options.eps for root in roots])
+    return moments, FaithfulSecondMomentState(count, mu, nu)
+
+
+def check_moments(options: MomentOptions) -> None:
+    """Raises for an unknown estimator, share or guard."""
+    if options.estimator not in ESTIMATORS:
+        raise ValueError(
+            f"estimator is {options.estimator!r}, expected {list(ESTIMATORS)}."
         )
-
-    def advance(routed, state):
-        first, second, raw = routed
-        mu = optax.tree.update_moment(first, state.mu, b1, 1)
-        like = kind.shapes(state.nu, second)
-        means = routed.mean_squares if second is raw else None
-        fed = squares(first, second, like, guard=guard, means=means)
-        count = optax.safe_increment(state.count)
-        nu_hat, nu = kind.update(fed, state.nu, b2, count)
-        mu_hat = optax.tree.bias_correction(mu, b1, count)
-        root = [jnp.sqrt(v + eps_root) + eps for v in jax.tree.leaves(nu_hat)]
-        # Stored in the dtypes of `init`, whatever the arithmetic promoted to: scan
-        # carries the state.
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        nu = jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
-        state = FaithfulSecondMomentState(count, mu, nu)
-        return Moments(jax.tree.leaves(mu_hat), root), state
-
-    return init, advance
+    check_options(options.share, options.guard)
 
 
 def faithful_second_moment(
@@ -82,9 +105,7 @@ def faithful_second_moment(
     eps: float = 1e-8,
     eps_root: float = 0.0,
     *,
-    estimator: Literal[
-        "adam", "amsgrad", "rmsprop", "adagrad", "yogi", "adafactor"
-    ] = "adam",
+    estimator: Estimators = "adam",
     share: Share | None = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -100,17 +121,18 @@ def faithful_second_moment(
       estimator: of v. Each equals its optax twin when the modifier is the identity;
         adagrad and yogi start their accumulators where optax starts them.
       share: axes over which v is one number, the mean of the squares along them. None:
-        element-wise. "fan_in": the input axes of every kernel. A `Subspace`: those that
-        its projection contracts. Or a function (path, shape) -> axes; () leaves a leaf
-        element-wise. Sharing v along the axis of a projection makes preconditioner and
-        projector commute, so a projected first moment gives a step that lies in the
-        allowed space exactly.
+        element-wise. "fan_in": the input axes of every kernel. A `Subspace`, or
+        several: those that its projection contracts. Or a function (path, shape) ->
+        axes; () leaves a leaf element-wise. Sharing v along the axis of a projection
+        makes preconditioner and projector commute, so a projected first moment gives a
+        step that lies in the allowed space exactly.
       guard: element-wise leaves feed v with max(second², first²). Without it (the paper
-        to the letter) a coordinate with second = 0 and first ≠ 0, which a projection
-        makes of every dead input, takes steps of size 1/eps. The guard bounds the step;
-        it does not protect. "shared": leaves with a shared v, too, by the larger of the
-        two means. A projection alone does not need it, being a contraction; a penalty
-        or replay chained before it does. `adamr` sees to that itself.
+        to the letter) a coordinate with second = 0 and first ≠ 0, as at every dead
+        input under a projection, takes steps of size 1/eps. The guard bounds the step;
+        it does not protect. "shared": leaves with a shared v as well, with the
+        larger of the two means. A projection alone only shortens the gradient and does
+        not need it; a penalty or replay chained before the projection does. `adamr`
+        chooses by itself.
       mu_dtype: dtype of m; None: the parameter's.
       nu_dtype: dtype of v; None: the parameter's.
 
@@ -133,15 +155,18 @@ def faithful_second_moment(
       Kingma, Ba, Adam, arXiv:1412.6980. Hu et al., arXiv:2604.22407 (withdrawn).
       Shazeer, Stern, Adafactor, arXiv:1804.04235.
     """
-    init_fn, advance = moments(
-        b1, b2, eps, eps_root, estimator=estimator, share=share, guard=guard,
-        mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    check_moments(options)
+
+    def init_fn(params):
+        return init_moments(options, params)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_routed(updates, "faithful_second_moment")
-        (mu_hat, root), state = advance(updates, state)
+        (mu_hat, root), state = advance_moments(options, updates, state)
 
         def step(m, d, raw):
             # One division per shared number instead of one per parameter.

@@ -1,4 +1,16 @@
-"""Sharing of v."""
+"""Sharing of v: one number for all coordinates along some axes of a leaf.
+
+Adam divides every coordinate by its own √v. Along the axis that a projection mixes,
+that undoes the projection: P m is in the allowed space, D P m is not. With one v along
+that axis, D is a multiple of the identity there and D P = P D.
+
+`share` says along which axes, and acts in `init` alone: v gets size 1 along them. From
+then on the shapes of the state say it. `update` compares the shape of v with that of
+the gradient and takes the mean of the squares along the axes where they differ.
+
+The guard feeds v with max(second², first²) instead of second². Without it, a coordinate
+where second = 0 and first ≠ 0 takes steps of size 1/eps.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -8,17 +20,12 @@ import jax.numpy as jnp
 
 from adamr import _tree
 from adamr.subspaces.axes import default_axes
-from adamr.subspaces.subspace import Subspace, check_leaves, layout
+from adamr.subspaces.subspace import Subspace, layout
 
-__all__ = ["Guard", "Share", "check_options", "contracted", "shared_zeros", "squares"]
-
+__all__ = ["Guard", "Share", "check_options", "mean_square", "shared_zeros", "squares"]
 
 Rule = Callable[[str, tuple[int, ...]], tuple[int, ...]]
-
-
-Share = Literal["fan_in"] | Subspace | Rule
-
-
+Share = Literal["fan_in"] | Subspace | Sequence[Subspace] | Rule
 Guard = bool | Literal["shared"]
 
 
@@ -28,9 +35,18 @@ def fan_in(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return axes.protected if axes else ()
 
 
-def check_options(share: Any, guard: Any) -> None:
+def _subspaces(share: Any) -> tuple[Subspace, ...] | None:
+    """The subspaces that `share` holds, or None if it is a name or a rule."""
+    if isinstance(share, Subspace):
+        return (share,)
+    if not isinstance(share, list | tuple):
+        return None
+    return tuple(share) if all(isinstance(s, Subspace) for s in share) else None
+
+
+def check_options(share: Share | None, guard: Guard) -> None:
     named = share is None or (isinstance(share, str) and share == "fan_in")
-    if not (named or isinstance(share, Subspace) or callable(share)):
+    if not (named or callable(share) or _subspaces(share) is not None):
         got = repr(share) if isinstance(share, str) else f"a {type(share).__name__}"
         raise ValueError(
             f"share is {got}, expected None, 'fan_in', a Subspace or a function "
@@ -40,46 +56,52 @@ def check_options(share: Any, guard: Any) -> None:
         raise ValueError(f"guard is {guard!r}, expected True, False or 'shared'.")
 
 
-def contracted(subspaces: Sequence[Subspace], params: Any) -> Rule:
-    """The axes that the subspaces' projections contract, per leaf of params."""
-    names = _tree.flatten_with_names(params)[0]
-    axes: dict[str, set[int]] = {name: set() for name in names}
+def _contracted(subspaces: Sequence[Subspace], leaf: int) -> tuple[int, ...]:
+    """The axes of one leaf that the projections contract."""
+    axes: set[int] = set()
     for subspace in subspaces:
-        for name, basis, weights in zip(names, *subspace, strict=False):
-            if basis is not None and weights is not None:
-                axes[name] |= set(layout(basis, weights).protected)
-    return lambda path, shape: tuple(sorted(axes[path]))
+        basis, weights = subspace.bases[leaf], subspace.weights[leaf]
+        if basis is not None and weights is not None:
+            axes |= set(layout(basis, weights).protected)
+    return tuple(sorted(axes))
+
+
+def _shared_axes(params: Any, share: Share | None) -> list[tuple[int, ...]]:
+    """The axes along which v is one number, for every position of `params`."""
+    names, leaves = _tree.flatten_with_names(params)
+    if share is None:
+        return [()] * len(leaves)
+    subspaces = _subspaces(share)
+    if subspaces is not None:
+        for subspace in subspaces if leaves else ():
+            subspace.check(params, "share")
+        return [_contracted(subspaces, i) for i in range(len(leaves))]
+    rule: Any = fan_in if share == "fan_in" else share
+    pairs = zip(names, leaves, strict=True)
+    return [() if _tree.is_hole(x) else rule(name, x.shape) for name, x in pairs]
 
 
 def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
     """Zeros for v in leaf order, with size 1 along the axes that `share` names."""
-    names, leaves = _tree.flatten_with_names(params)
-    if isinstance(share, Subspace):
-        if leaves:  # `optax.tree.map_params` passes a placeholder
-            check_leaves(share, params, "share")
-        rule = contracted([share], params)
-    else:
-        rule = fan_in if share == "fan_in" else share
 
-    def zeros(leaf, path):
-        axes = rule(path, leaf.shape)
+    def zeros(leaf, axes):
         if not axes:
             return jnp.zeros_like(leaf, dtype=dtype)
         # A reduction, not a shape: so the result keeps the other axes' sharding.
         return jnp.zeros_like(jnp.sum(leaf, axis=axes, keepdims=True), dtype=dtype)
 
-    kept = [n for n, x in zip(names, leaves, strict=True) if not _tree.is_hole(x)]
+    axes, leaves = _shared_axes(params, share), _tree.flatten(params)[0]
+    kept = [a for a, x in zip(axes, leaves, strict=True) if not _tree.is_hole(x)]
     return _tree.in_leaf_order(params, zeros, kept)
 
 
-def squares(
-    first: Any,
-    second: Any,
-    shapes: Any,
-    *,
-    guard: Guard,
-    means: list[jax.Array] | None = None,
-) -> Any:
+def mean_square(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    """⟨x²⟩ along the axes, which keep size 1; x² without axes."""
+    square = jnp.square(x.astype(dtype))
+    return jnp.mean(square, axis=axes, keepdims=True) if axes else square
+
+
+def squares(first: Any, second: Any, shapes: Any, *, guard: Guard) -> Any:
     """What v is fed: second², guarded by first².
 
     Args:
@@ -87,34 +109,21 @@ def squares(
       second: tree of gradients that enter the second moment.
       shapes: tree (params-like or leaf-order tuple) of arrays or shape structs with
         the shape and dtype of v.
-      guard: False, or True: element-wise leaves take max(second², first²), or "shared":
-        leaves with a shared v, too, take the larger of the two means.
-      means: float32 means of second² along some axes per leaf, used where they are
-        those of v: XLA would send a second reduction of a sharded leaf again.
+      guard: False: second². True: element-wise leaves take max(second², first²).
+        "shared": leaves with a shared v also take the larger of the two means.
 
     Returns:
       A tree with the structure of `shapes`.
     """
 
-    def leaf(f, s, like, mean):
+    def leaf(f, s, like):
         axes = tuple(d for d in range(s.ndim) if like.shape[d] != s.shape[d])
-
-        def fed(x):
-            square = jnp.square(x.astype(like.dtype))
-            return jnp.mean(square, axis=axes, keepdims=True) if axes else square
-
-        kind = (like.shape, like.dtype)
-        if axes and mean is not None and (mean.shape, mean.dtype) == kind:
-            square = mean
-        else:
-            square = fed(s)
+        square = mean_square(s, axes, like.dtype)
         # The same array in both places is the common case: max(x, x) costs a pass.
         if f is s or not guard or (axes and guard != "shared"):
             return square
-        return jnp.maximum(square, fed(f))
+        return jnp.maximum(square, mean_square(f, axes, like.dtype))
 
     likes, treedef = jax.tree.flatten(shapes)
-    seconds = jax.tree.leaves(second)
-    known = [None] * len(seconds) if means is None else means
-    each = zip(jax.tree.leaves(first), seconds, likes, known, strict=True)
-    return jax.tree.unflatten(treedef, [leaf(*one) for one in each])
+    leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), likes, strict=True)
+    return jax.tree.unflatten(treedef, [leaf(*each) for each in leaves])

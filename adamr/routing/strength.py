@@ -18,7 +18,7 @@ import optax
 
 from adamr import _tree
 from adamr.routing.carrier import Routed, require_routed
-from adamr.routing.sharing import fan_in
+from adamr.routing.sharing import fan_in, mean_square
 
 __all__ = [
     "OverlapState",
@@ -49,9 +49,7 @@ def _towards_raw(routed: Routed, alphas: list[jax.Array]) -> Routed:
     second = first if routed.second is routed.first else move(routed.second)
     if routed.second is routed.raw:
         second = routed.raw
-    moved = Routed(first, second, routed.raw)
-    moved.mean_squares = routed.mean_squares
-    return moved
+    return Routed(first, second, routed.raw)
 
 
 class StrengthState(NamedTuple):
@@ -121,19 +119,17 @@ class OverlapState(NamedTuple):
 def _squared_norms(routed: Routed) -> jax.Array:
     """‖raw‖² per leaf, in float32.
 
-    By means over the fan-in, which stay on the carrier: a v shared there needs the same
-    ones, and takes them from there at no second pass over memory or between devices.
+    By way of the means over the fan-in. A v shared there takes the same means, and the
+    compiler computes what stands twice in a program once.
     """
 
-    def mean(name, x):
-        square = jnp.square(x.astype(jnp.float32))
-        return jnp.mean(square, axis=fan_in(name, x.shape), keepdims=True)
+    def norm(name, x):
+        mean = mean_square(x, fan_in(name, x.shape), jnp.float32)
+        return x.size // mean.size * jnp.sum(mean)
 
-    names, _ = _tree.flatten_with_names(routed.raw)
-    leaves = jax.tree.leaves(routed.raw)
-    routed.mean_squares = means = list(map(mean, names, leaves))
-    pairs = zip(leaves, means, strict=True)
-    return jnp.stack([x.size // m.size * jnp.sum(m) for x, m in pairs])
+    names, leaves = _tree.flatten_with_names(routed.raw)
+    pairs = zip(names, leaves, strict=True)
+    return jnp.stack([norm(n, x) for n, x in pairs if not _tree.is_hole(x)])
 
 
 def _squared_distances(routed: Routed) -> jax.Array:
@@ -147,8 +143,6 @@ def _squared_distances(routed: Routed) -> jax.Array:
     def changed(field):
         return jnp.stack(jax.tree.leaves(jax.tree.map(distance, field, routed.raw)))
 
-    if routed.squared_distances is not None:
-        return jnp.stack(routed.squared_distances())
     away = changed(routed.first)
     if routed.second is not routed.first and routed.second is not routed.raw:
         away = jnp.maximum(away, changed(routed.second))

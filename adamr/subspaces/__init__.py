@@ -11,7 +11,6 @@ from adamr.subspaces.directions import Directions as Directions
 from adamr.subspaces.directions import empty_directions as empty_directions
 from adamr.subspaces.gram_schmidt import grow_directions as grow_directions
 from adamr.subspaces.gram_schmidt import principal_directions as principal_directions
-from adamr.subspaces.gram_schmidt import restrict as restrict
 from adamr.subspaces.grow import gradient_samples as gradient_samples
 from adamr.subspaces.grow import grow_subspace as grow_subspace
 from adamr.subspaces.grow import merge_subspaces as merge_subspaces
@@ -21,9 +20,10 @@ from adamr.subspaces.make import cast_bases as cast_bases
 from adamr.subspaces.make import empty_subspace as empty_subspace
 from adamr.subspaces.make import make_subspace as make_subspace
 from adamr.subspaces.null_space import null_space_complement as null_space_complement
+from adamr.subspaces.protected import Protected as Protected
+from adamr.subspaces.protected import project as project
 from adamr.subspaces.sketch import Sketch as Sketch
 from adamr.subspaces.sketch import empty_sketch as empty_sketch
 from adamr.subspaces.sketch import update_sketch as update_sketch
 from adamr.subspaces.subspace import Subspace as Subspace
-from adamr.subspaces.subspace import project as project
 from adamr.subspaces.subspace import rank as rank

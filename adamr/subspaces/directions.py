@@ -20,15 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adamr import _rows as matrix
 from adamr import _tree
+from adamr.sharding import copied_beside
+from adamr.subspaces.vectors import held, inner, orthonormalize, residual
 
-__all__ = [
-    "Directions",
-    "coordinates",
-    "empty_directions",
-    "project_off",
-]
+__all__ = ["Directions", "coordinates", "empty_directions"]
 
 
 class Directions(NamedTuple):
@@ -43,62 +39,85 @@ class Directions(NamedTuple):
     rows: tuple[jax.Array | None, ...]
     used: jax.Array
 
+    def project(self, tree: Any) -> Any:
+        """g − Σ_i ⟨g, v_i⟩ v_i in the dtypes of `tree`; leaves left out unchanged.
 
-def held(rows: Sequence[Any]) -> list[jax.Array]:
-    return [r for r in rows if r is not None]
+        Exactly 0 where the directions span the whole space: Adam would scale rounding
+        up.
+        """
+        self.check(tree, "directions")
+        rows = held(self.rows)
+        if not rows:
+            return tree
+        full = self.used >= sum(r[0].size for r in rows)
+        kept = _tree.spread(residual(rows, _covered(self, tree)), self.rows)
 
+        def leaf(g, rest):
+            return g if rest is None else jnp.where(full, 0.0, rest).astype(g.dtype)
 
-def as_matrix(leaves: list[jax.Array]) -> tuple[matrix.Rows, matrix.Blocks]:
-    mask = jnp.ones(leaves[0].shape[:1], bool)
-    return matrix.Rows(leaves, mask), (tuple(range(len(leaves))),)
+        return _tree.map_positions(leaf, tree, kept)
 
-
-def inner(rows: list[jax.Array], vector: list[jax.Array]) -> jax.Array:
-    """(k,): ⟨v_i, x⟩ in float32, a sum over leaves."""
-    m, block = as_matrix(rows)
-    return matrix.inner(m, [x.astype(jnp.float32) for x in vector], block)[0]
-
-
-def combine(rows: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-    """Σ_i w_i v_i per leaf."""
-    m, block = as_matrix(rows)
-    return matrix.combine(m, weights[None], block)
-
-
-def norm(vector: list[jax.Array]) -> jax.Array:
-    return jnp.sqrt(sum(map(_tree.squared_norm, vector), jnp.zeros([])))
-
-
-def residual(rows: list[jax.Array], vector: list[jax.Array]) -> list[jax.Array]:
-    """x − Σ_i ⟨x, v_i⟩ v_i in float32."""
-    taken = combine(rows, inner(rows, vector))
-    return [x.astype(jnp.float32) - y for x, y in zip(vector, taken, strict=True)]
-
-
-def check_directions(directions: Directions, tree: Any, argument: str) -> None:
-    """Raises unless `tree` has the leaves the directions were made for."""
-    names, leaves = _tree.flatten_with_names(tree)
-    if len(leaves) != len(directions.rows):
-        raise ValueError(
-            f"{argument} was made for {len(directions.rows)} parameter leaves, but the "
-            f"tree it meets has {len(leaves)}: {names}."
-        )
-    for name, leaf, rows in zip(names, leaves, directions.rows, strict=True):
-        if rows is None:
-            continue
-        if _tree.is_hole(leaf):
+    def check(self, tree: Any, argument: str) -> None:
+        """Raises unless `tree` has the leaves that the directions were made for."""
+        names, leaves = _tree.flatten_with_names(tree)
+        if len(leaves) != len(self.rows):
             raise ValueError(
-                f"{argument} has directions over {name}, which the tree leaves out: "
-                "without it they are no longer orthonormal; restrict them first."
+                f"{argument} was made for {len(self.rows)} parameter leaves, but the "
+                f"tree it meets has {len(leaves)}: {names}."
             )
-        if rows.shape[1:] != leaf.shape:
-            raise ValueError(
-                f"{argument} has directions of shape {rows.shape[1:]} at {name}, which "
-                f"do not fit a leaf of shape {leaf.shape}."
-            )
+        for name, leaf, rows in zip(names, leaves, self.rows, strict=True):
+            if rows is None:
+                continue
+            if _tree.is_hole(leaf):
+                raise ValueError(
+                    f"{argument} has directions over {name}, which the tree leaves "
+                    "out: without it they are no longer orthonormal; restrict them "
+                    "first."
+                )
+            if rows.shape[1:] != leaf.shape:
+                raise ValueError(
+                    f"{argument} has directions of shape {rows.shape[1:]} at {name}, "
+                    f"which do not fit a leaf of shape {leaf.shape}."
+                )
+
+    def restrict(self, tree: Any) -> "Directions":
+        """The directions over fewer leaves: those that are not holes in `tree`.
+
+        What remains is made orthonormal again, so that projecting it alone, as under
+        `optax.masked`, is a projection. A tree with other leaves changes nothing.
+        """
+        leaves = _tree.flatten(tree)[0]
+        if len(leaves) != len(self.rows):
+            return self
+        pairs = zip(self.rows, leaves, strict=True)
+        rows = tuple(None if _tree.is_hole(x) else r for r, x in pairs)
+        left = held(rows)
+        if len(left) == len(held(self.rows)):
+            return self
+        none = jnp.zeros_like(self.used)
+        if not left:
+            return Directions(rows, none)
+        zeros = [jnp.zeros_like(r) for r in left]
+        kept, used, _ = orthonormalize(zeros, none, left, left[0].shape[0], 1e-5)
+        return Directions(tuple(_tree.spread(kept, rows)), used)
+
+    def beside(self, params: Any) -> Any:
+        """Fresh buffers, each placed beside its parameter.
+
+        `optax.tree.map_params` passes a placeholder without leaves; one opaque leaf
+        then stands for the directions, since their leaves depend on the parameters.
+        """
+        if not jax.tree.leaves(params):
+            return jnp.zeros([])
+        rows = copied_beside(params, self.rows, lead=1)
+        return Directions(rows, jnp.array(self.used, copy=True))
+
+    def ranks(self) -> tuple[jax.Array, ...]:
+        """The number of directions."""
+        return (self.used,)
 
 
-def _over(directions: Directions, tree: Any) -> list[jax.Array]:
+def _covered(directions: Directions, tree: Any) -> list[jax.Array]:
     """The leaves of `tree` that the directions cover."""
     pairs = zip(_tree.flatten(tree)[0], directions.rows, strict=True)
     return [x for x, rows in pairs if rows is not None]
@@ -109,29 +128,9 @@ def coordinates(directions: Directions, tree: Any) -> jax.Array:
 
     Its norm over that of a step is the step's leak.
     """
-    check_directions(directions, tree, "directions")
+    directions.check(tree, "directions")
     rows = held(directions.rows)
-    return inner(rows, _over(directions, tree)) if rows else jnp.zeros([0])
-
-
-def project_off(directions: Directions, tree: Any) -> Any:
-    """g − Σ_i ⟨g, v_i⟩ v_i in the dtypes of `tree`; leaves left out unchanged.
-
-    Exactly 0 where the directions span the whole space, as Adam would blow rounding up.
-    """
-    check_directions(directions, tree, "directions")
-    rows = held(directions.rows)
-    if not rows:
-        return tree
-    full = directions.used >= sum(r[0].size for r in rows)
-    kept = iter(residual(rows, _over(directions, tree)))
-
-    def leaf(g, rows):
-        if rows is None:
-            return g
-        return jnp.where(full, 0.0, next(kept)).astype(g.dtype)
-
-    return _tree.map_positions(leaf, tree, directions.rows)
+    return inner(rows, _covered(directions, tree)) if rows else jnp.zeros([0])
 
 
 def empty_directions(
@@ -166,19 +165,18 @@ def empty_directions(
     names, leaves = _tree.flatten_with_names(params)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of str, got {exclude!r}.")
-    if exclude is None or callable(exclude):
-        skip = exclude
-    else:
-        parts = tuple(exclude)
-        for part in parts:
-            if not any(part in name for name in names):
-                raise ValueError(
-                    f"exclude names {part!r}, which no leaf of {names} has."
-                )
-        skip = lambda name, shape: any(part in name for part in parts)  # noqa: E731
+    parts = () if exclude is None or callable(exclude) else tuple(exclude)
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"exclude names {part!r}, which no leaf of {names} has.")
+
+    def excluded(name, shape):
+        if callable(exclude):
+            return exclude(name, shape)
+        return any(part in name for part in parts)
 
     def leaf(name, x):
-        if _tree.is_hole(x) or (skip is not None and skip(name, x.shape)):
+        if _tree.is_hole(x) or excluded(name, x.shape):
             return None
         place = None
         like = None if _tree.is_traced(x) else getattr(x, "sharding", None)

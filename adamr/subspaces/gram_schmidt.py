@@ -14,58 +14,13 @@ import jax.numpy as jnp
 
 from adamr import _rows as matrix
 from adamr import _tree
-from adamr.subspaces.directions import Directions, as_matrix, held, norm, residual
+from adamr.subspaces.directions import Directions
+from adamr.subspaces.vectors import as_matrix, held, orthonormalize
 
-__all__ = ["grow_directions", "principal_directions", "restrict"]
+__all__ = ["grow_directions", "principal_directions"]
 
 # Below it, a share of the largest energy is float32 noise of the Gram matrix.
 _FLOOR = 1e-6
-
-
-def _unit(samples: list[jax.Array], i: jax.Array) -> list[jax.Array]:
-    """Sample i at length 1; 0 if it is zero or not finite."""
-    at = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
-    v = [at(x).astype(jnp.float32) for x in samples]
-    peaks = [_tree.largest(x) for x in v]
-    peak = functools.reduce(jnp.maximum, peaks)
-    usable = jnp.isfinite(peak) & (peak >= jnp.finfo(jnp.float32).tiny)
-    # First by the peak: squares of tiny or huge entries leave the range of float32.
-    v = [jnp.where(usable, x / jnp.where(usable, peak, 1.0), 0.0) for x in v]
-    length = norm(v)
-    return [x / jnp.where(length > 0, length, 1.0) for x in v]
-
-
-@jax.jit
-def orthonormalize(rows, used, samples, max_new, tolerance):
-    """Gram-Schmidt of the samples behind the used rows; rows, used, whether one did
-    not fit."""
-    capacity, total = rows[0].shape[0], samples[0].shape[0]
-
-    def more(carry):
-        i, _, now, overflow = carry
-        return (i < total) & (now - used < max_new) & ~overflow
-
-    def body(carry):
-        i, rows, now, _ = carry
-        r = _unit(samples, i)
-        for _ in range(2):  # twice is enough in float32
-            r = residual(rows, r)
-        length = norm(r)
-        new = length > tolerance
-        accept = new & (now < capacity)
-        slot = jnp.minimum(now, capacity - 1)
-        scale = 1.0 / jnp.where(new, length, 1.0)
-
-        def write(row, x):
-            old = jax.lax.dynamic_index_in_dim(row, slot, keepdims=False)
-            return row.at[slot].set(jnp.where(accept, x * scale, old))
-
-        rows = [write(row, x) for row, x in zip(rows, r, strict=True)]
-        return i + 1, rows, now + accept.astype(now.dtype), new & ~accept
-
-    start = (jnp.zeros([], jnp.int32), rows, used, jnp.zeros([], bool))
-    _, rows, used, overflow = jax.lax.while_loop(more, body, start)
-    return rows, used, overflow
 
 
 def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
@@ -215,23 +170,3 @@ def principal_directions(samples: Any, count: int) -> Any:
     found = _check_samples(samples, None)
     each = iter(_principal(found, min(count, found[0].shape[0])))
     return _tree.map_positions(lambda x: next(each), samples)
-
-
-def restrict(directions: Directions, like: Sequence[Any]) -> Directions:
-    """The directions over fewer leaves: those that are no holes in `like`.
-
-    What remains is made orthonormal again, so that projecting it alone, as under
-    `optax.masked`, is a projection.
-
-    Args:
-      directions: over all leaves.
-      like: one entry per leaf; None or `MaskedNode` where it is to be left out.
-    """
-    pairs = zip(directions.rows, like, strict=True)
-    rows = tuple(None if _tree.is_hole(x) else r for r, x in pairs)
-    if len(held(rows)) == len(held(directions.rows)):
-        return directions
-    if not held(rows):
-        return Directions(rows, jnp.zeros_like(directions.used))
-    empty = jax.tree.map(jnp.zeros_like, Directions(rows, directions.used))
-    return grow_directions(empty, rows)

@@ -13,23 +13,15 @@ never shapes, and nothing recompiles.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adamr import _tree
-from adamr.sharding import einsum_sharding
-from adamr.subspaces.directions import Directions, project_off
+from adamr.sharding import copied_beside, einsum_sharding
 
-__all__ = [
-    "Subspace",
-    "coordinates",
-    "project",
-    "rank",
-    "reconstruct",
-]
+__all__ = ["Subspace", "coordinates", "rank", "reconstruct"]
 
 
 class Subspace(NamedTuple):
@@ -43,6 +35,49 @@ class Subspace(NamedTuple):
 
     bases: tuple[jax.Array | None, ...]
     weights: tuple[jax.Array | None, ...]
+
+    def project(self, tree: Any) -> Any:
+        """g − U diag(λ) Uᵀ g on every protected leaf, the others unchanged."""
+        self.check(tree, "subspace")
+
+        def leaf(g, basis, weights):
+            return g if basis is None else project_leaf(basis, weights, g)
+
+        return _tree.map_positions(leaf, tree, *self)
+
+    def check(self, tree: Any, argument: str) -> None:
+        """Raises unless `tree` has the leaves it was made for; a hole fits any."""
+        names, leaves = _tree.flatten_with_names(tree)
+        if len(leaves) != len(self.bases):
+            raise ValueError(
+                f"{argument} was made for {len(self.bases)} parameter leaves, but the "
+                f"tree it meets has {len(leaves)}: {names}."
+            )
+        for name, leaf, basis in zip(names, leaves, self.bases, strict=True):
+            if basis is None or _tree.is_hole(leaf):
+                continue
+            fits = basis.ndim == leaf.ndim + 1 and all(
+                b in (1, n) for b, n in zip(basis.shape, leaf.shape, strict=False)
+            )
+            if not fits:
+                raise ValueError(
+                    f"{argument} has a basis of shape {basis.shape[:-1]} (1 = free "
+                    f"axis) at {name}, which does not fit a leaf of shape "
+                    f"{leaf.shape}."
+                )
+
+    def restrict(self, tree: Any) -> "Subspace":
+        """Itself: the bases of leaves that `tree` leaves out do no harm."""
+        del tree
+        return self
+
+    def beside(self, params: Any) -> "Subspace":
+        """Fresh buffers, each placed beside its parameter."""
+        return Subspace(*(copied_beside(params, field) for field in self))
+
+    def ranks(self) -> tuple[jax.Array, ...]:
+        """The number of directions of every protected leaf."""
+        return tuple(r for r in rank(self) if r is not None)
 
 
 class Layout(NamedTuple):
@@ -138,84 +173,6 @@ def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.A
     """g − U diag(λ) Uᵀ g."""
     coords = weighted(weights, coordinates(basis, weights, leaf))
     return without(basis, weights, leaf, coords)
-
-
-def project(subspace: Subspace | Directions, tree: Any) -> Any:
-    """g − U diag(λ) Uᵀ g on every protected leaf, the others unchanged.
-
-    Args:
-      subspace: from `make_subspace`, `empty_subspace` or `grow_subspace`; or
-        `Directions` of the whole vector, g − Σ ⟨g, v⟩ v.
-      tree: a tree like the parameters the subspace was made for, any float dtype; the
-        contraction runs in float32 at the highest precision.
-
-    Returns:
-      A tree like `tree`, same dtypes.
-
-    Raises:
-      ValueError: if `tree` does not have the leaves the subspace was made for.
-
-    >>> from adamr import make_subspace
-    >>> params = {"w": jnp.ones((2, 3))}
-    >>> s = make_subspace(params, {"w": jnp.array([[1.0], [0.0]])}, max_rank=1)
-    >>> project(s, params)["w"]
-    Array([[0., 0., 0.],
-           [1., 1., 1.]], dtype=float32)
-    """
-    if isinstance(subspace, Directions):
-        return project_off(subspace, tree)
-    check_leaves(subspace, tree, "subspace")
-
-    def leaf(g, basis, weights):
-        return g if basis is None else project_leaf(basis, weights, g)
-
-    return _tree.map_positions(leaf, tree, *subspace)
-
-
-def measured_projection(
-    subspace: Subspace, tree: Any
-) -> tuple[Any, Callable[[], list[jax.Array]]]:
-    """`project(subspace, tree)`, and how to get ‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf.
-
-    Both from the same coordinates, which cross devices once where g is sharded along
-    its fan-in.
-    """
-    check_leaves(subspace, tree, "subspace")
-    taken: list[jax.Array | None] = []
-
-    def leaf(g, basis, weights):
-        if basis is None:
-            taken.append(None)
-            return g
-        coords = weighted(weights, coordinates(basis, weights, g))
-        taken.append(coords)
-        return without(basis, weights, g, coords)
-
-    def distances():
-        return [jnp.zeros([]) if c is None else _tree.squared_norm(c) for c in taken]
-
-    return _tree.map_positions(leaf, tree, *subspace), distances
-
-
-def check_leaves(subspace: Subspace, tree: Any, argument: str) -> None:
-    """Raises unless `tree` has the leaves `subspace` was made for (holes fit any)."""
-    names, leaves = _tree.flatten_with_names(tree)
-    if len(leaves) != len(subspace.bases):
-        raise ValueError(
-            f"{argument} was made for {len(subspace.bases)} parameter leaves, but the "
-            f"tree it meets has {len(leaves)}: {names}."
-        )
-    for name, leaf, basis in zip(names, leaves, subspace.bases, strict=True):
-        if basis is None or _tree.is_hole(leaf):
-            continue
-        fits = basis.ndim == leaf.ndim + 1 and all(
-            b in (1, n) for b, n in zip(basis.shape, leaf.shape, strict=False)
-        )
-        if not fits:
-            raise ValueError(
-                f"{argument} has a basis of shape {basis.shape[:-1]} (1 = free axis) "
-                f"at {name}, which does not fit a leaf of shape {leaf.shape}."
-            )
 
 
 def rank(subspace: Subspace) -> tuple[jax.Array | None, ...]:

@@ -35,7 +35,7 @@ from adamr.subspaces.columns import (
     used_columns,
 )
 from adamr.subspaces.grow import sample_rows
-from adamr.subspaces.subspace import Subspace, check_leaves, coordinates, layout
+from adamr.subspaces.subspace import Subspace, coordinates, layout
 
 __all__ = ["TrustRegion", "grow_task_subspace", "trust_region"]
 
@@ -115,7 +115,7 @@ def trust_region(
         raise ValueError("bases_per_task must hold at least one task.")
     shapes = [jax.tree.map(jnp.shape, s) for s in bases_per_task]
     for task, s in enumerate(bases_per_task):
-        check_leaves(s, gradients, f"bases_per_task[{task}]")
+        s.check(gradients, f"bases_per_task[{task}]")
         if shapes[task] != shapes[0]:
             raise ValueError(
                 f"bases_per_task[{task}] has shapes {shapes[task]}, expected those of "

@@ -29,7 +29,7 @@ from adamr.subspaces.columns import (
     used_columns,
 )
 from adamr.subspaces.grow import gradient_samples
-from adamr.subspaces.subspace import Subspace, check_leaves
+from adamr.subspaces.subspace import Subspace
 
 __all__ = ["relaxing_subspace"]
 
@@ -104,7 +104,7 @@ def relaxing_subspace(
     """
     if not 0.0 <= energy <= 1.0:
         raise ValueError(f"energy must lie in [0, 1], got {energy}.")
-    check_leaves(memory, gradients, "memory")
+    memory.check(gradients, "memory")
     opened = jax.tree.map(jnp.zeros_like, memory) if start is None else start
     shapes = [jax.tree.map(jnp.shape, s) for s in (memory, opened)]
     if shapes[0] != shapes[1]:

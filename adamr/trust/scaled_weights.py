@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from adamr import _tree
 from adamr.subspaces.subspace import (
     Subspace,
-    check_leaves,
     coordinates,
     einsum,
     layout,
@@ -153,7 +152,7 @@ def scaled_params(
         )
     total: list[Any] = [None] * len(_tree.flatten(params)[0])
     for subspace, each in zip(subspaces, scales, strict=True):
-        check_leaves(subspace, params, "subspaces")
+        subspace.check(params, "subspaces")
         if len(each) != len(subspace.bases):
             raise ValueError(
                 f"scales has {len(each)} leaves, expected {len(subspace.bases)}."

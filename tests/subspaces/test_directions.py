@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import adamr
 from adamr.modifiers.natural import FopngState
 from adamr.subspaces.directions import coordinates
-from adamr.subspaces.gram_schmidt import restrict
 from tests.references import directions as reference
 
 SHAPES = {"a": {"bias": (4,), "kernel": (3, 4)}, "scale": (), "stack": (2, 3, 2)}
@@ -767,13 +766,13 @@ def test_bf16_gradients_keep_their_dtype():
 def test_restrict_is_a_projection_of_what_remains():
     d = grown(normal(0, 4, SIZE))
     like = [None, *d.rows[1:]]
-    small = restrict(d, like)
+    small = d.restrict(like)
     assert small.rows[0] is None and small.used == 4
     assert_orthonormal(rows_of(small))
     old = flat([r for r in d.rows[1:]], lead=1)[:4]
     left = old - old @ rows_of(small).T @ rows_of(small)
     assert np.max(np.abs(left)) < 1e-6
-    assert restrict(d, d.rows) is d
+    assert d.restrict(d.rows) is d
 
 
 # Bad input ----------------------------------------------------------------------------
