@@ -26,7 +26,7 @@ def boundary_leak(moments):
     grown = adamr.make_subspace(p, bases(), max_rank=4)
     state = adamr.set_subspace(state, grown, moments=moments)
     step, _ = update(gradients(9), state, p)
-    leaked = adamr.subspace.coordinates(
+    leaked = adamr.subspaces.subspace.coordinates(
         grown.bases[2], grown.weights[2], step["dense"]["kernel"]
     )
     return jnp.linalg.norm(leaked) / jnp.linalg.norm(step["dense"]["kernel"])
@@ -140,3 +140,72 @@ def test_errors():
     two = (state, adamr.project_out(subspace(max_rank=3)).init(p))
     with pytest.raises(ValueError, match="subspaces of different shapes"):
         adamr.get_subspace(two)
+
+
+def layer_inputs(seed=4):
+    rng = np.random.default_rng(seed)
+
+    def rows(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+        "dense": {"bias": None, "kernel": rows(2, 6)},
+        "conv": rows(3, 12),
+        "scale": None,
+        "stack": rows(2, 2, 5),
+    }
+
+
+def test_protect_inputs_is_get_grow_and_set():
+    state, update = trained(adamr.adamr(0.1, adamr.project_out(subspace())))
+    grown = adamr.grow_subspace(
+        adamr.get_subspace(state), layer_inputs(), threshold=0.8
+    )
+    for moments in ("project", "reset", "keep"):
+        by_hand = adamr.set_subspace(state, grown, moments=moments)
+        at_once = adamr.protect_inputs(
+            state, layer_inputs(), threshold=0.8, moments=moments
+        )
+        jax.tree.map(np.testing.assert_array_equal, at_once, by_hand)
+    assert sum(map(jnp.sum, adamr.get_subspace(at_once).ranks())) > sum(
+        map(jnp.sum, adamr.get_subspace(state).ranks())
+    )
+
+
+def test_after_protect_inputs_the_response_to_them_stays():
+    p, inputs = params(), layer_inputs()
+    empty = adamr.empty_subspace(p)
+    tx = adamr.adamr(0.1, adamr.project_out(empty))
+    state, update = trained(tx)
+    state = adamr.protect_inputs(state, inputs, threshold=1.0)
+    step, _ = update(gradients(9), state, p)
+    moved = inputs["dense"]["kernel"] @ step["dense"]["kernel"]
+    assert (
+        jnp.max(jnp.abs(moved)) < 1e-6 < 1e-2 < jnp.max(jnp.abs(step["dense"]["bias"]))
+    )
+
+
+def test_protect_inputs_refuses_directions():
+    d = adamr.empty_directions(params(), 2)
+    state = adamr.project_out(d).init(params())
+    with pytest.raises(TypeError, match="grow_directions"):
+        adamr.protect_inputs(state, layer_inputs())
+
+
+def test_subspace_and_directions_answer_the_same_calls():
+    p, g = params(), gradients(0)
+    for held in (subspace(), adamr.empty_directions(p, 2)):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            adamr.subspaces.project(held, g),
+            held.project(g),
+        )
+        held.check(p, "held")
+        with pytest.raises(ValueError, match="held was made for 5 parameter leaves"):
+            held.check({"w": jnp.ones(2)}, "held")
+        assert held.restrict(p) is held
+        copies = jax.tree.leaves(held.beside(p))
+        for old, new in zip(jax.tree.leaves(held), copies, strict=True):
+            np.testing.assert_array_equal(old, new)
+            assert old.unsafe_buffer_pointer() != new.unsafe_buffer_pointer()
+        assert all(r.dtype == jnp.int32 for r in held.ranks())

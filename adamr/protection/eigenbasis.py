@@ -86,7 +86,7 @@ def in_eigenbasis(
     def update_fn(updates, state, params=None, **extra_args):
         basis = state.subspace
         if isinstance(updates, Routed):
-            # A tree that stands twice in the carrier is rotated once.
+            # A tree that occurs twice in the carrier is rotated once.
             once = {id(tree): rotate(basis, tree) for tree in updates}
             plain, rotated = updates.raw, Routed(*(once[id(t)] for t in updates))
         else:

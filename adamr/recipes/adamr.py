@@ -124,7 +124,7 @@ def adamr(
       eps: outside the root.
       eps_root: inside the root.
       mu_dtype: dtype of m; None: the parameter's. With bf16 parameters use float32.
-      nu_dtype: dtype of v, likewise.
+      nu_dtype: dtype of v; None: the parameter's.
       weight_decay: decoupled, scaled by η as in `optax.adamw`.
       mask: tree of bools or a function of the parameters: which leaves decay.
       strength: None: the modifier in full; α in [0, 1] or a schedule of it; or a link

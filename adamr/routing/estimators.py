@@ -88,8 +88,8 @@ def _adafactor_init(zeros):
     def mean_over(which):
         def leaf(z):
             axes = _factored_axes(z.shape)
-            # A (1,) stands where a leaf is not factored: no zero-size arrays, which
-            # checkpoints refuse.
+            # A leaf that is not factored gets a (1,): checkpoints refuse arrays of
+            # size 0.
             return jnp.sum(z, axis=axes[which]) if axes else jnp.zeros((1,), z.dtype)
 
         return _tree.in_leaf_order(zeros, leaf)

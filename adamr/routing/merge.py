@@ -143,7 +143,7 @@ def faithful_second_moment(
 
     Raises:
       ValueError: for an unknown estimator, share or guard.
-      TypeError: at update, if no route stands before it.
+      TypeError: at update, without a route before it.
 
     >>> g = jnp.array([0.3, -2.0])
     >>> tx = faithful_second_moment()

@@ -119,8 +119,8 @@ class OverlapState(NamedTuple):
 def _squared_norms(routed: Routed) -> jax.Array:
     """‖raw‖² per leaf, in float32.
 
-    By way of the means over the fan-in. A v shared there takes the same means, and the
-    compiler computes what stands twice in a program once.
+    By way of the means over the fan-in: a v shared there takes the same means, and the
+    compiler computes an expression that occurs twice only once.
     """
 
     def norm(name, x):
@@ -199,7 +199,7 @@ def overlap_adaptive_scale(
 
     Raises:
       ValueError: for alpha_max or decay outside [0, 1] or an unknown aggregate.
-      TypeError: at update, if no route stands before it.
+      TypeError: at update, without a route before it.
 
     >>> tx = overlap_adaptive_scale(alpha_max=0.5, decay=0.0)
     >>> g = jnp.array([3.0, 4.0])

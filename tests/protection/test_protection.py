@@ -47,7 +47,7 @@ def leak(s, step):
     for basis, weights, x in zip(*s, jax.tree.leaves(step), strict=True):
         if basis is None:
             continue
-        c = adamr.subspace.coordinates(basis, weights, x)
+        c = adamr.subspaces.subspace.coordinates(basis, weights, x)
         inside += float(jnp.sum(jnp.square(c)))
         whole += float(jnp.sum(jnp.square(x)))
     return (inside / whole) ** 0.5
