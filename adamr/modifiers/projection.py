@@ -58,6 +58,7 @@ def project_out(
       ValueError: at init or update, for a tree with other leaves than the subspace.
       TypeError: for a `Routed`.
 
+    >>> import jax.numpy as jnp
     >>> from adamr import make_subspace
     >>> g = {"w": jnp.ones((2, 3))}
     >>> tx = project_out(make_subspace(g, {"w": jnp.array([[1.0], [0.0]])}))

@@ -50,6 +50,7 @@ def protect_update(
     Args:
       subspace: as for `project_out`.
 
+    >>> import jax.numpy as jnp
     >>> from adamr import make_subspace
     >>> s = make_subspace({"w": jnp.zeros((2, 1))}, {"w": jnp.array([[0.6], [0.8]])})
     >>> tx = optax.chain(optax.scale_by_adam(), protect_update(s))

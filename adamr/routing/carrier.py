@@ -101,6 +101,7 @@ def route_first_moment(
     Returns:
       A link whose output a merging link such as `faithful_second_moment` must end.
 
+    >>> import jax.numpy as jnp
     >>> tx = route_first_moment(optax.scale(0.5))
     >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0].first
     Array([0.5, 0.5], dtype=float32)
