@@ -203,7 +203,7 @@ def _mean(share: Any, x: jax.Array) -> jax.Array:
 
 def _used_v(entries: _Entries, otherwise: float) -> jax.Array:
     """v without the zero columns of the basis, which count as `otherwise`."""
-    return jnp.where(entries.there > 0, entries.v, otherwise)
+    return jnp.where(jnp.asarray(entries.there) > 0, entries.v, otherwise)
 
 
 def _extreme(reduce: Any, x: jax.Array) -> jax.Array:
