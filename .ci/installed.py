@@ -3,6 +3,7 @@
 Run as a script: `python installed.py`.
 """
 
+import importlib.metadata
 import importlib.util
 import pathlib
 import sys
@@ -16,7 +17,9 @@ import adamr
 package = pathlib.Path(adamr.__file__).parent
 assert "site-packages" in package.parts, package
 assert (package / "py.typed").exists()
-assert importlib.util.find_spec("flax") is None or "flax" not in sys.modules
+assert importlib.metadata.version("adamr-jax") == adamr.__version__
+assert not {"flax", "matplotlib", "orbax"} & set(sys.modules)
+assert not any(map(importlib.util.find_spec, ("benchmarks", "examples", "tests")))
 
 params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
 subspace = adamr.empty_subspace(params)

@@ -10,7 +10,10 @@ from adamr._tree import placed_like
 
 def map_nodes(function: Callable[[Any], Any], tree: Any, *types: type) -> Any:
     """Maps `function` over the nodes of the given types, all else unchanged."""
-    found = lambda node: isinstance(node, types)  # noqa: E731
+
+    def found(node):
+        return isinstance(node, types)
+
     return jax.tree.map(
         lambda node: function(node) if found(node) else node, tree, is_leaf=found
     )

@@ -1,10 +1,9 @@
 """What leaks, and what the moments look like: cheap enough to log every step.
 
 All functions are pure and run under jit, vmap and scan, so they serve a logger and a
-property test alike (tests/test_moment_properties.py). Results hold one number for the
-whole tree (`total`) and one per leaf in leaf order (`per_leaf`). A ratio 0 / 0 is 0,
-anything else by 0 is inf, and NaN stays NaN: a broken step never looks like a good one.
-Proven against float64 twins in tests/test_diagnostics.py.
+property test alike. Results hold one number for the whole tree (`total`) and one per
+leaf in leaf order (`per_leaf`). A ratio 0 / 0 is 0, anything else by 0 is inf, and NaN
+stays NaN: a broken step never looks like a good one.
 """
 
 import functools
@@ -202,9 +201,19 @@ def _mean(share: Any, x: jax.Array) -> jax.Array:
     return jnp.stack([_sum(share, x), jnp.sum(share) * (x.size / share.size)])
 
 
+def _used_v(entries: _Entries, otherwise: float) -> jax.Array:
+    """v without the zero columns of the basis, which count as `otherwise`."""
+    return jnp.where(jnp.asarray(entries.there) > 0, entries.v, otherwise)
+
+
 def _extreme(reduce: Any, x: jax.Array) -> jax.Array:
     """XLA's maximum of a long array on a CPU passes over NaN."""
     return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, reduce(x))
+
+
+def _is_whole(node: Any) -> bool:
+    """A leaf of mu, in both halves if it is kept in an eigenbasis."""
+    return _tree.is_hole(node) or isinstance(node, Rotated)
 
 
 def moment_statistics(
@@ -265,9 +274,8 @@ def moment_statistics(
         u = own or subspace
         if own is None and u is not None:
             u.check(state.mu, "subspace")
-        rotated = lambda x: _tree.is_hole(x) or isinstance(x, Rotated)  # noqa: E731
         entries = _entries(state, b1, b2, eps, eps_root)
-        for i, x in enumerate(jax.tree.leaves(state.mu, is_leaf=rotated)):
+        for i, x in enumerate(jax.tree.leaves(state.mu, is_leaf=_is_whole)):
             parts = tuple(next(entries) for _ in jax.tree.leaves(x))
             if len(parts) == 2 and own is None:
                 raise ValueError(
@@ -288,13 +296,12 @@ def moment_statistics(
         lambda e: _mean(e.trace, e.d),
     )
     old = [_measure(protected, p, finish=_ratio) if subspace else None for p in pairs]
-    used_v = lambda e, other: jnp.where(e.there > 0, e.v, other)  # noqa: E731
     return MomentStatistics(
         functools.reduce(jnp.maximum, [jax.tree.leaves(s.count)[0] for s, _ in found]),
         _measure(every, lambda e: _sum(e.there, jnp.square(e.m)), finish=jnp.sqrt),
         _measure(every, lambda e: _mean(e.there, e.v), finish=_ratio),
-        _measure(every, lambda e: _extreme(jnp.min, used_v(e, jnp.inf)), jnp.minimum),
-        _measure(every, lambda e: _extreme(jnp.max, used_v(e, 0.0)), jnp.maximum),
+        _measure(every, lambda e: _extreme(jnp.min, _used_v(e, jnp.inf)), jnp.minimum),
+        _measure(every, lambda e: _extreme(jnp.max, _used_v(e, 0.0)), jnp.maximum),
         _measure(every, lambda e: _extreme(jnp.max, e.ratio), jnp.maximum),
         *old,
     )

@@ -7,7 +7,7 @@
     batch (layers)    all of these          nothing is sent
 
 What has no axis of the parameters (counts, overlap, weights of directions) is
-replicated. `tests/test_sharding.py` counts what the compiled step sends.
+replicated.
 """
 
 from typing import Any

@@ -20,9 +20,8 @@ import optax
 import tyro
 
 import adamr
-from adamr._nodes import find_nodes
 from benchmarks._pages.tables import table, written
-from benchmarks._speed import models
+from benchmarks._speed import models, timing
 from examples.pod import placement
 
 PAGE = Path("docs/scaling.md")
@@ -114,10 +113,6 @@ def state_of(name: str, params: Any) -> Any:
     return jax.eval_shape(lambda p: RECIPES[name](p).init(p), params)
 
 
-def basis_bytes(state: Any) -> int:
-    return nbytes(find_nodes(state, adamr.Subspace))
-
-
 def recipes() -> str:
     """State of every recipe at 8B parameters in float32."""
     params = models.shapes(models.SIZES["8B"])
@@ -138,7 +133,7 @@ def sizes() -> str:
         adam = nbytes(state_of("`optax.adam`", params))
         for name in COMPARED:
             state = state_of(name, params)
-            own, bases = nbytes(state), basis_bytes(state)
+            own, bases = nbytes(state), timing.basis_bytes(state)
             rows.append(
                 [
                     f"{size} ({models.count(params) / 1e9:.2f}e9), {name}",

@@ -22,7 +22,6 @@ import optax
 import tyro
 
 import adamr
-from adamr._nodes import find_nodes
 from benchmarks._speed import models, timing
 from benchmarks._speed.pictures import draw_scaling
 from benchmarks.step_time import (
@@ -101,7 +100,7 @@ def measure(optimizers: dict, params: Any, config: Config) -> dict[str, dict]:
             "milliseconds": 1e3 * float(np.median(times[name])),
             "compile_s": each.trace_s + each.compile_s,
             "state_bytes": timing.nbytes(states[name]),
-            "basis_bytes": timing.nbytes(find_nodes(states[name], adamr.Subspace)),
+            "basis_bytes": timing.basis_bytes(states[name]),
         }
         for name, each in made.items()
     }

@@ -32,7 +32,7 @@ def flax(part: str) -> Any:
         from flax import linen, nnx
     except ImportError as error:
         raise ImportError(
-            "adamr.capture needs Flax: python -m pip install 'adamr[examples]'."
+            "adamr.capture needs Flax: python -m pip install 'adamr-jax[flax]'."
         ) from error
     return {"nnx": nnx, "linen": linen}[part]
 

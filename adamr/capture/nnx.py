@@ -1,7 +1,7 @@
 """Layer inputs of Flax models, in the shape that `grow_subspace` takes.
 
 Users need not write hooks: the model runs once, eagerly, and every layer with a kernel
-notes what it was given. Needs Flax (`pip install 'adamr[examples]'`).
+notes what it was given. Needs Flax (`pip install 'adamr-jax[flax]'`).
 
     layer                              rows of the samples
     Linear, LinearGeneral, attention   the contracted axes of the input, flattened

@@ -105,7 +105,7 @@ def orbax() -> Any:
         import orbax.checkpoint
     except ImportError as error:
         raise ImportError(
-            "adamr.checkpoint needs orbax: python -m pip install 'adamr[examples]'."
+            "adamr.checkpoint needs orbax: python -m pip install 'adamr-jax[orbax]'."
         ) from error
     return orbax.checkpoint
 

@@ -26,7 +26,7 @@ directory. Each writes its shards of arrays that lie over all of them; everythin
 the first. Another number of devices or processes reads it, too: arrays go where `like`
 has them.
 
-Needs orbax (`pip install 'adamr[examples]'`) and a POSIX file system.
+Needs orbax (`pip install 'adamr-jax[orbax]'`) and a POSIX file system.
 """
 
 import concurrent.futures

@@ -9,7 +9,6 @@ import optax
 from optax import contrib
 
 import adamr
-from adamr._nodes import find_nodes
 from benchmarks._speed import timing
 from benchmarks.step_time import LEARNING_RATE, optimizers_by_size
 
@@ -27,7 +26,7 @@ def rivals(subspace: adamr.Subspace) -> dict[str, optax.GradientTransformation]:
 
 def moved_bytes(params: Any, state: Any) -> int:
     """What an update must read and write: bases and the gradient are only read."""
-    bases = timing.nbytes(find_nodes(state, adamr.Subspace))
+    bases = timing.basis_bytes(state)
     changed = timing.nbytes(params) + timing.nbytes(state) - bases
     return 2 * changed + timing.nbytes(params) + bases
 

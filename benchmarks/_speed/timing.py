@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import optax
 
+import adamr
 from examples.harness.results import commit
 
 __all__ = [
     "Compiled",
+    "basis_bytes",
     "compile_step",
     "machine",
     "nbytes",
@@ -41,6 +43,16 @@ class Compiled(NamedTuple):
 
 def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def basis_bytes(state: Any) -> int:
+    """Of the subspaces in a state."""
+
+    def is_subspace(node):
+        return isinstance(node, adamr.Subspace)
+
+    nodes = jax.tree.leaves(state, is_leaf=is_subspace)
+    return nbytes([node for node in nodes if is_subspace(node)])
 
 
 def compile_step(

@@ -268,7 +268,7 @@ def read_digits() -> Images:
     except ImportError as error:
         raise DataError(
             "scikit-learn is not installed, expected it for the embedded digits: "
-            "pip install 'adamr[examples]'."
+            "pip install 'adamr-jax[examples]'."
         ) from error
     found = load_digits()
     x, y = found.images.astype(np.uint8), found.target

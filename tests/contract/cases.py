@@ -15,10 +15,13 @@ import optax
 
 import adamr
 
+Factory = Callable[..., optax.GradientTransformation]
+Build = Callable[[adamr.Subspace], Factory]
+
 
 class Case(NamedTuple):
     name: str
-    build: Callable[[adamr.Subspace], Callable[..., Any]]
+    build: Build
     holds_subspace: bool = True
     extra_args: Callable[[Any], dict[str, Any]] = lambda gradient: {}
 
@@ -99,7 +102,7 @@ def directions(s):
     return adamr.grow_directions(d, jax.tree.map(lambda *x: jnp.stack(x), *samples))
 
 
-def _merged(route, *strength):
+def _merged(route: Factory, *strength: optax.GradientTransformation) -> Build:
     """A full chain around a route, with the modifier that every case shares."""
     return lambda s: (
         lambda b1=0.9, b2=0.99, eps=1e-8: optax.chain(
@@ -110,7 +113,7 @@ def _merged(route, *strength):
     )
 
 
-def _estimator(name, share=None):
+def _estimator(name: Any, share: Any = None) -> Build:
     return lambda s: (
         lambda b1=0.9, b2=0.99, eps=1e-8: optax.chain(
             adamr.route_first_moment(adamr.project_out(s)),
@@ -119,7 +122,7 @@ def _estimator(name, share=None):
     )
 
 
-def _overlap(aggregate, **kwargs):
+def _overlap(aggregate: Any, **kwargs: Any) -> Build:
     return lambda s: (
         lambda alpha_max=0.5, decay=0.9: optax.chain(
             adamr.route_first_moment(adamr.project_out(s)),

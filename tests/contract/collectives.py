@@ -24,7 +24,7 @@ def collectives(compiled: jax.stages.Compiled) -> list[tuple[str, ...]]:
     message of 320 numbers.
     """
     found = []
-    for result, kind in _LINE.findall(compiled.as_text()):
+    for result, kind in _LINE.findall(compiled.as_text() or ""):
         sizes = [
             math.prod(map(int, filter(None, shape.split(","))))
             for shape in _SHAPE.findall(result)

@@ -271,6 +271,6 @@ def test_no_step_moves_a_leaf(case, layout):
     def update(g, state, p):
         return tx.update(g, state, p, **case.extra_args(g))
 
-    update = jax.jit(update, out_shardings=places).lower(p, state, p)
-    sent = collectives(update.compile())
+    lowered = jax.jit(update, out_shardings=places).lower(p, state, p)
+    sent = collectives(lowered.compile())
     assert {kind for kind, *_ in sent} <= {"all-reduce"}, sent
