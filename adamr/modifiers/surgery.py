@@ -63,7 +63,7 @@ def _surgery_weights(gram, mask, order):
 
         return jax.lax.scan(project, start, order)[0]
 
-    rows = jax.vmap(task)(jnp.eye(size), order)
+    rows = jax.vmap(task)(jnp.eye(size, dtype=gram.dtype), order)
     return jnp.sum(jnp.where(mask[:, None], rows, 0.0), axis=0)
 
 
@@ -146,7 +146,8 @@ def _worst_case_weights(gram, mask, c, rescale):
 
     For a given δ the shortest v is a box program; its length grows with δ.
     """
-    mean = jnp.where(mask, 1.0, 0.0) / jnp.maximum(jnp.sum(mask), 1)
+    c = jnp.asarray(c, gram.dtype)
+    mean = mask.astype(gram.dtype) / jnp.maximum(jnp.sum(mask), 1)
 
     def product(w):
         return jnp.matmul(gram, w, precision=jax.lax.Precision.HIGHEST)
