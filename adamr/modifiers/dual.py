@@ -96,9 +96,7 @@ def _keep_better(a, q, u, best: _Best) -> _Best:
     u = jnp.maximum(u, 0.0)
     left = _residual(a, q, u)
     better = jnp.all(jnp.isfinite(u)) & (left < best.residual)
-    return _Best(
-        jnp.where(better, u, best.u), jnp.where(better, left, best.residual)
-    )
+    return _Best(jnp.where(better, u, best.u), jnp.where(better, left, best.residual))
 
 
 def _pivot(a, q, guess) -> _Best:
