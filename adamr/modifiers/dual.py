@@ -141,7 +141,7 @@ def _pivot(a, q, guess) -> _Best:
 
 
 def _interior(a, q, best: _Best) -> _Best:
-    """Primal-dual interior point; takes no step where `best` will do already."""
+    """Primal-dual interior point; takes no step where `best` is good enough."""
 
     def unfinished(carry: _Interior):
         return (carry.best.residual > _TOLERANCE) & (carry.steps < _INTERIOR_STEPS)
@@ -169,14 +169,14 @@ def box_program(a: jax.Array, q: jax.Array, guess: jax.Array) -> jax.Array:
     """argmin_u ½ uᵀA u + qᵀu over u ≥ 0, for A with diagonal of about 1.
 
     Block principal pivoting: two or three Cholesky factorisations as a rule. Where it
-    cycles, an interior-point method takes over. Both loops have a cap, under `vmap`
-    they run until the last lane is done, and the best point they saw is the answer.
+    cycles, an interior-point method takes over. Both loops have a cap, and the best
+    point they saw is the answer. Under `vmap` they run until the last lane is done.
 
     Args:
       a: (T, T) float32, positive definite; T up to about 50.
       q: (T,) float32, any scale.
-      guess: (T,) bool, where u > 0 may be; for want of better q < 0, which is empty
-        only if u = 0 solves the program.
+      guess: (T,) bool, where u > 0 may be. Without a better idea, q < 0, which is
+        empty only if u = 0 solves the program.
 
     References:
       Portugal, Júdice, Vicente, A Comparison of Block Pivoting and Interior-Point
@@ -214,7 +214,7 @@ def solve_exact(
       inner: (T,) float32 b.
       lower: γ.
       usable: (T,) bool; other rows get v = 0.
-      regularization: ε, raised to 2e-7 T where below; None: none, by a proximal step.
+      regularization: ε, at least 2e-7 T; None: no bias, by a proximal step.
 
     >>> usable = jnp.array([True, True])
     >>> v = solve_exact(jnp.eye(2), jnp.array([1.0, -2.0]), 0.0, usable, 0.25)
@@ -230,7 +230,7 @@ def solve_exact(
     if regularization is None:
 
         def proximal(_, u):
-            # The first round starts from u = 0, hence without any idea of the face.
+            # The first round starts from u = 0, which says nothing about the face.
             guess = jnp.where(jnp.any(u > 0), u > 0, q < 0)
             return box_program(a, q - epsilon * u, guess)
 
@@ -250,8 +250,8 @@ def solve_diagonal(
     """v_k = max(γ, −b_k / ((1 + ε) ‖g_k‖²)): the dual as if rows were orthogonal.
 
     Exact for one row and for orthogonal rows. It corrects too much for rows at acute
-    angles and too little for rows at obtuse ones. Arguments as for `solve_exact`, with
-    `squares` (T,) for ‖g_k‖².
+    angles and too little for rows at obtuse ones. Arguments are those of `solve_exact`,
+    with `squares`, (T,), for ‖g_k‖².
     """
     lower = jnp.asarray(lower, inner.dtype)
     epsilon = jnp.asarray(

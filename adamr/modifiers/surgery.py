@@ -31,9 +31,13 @@ def _combined(updates, task_gradients, task_mask, link, coefficients):
     """Σ_i w_i g_i with w = `coefficients(G, mask)`, like `updates`."""
     require_plain(updates, link)
     rows = evidence.read_rows(
-        updates, task_gradients, task_mask, link=link,
-        argument="task_gradients", mask_argument="task_mask",
-    )  # fmt: skip
+        updates,
+        task_gradients,
+        task_mask,
+        link=link,
+        argument="task_gradients",
+        mask_argument="task_mask",
+    )
     leaves, treedef = jax.tree.flatten(updates)
     if not leaves or not rows.mask.size:
         return updates

@@ -1,16 +1,15 @@
-"""Subspace methods by name: GPM, alone and beside SI, SGP, Adam-NSCL.
+"""Projection methods by name: GPM, alone and with SI, and SGP.
 
-    recipe      step of W                        what the task boundary does
-    gpm         Adam with v shared per output,   grow_subspace
-    sgp           first moment projected         grow_subspace(importance=α)
-    gpm_si      gpm, and SI's proximal pull      grow_subspace, consolidate_si
-    adam_nscl   plain Adam, update projected     update_covariance,
-                                                   null_space_complement
+    recipe    step of W                                 what the task boundary does
+    gpm       Adam, first moment projected, v shared    grow_subspace
+              along the projected axis
+    sgp       the same, with weights λ                  grow_subspace(importance=α)
+    gpm_si    gpm, and SI's proximal pull               grow_subspace, consolidate_si
 
-TRGP and ROGO are in `recipes.trgp`. All start with `empty_subspace(params)`, with which
-they train the first task freely. A boundary changes values in the state, never shapes:
-the compiled step runs on. Heads, embeddings and biases that stay unprotected get plain
-Adam; `gpm_si` holds them, too.
+`recipes.adam_nscl` holds Adam-NSCL, `recipes.trgp` TRGP and ROGO. All start with
+`empty_subspace(params)`, with which they train the first task freely. A boundary
+changes values in the state, never shapes, so the step does not recompile. Heads,
+embeddings and biases that stay unprotected get plain Adam; `gpm_si` also holds those.
 """
 
 from typing import Any, NamedTuple
@@ -185,11 +184,11 @@ def gpm_si(
 
     Guarantees, to rounding: Uᵀ P u = 0; the pull is stable at any c, since along P it
     is the contraction I − P S P with S = η D k / (1 + η D k) in [0, 1); at θ = θ* the
-    first step never ascends. It holds what the projection does not: embeddings, norms,
-    heads, biases, directions below the threshold. c = 0 has the steps of `gpm` (but a
-    weight λ < 1 counts twice, on gradient and step). `test_gpm_si_...` prove them;
-    docs/evidence.md says what it gains where. Keeps three float32 numbers per parameter
-    and one copy of the bases more than `gpm`.
+    first step never ascends. The pull holds what the projection does not: embeddings,
+    norms, heads, biases, directions below the threshold. c = 0 gives the steps of `gpm`
+    (except that a weight λ < 1 counts twice, on gradient and step). docs/evidence.md
+    says what it gains where. It keeps three float32 numbers per parameter and one copy
+    of the bases more than `gpm`.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -198,9 +197,9 @@ def gpm_si(
       b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
 
     Returns:
-      An optimizer. At a boundary grow the subspace as for `gpm`, then
+      An optimizer. At a boundary grow the subspace as for `gpm`, then call
       `consolidate_si`, whose damping was 1e-3 in the evidence. The path integral sees
-      the gradient that comes in; where it was clipped before, pass `task_gradient`.
+      the incoming gradient; where that was clipped before, pass `task_gradient`.
 
     Raises:
       ValueError: for a negative c; at update, without `params`.
