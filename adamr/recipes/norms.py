@@ -137,7 +137,7 @@ def remove_radial(
     """AdamP's projection: no growth of weights whose scale has no effect.
 
     u is what the preconditioner makes of g. For a leaf w with two axes or more, first
-    with c over its output channels (the last axis, as in Flax), then with c = all of it:
+    with c over its output channels (the last axis, as in Flax), then with c = all w:
 
         if max_c |cos(g_c, w_c)| < delta / √dim:      w is scale-invariant
             u_c <- u_c − ⟨u_c, w_c⟩ w_c / ‖w_c‖²       and the search ends

@@ -22,7 +22,11 @@ class ScaledState(NamedTuple):
     scales: Any
 
 
-def _with_scales(weights, scales, name) -> optax.GradientTransformationExtraArgs:
+def _with_scales(
+    weights: optax.GradientTransformation,
+    scales: optax.GradientTransformation,
+    name: str,
+) -> optax.GradientTransformationExtraArgs:
     """One optimizer for each entry of {"params": ..., "scales": ...}."""
     # Not optax.partition: its branches see the whole tree with holes, and a subspace
     # made for the parameters would no longer fit.
