@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
 from adamr._tree import placed_like
-from adamr.modifiers.natural import FopngState, in_metric
+from adamr.modifiers.natural import FopngState, renew_basis
 from adamr.protection.eigenbasis import EigenbasisState
 from adamr.routing.merge import FaithfulSecondMomentState
 from adamr.routing.strength import OverlapState, StrengthState
@@ -134,7 +134,7 @@ def set_subspace(
         return replace_arrays(old, jax.tree.leaves(subspace))
 
     opt_state = map_nodes(swap, opt_state, type(subspace))
-    opt_state = map_nodes(in_metric, opt_state, FopngState)
+    opt_state = map_nodes(renew_basis, opt_state, FopngState)
     if moments == "project":
         return project_moments(opt_state)
     return reset_moments(opt_state) if moments == "reset" else opt_state

@@ -11,7 +11,7 @@ With M the matrix whose rows are the memory gradients g_k, one row per constrain
     agem_constraint                       one row, the mean over all memories
 
 They hold for the gradient. Adam's diagonal D breaks them: ⟨D g̃, g_k⟩ may be negative.
-`adamr.modifiers.metric.constrained_second_moment` makes them hold for Adam's step.
+`constrained_second_moment` of `adamr.protection` makes them hold for Adam's step.
 """
 
 import functools
@@ -49,15 +49,15 @@ def _correct(leaves, rows, lower, regularization, *, blocks, solver):
 
     def dual():
         if solver == "exact":
-            metric = evidence.gram(rows, blocks)
-            squares = jnp.diagonal(metric, axis1=-2, axis2=-1)
+            products = evidence.gram(rows, blocks)
+            squares = jnp.diagonal(products, axis1=-2, axis2=-1)
             solve = jax.vmap(solve_exact, (0, 0, None, 0, None))
         else:
-            metric = squares = evidence.squares(rows, blocks)
+            products = squares = evidence.squares(rows, blocks)
             solve = solve_diagonal
         usable = rows.mask[None, :] & finite & active[:, None]
         usable = usable & (squares > 0) & jnp.isfinite(squares)
-        return solve(metric, inner, lower, usable, regularization)
+        return solve(products, inner, lower, usable, regularization)
 
     def add(v, clean):
         correction = evidence.combine(rows, v, blocks, clean=clean)
@@ -83,7 +83,7 @@ def _constrain(updates, rows, partition, lower, regularization, solver):
     return jax.tree.unflatten(treedef, corrected), ConstraintState(violated)
 
 
-def _check(solver, partition, **at_least_zero):
+def _check_options(solver, partition):
     if solver not in ("exact", "diagonal"):
         raise ValueError(f"solver is {solver!r}, expected 'exact' or 'diagonal'.")
     if not (partition is None or partition == "leaf" or callable(partition)):
@@ -91,7 +91,10 @@ def _check(solver, partition, **at_least_zero):
             f"partition is {partition!r}, expected None, 'leaf' or (path, shape) -> "
             "label."
         )
-    for name, value in at_least_zero.items():
+
+
+def _check_not_negative(**numbers):
+    for name, value in numbers.items():
         if _tree.is_known(value) and not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
 
@@ -116,9 +119,9 @@ def gem_constraint(
         v = argmin ½ vᵀ(M Mᵀ + ε diag n²) v + (M g)ᵀv  over v ≥ γ   if some ⟨g, g_k⟩ < 0
         v = 0                                                       otherwise
 
-    γ bounds the dual, it is no margin: once one task is violated, every memory gradient
-    is added with weight γ at least. With γ = 0, g̃ is the projection of g on the cone of
-    gradients that violate nothing.
+    γ bounds the dual and is not a margin: once one task is violated, every memory
+    gradient is added with weight γ at least. With γ = 0, g̃ is the projection of g on
+    the cone of gradients that violate nothing.
 
     Extra arguments of `update`:
       memory_gradients: tree like the gradient, leaves (T, *shape): one gradient per
@@ -132,19 +135,19 @@ def gem_constraint(
         pulls as hard after many tasks as after the first.
       regularization: None: the paper's program, ε = 0, solved so that collinear rows do
         no harm: ⟨g̃, g_k⟩ ≥ 0 to float32 rounding. A number ε ≥ 0: the bias of GEM's
-        code, ⟨g̃, g_k⟩ ≥ −ε v_k n_k², relative to each row (and at least 2e-7 T); the
-        code's absolute 1e-3 is hardly a constraint at small gradients.
+        code, ⟨g̃, g_k⟩ ≥ −ε v_k n_k², relative to each row (and at least 2e-7 T). The
+        absolute 1e-3 of that code hardly constrains small gradients.
       partition: blocks of parameters with a program each (p-mGEM), so ⟨g̃_b, g_kb⟩ ≥ 0
-        in every block b, which implies it for the whole. None: one block; "leaf"; or a
+        in every block b, which implies ⟨g̃, g_k⟩ ≥ 0. None: one block; "leaf"; or a
         function (path, shape) -> label of the leaf's block.
       solver: "exact", or "diagonal": v_k = max(γ, −⟨g, g_k⟩ / ((1 + ε) n_k²)), exact
-        for orthogonal rows, needs no Gram matrix. It is the approximate mGEM solver as
-        reconstructed here, and satisfies no constraint for certain.
+        for orthogonal rows, without a Gram matrix. It is the approximate mGEM solver as
+        reconstructed here, and does not guarantee any constraint.
 
     Returns:
       A modifier for a route, or a plain link. Its state counts `violated` constraints.
       Without violation g̃ is g, bit for bit. Rows that are masked, zero or not finite
-      are no constraints. NaN in g passes through. Gradients may be of any scale between
+      do not count. NaN in g passes through. Gradients may be of any scale between
       norms of 1e-18 and 1e18; products are float32. Under `optax.MultiSteps` the memory
       gradients of the last micro-step count.
 
@@ -163,10 +166,8 @@ def gem_constraint(
       Liu, Fine-Grained Gradient Restriction, arXiv:2410.00868 (its equations are
       reconstructed here from the abstract).
     """
-    _check(
-        solver, partition,
-        memory_strength=memory_strength, regularization=regularization,
-    )  # fmt: skip
+    _check_options(solver, partition)
+    _check_not_negative(memory_strength=memory_strength, regularization=regularization)
 
     def update_fn(
         updates,
@@ -180,9 +181,13 @@ def gem_constraint(
         del state, params, extra_args
         require_plain(updates, "gem_constraint")
         rows = evidence.read_rows(
-            updates, memory_gradients, memory_mask, link="gem_constraint",
-            argument="memory_gradients", mask_argument="memory_mask",
-        )  # fmt: skip
+            updates,
+            memory_gradients,
+            memory_mask,
+            link="gem_constraint",
+            argument="memory_gradients",
+            mask_argument="memory_mask",
+        )
         lower = memory_strength
         if average:
             lower = lower / jnp.maximum(jnp.sum(rows.mask), 1)
@@ -205,8 +210,8 @@ def agem_constraint(
       partition: as for `gem_constraint`.
 
     Returns:
-      A modifier for a route, or a plain link; r zero or not finite leaves g as it is,
-      bit for bit, as does ⟨g, r⟩ ≥ 0. Single tasks may still be violated.
+      A modifier for a route, or a plain link. Where r is zero or not finite, or
+      ⟨g, r⟩ ≥ 0, g̃ is g, bit for bit. Single tasks may still be violated.
 
     Raises:
       ValueError: at update, without `memory_gradient` or with one of the wrong shape.
@@ -220,7 +225,7 @@ def agem_constraint(
     References: Chaudhry et al., Efficient Lifelong Learning with A-GEM,
       arXiv:1812.00420.
     """
-    _check("diagonal", partition)
+    _check_options("diagonal", partition)
 
     def update_fn(updates, state, params=None, *, memory_gradient=None, **extra_args):
         del state, params, extra_args
@@ -233,9 +238,13 @@ def agem_constraint(
             )
         tree = jax.tree.map(lambda x: jnp.expand_dims(x, 0), memory_gradient)
         rows = evidence.read_rows(
-            updates, tree, None, link="agem_constraint", argument="memory_gradient",
+            updates,
+            tree,
+            None,
+            link="agem_constraint",
+            argument="memory_gradient",
             mask_argument="memory_mask",
-        )  # fmt: skip
+        )
         return _constrain(updates, rows, partition, 0.0, 0.0, "diagonal")
 
     return optax.GradientTransformationExtraArgs(_init, update_fn)

@@ -14,6 +14,8 @@ violation. An absolute ε of 1e-3 keeps 91 % of it at gradient norm 0.01.
 more with ½ ε ‖v − v_1‖² around the first solution v_1 instead (a proximal step).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,49 @@ _PROXIMAL = 1e-5
 _TOLERANCE = 2e-5  # KKT residual relative to the largest entry of q
 _FULL_EXCHANGES = 3
 _INTERIOR_STEPS = 30
+
+
+class _Best(NamedTuple):
+    """The best point that the loops have seen, and its KKT residual."""
+
+    u: jax.Array
+    residual: jax.Array
+
+
+class _Pivot(NamedTuple):
+    """Carry of block pivoting.
+
+    Attributes:
+      rounds: int32, exchanges so far.
+      free: (T,) bool, where u_k > 0 is guessed.
+      wrong: (T,) by how much each guess was wrong, 0 where it was right.
+      fewest: int32, the fewest wrong guesses of any round.
+      patience: int32, rounds left in which all wrong guesses are moved.
+      best: see `_Best`.
+    """
+
+    rounds: jax.Array
+    free: jax.Array
+    wrong: jax.Array
+    fewest: jax.Array
+    patience: jax.Array
+    best: _Best
+
+
+class _Interior(NamedTuple):
+    """Carry of the interior-point method.
+
+    Attributes:
+      steps: int32.
+      u: (T,) the current point, > 0.
+      r: (T,) its multipliers, > 0.
+      best: see `_Best`.
+    """
+
+    steps: jax.Array
+    u: jax.Array
+    r: jax.Array
+    best: _Best
 
 
 def _product(matrix, vector):
@@ -47,57 +92,62 @@ def _on_face(a, q, free):
     return u, _product(a, u) + q
 
 
-def _keep_better(a, q, u, best, residual):
+def _keep_better(a, q, u, best: _Best) -> _Best:
     u = jnp.maximum(u, 0.0)
     left = _residual(a, q, u)
-    better = jnp.all(jnp.isfinite(u)) & (left < residual)
-    return jnp.where(better, u, best), jnp.where(better, left, residual)
+    better = jnp.all(jnp.isfinite(u)) & (left < best.residual)
+    return _Best(jnp.where(better, u, best.u), jnp.where(better, left, best.residual))
 
 
-def _pivot(a, q, guess):
-    """Guess which u_k > 0, solve, move every wrong guess to the other side.
+def _pivot(a, q, guess) -> _Best:
+    """Guesses which u_k > 0, solves, moves every wrong guess to the other side.
 
     Two or three rounds as a rule. After three rounds without progress only the worst
     guess is moved, which nearly always ends, but may cycle: hence the cap.
     """
     size = q.shape[0]
 
-    def unfinished(carry):
-        rounds, _, wrong, *_ = carry
-        return jnp.any(wrong > 0) & (rounds < size + 10)
+    def unfinished(carry: _Pivot):
+        return jnp.any(carry.wrong > 0) & (carry.rounds < size + 10)
 
-    def exchange(carry):
-        rounds, free, wrong, fewest, patience, *best = carry
-        count = jnp.sum(wrong > 0)
-        patience = jnp.where(count < fewest, _FULL_EXCHANGES, patience - 1)
-        worst = jnp.arange(size) == jnp.argmax(wrong)
-        free = free ^ jnp.where(patience >= 0, wrong > 0, worst)
+    def exchange(carry: _Pivot) -> _Pivot:
+        count = jnp.sum(carry.wrong > 0, dtype=jnp.int32)
+        progress = count < carry.fewest
+        patience = jnp.where(progress, _FULL_EXCHANGES, carry.patience - 1)
+        worst = jnp.arange(size) == jnp.argmax(carry.wrong)
+        free = carry.free ^ jnp.where(patience >= 0, carry.wrong > 0, worst)
         u, r = _on_face(a, q, free)
         rounding = 4e-7 * (1.0 + _product(jnp.abs(a), jnp.abs(u)))
         low = 1e-6 * jnp.max(jnp.abs(u))
-        wrong = jnp.maximum(jnp.where(free, -u - low, -r - rounding), 0.0)
-        fewest = jnp.minimum(count, fewest)
-        best = _keep_better(a, q, u, *best)
-        return rounds + 1, free, wrong, fewest, patience, *best
+        return _Pivot(
+            rounds=carry.rounds + 1,
+            free=free,
+            wrong=jnp.maximum(jnp.where(free, -u - low, -r - rounding), 0.0),
+            fewest=jnp.minimum(count, carry.fewest),
+            patience=patience,
+            best=_keep_better(a, q, u, carry.best),
+        )
 
-    zero, count = jnp.zeros_like(q), jnp.zeros([], jnp.int32)
-    start = (
-        count, zero > 0, jnp.where(guess, 1.0, 0.0), count + size + 1,
-        count + _FULL_EXCHANGES, zero, _residual(a, q, zero),
-    )  # fmt: skip
-    end = jax.lax.while_loop(unfinished, exchange, start)
-    return end[5:]
+    zero = jnp.zeros_like(q)
+    start = _Pivot(
+        rounds=jnp.zeros([], jnp.int32),
+        free=jnp.zeros(q.shape, bool),
+        wrong=guess.astype(q.dtype),
+        fewest=jnp.full([], size + 1, jnp.int32),
+        patience=jnp.full([], _FULL_EXCHANGES, jnp.int32),
+        best=_Best(zero, _residual(a, q, zero)),
+    )
+    return jax.lax.while_loop(unfinished, exchange, start).best
 
 
-def _interior(a, q, best, residual):
-    """Primal-dual interior point; takes no step where `best` will do already."""
+def _interior(a, q, best: _Best) -> _Best:
+    """Primal-dual interior point; takes no step where `best` is good enough."""
 
-    def unfinished(carry):
-        steps, *_, residual = carry
-        return (residual > _TOLERANCE) & (steps < _INTERIOR_STEPS)
+    def unfinished(carry: _Interior):
+        return (carry.best.residual > _TOLERANCE) & (carry.steps < _INTERIOR_STEPS)
 
-    def step(carry):
-        steps, u, r, *best = carry
+    def step(carry: _Interior) -> _Interior:
+        u, r = carry.u, carry.r
         centre = 0.1 * jnp.mean(u * r)
         ratio = r / u
         factor = (jnp.linalg.cholesky(a + jnp.diag(ratio)), True)
@@ -106,28 +156,27 @@ def _interior(a, q, best, residual):
         furthest = jnp.maximum(jnp.max(-du / u), jnp.max(-dr / r))
         length = jnp.minimum(1.0, 0.95 / jnp.maximum(furthest, 1e-6))
         u, r = u + length * du, r + length * dr
-        best = _keep_better(a, q, u, *best)
+        best = _keep_better(a, q, u, carry.best)
         face, _ = _on_face(a, q, u > r)
-        best = _keep_better(a, q, face, *best)
-        return steps + 1, u, r, *best
+        return _Interior(carry.steps + 1, u, r, _keep_better(a, q, face, best))
 
     one = jnp.ones_like(q)
-    start = (jnp.zeros([], jnp.int32), one, one, best, residual)
-    return jax.lax.while_loop(unfinished, step, start)[3:]
+    start = _Interior(jnp.zeros([], jnp.int32), one, one, best)
+    return jax.lax.while_loop(unfinished, step, start).best
 
 
 def box_program(a: jax.Array, q: jax.Array, guess: jax.Array) -> jax.Array:
     """argmin_u ½ uᵀA u + qᵀu over u ≥ 0, for A with diagonal of about 1.
 
     Block principal pivoting: two or three Cholesky factorisations as a rule. Where it
-    cycles, an interior-point method takes over. Both loops have a cap, under `vmap`
-    they run until the last lane is done, and the best point they saw is the answer.
+    cycles, an interior-point method takes over. Both loops have a cap, and the best
+    point they saw is the answer. Under `vmap` they run until the last lane is done.
 
     Args:
       a: (T, T) float32, positive definite; T up to about 50.
       q: (T,) float32, any scale.
-      guess: (T,) bool, where u > 0 may be; for want of better q < 0, which is empty
-        only if u = 0 solves the program.
+      guess: (T,) bool, where u > 0 may be. Without a better idea, q < 0, which is
+        empty only if u = 0 solves the program.
 
     References:
       Portugal, Júdice, Vicente, A Comparison of Block Pivoting and Interior-Point
@@ -136,8 +185,7 @@ def box_program(a: jax.Array, q: jax.Array, guess: jax.Array) -> jax.Array:
     """
     scale = jnp.max(jnp.abs(q))
     q = q / jnp.where(scale > 0, scale, 1.0)
-    u, _ = _interior(a, q, *_pivot(a, q, guess))
-    return scale * u
+    return scale * _interior(a, q, _pivot(a, q, guess)).u
 
 
 def unit_rows(gram, usable, regularization):
@@ -148,7 +196,7 @@ def unit_rows(gram, usable, regularization):
     cosines = jnp.where(pairs, gram / (norm[:, None] * norm[None, :]), 0.0)
     eye = jnp.eye(size, dtype=gram.dtype)
     # Below this the float32 factorisation of a singular Gram matrix may not exist.
-    epsilon = jnp.maximum(regularization, 2e-7 * size)
+    epsilon = jnp.maximum(regularization, 2e-7 * size).astype(gram.dtype)
     return norm, cosines * (1.0 - eye) + (1.0 + epsilon) * eye
 
 
@@ -166,13 +214,14 @@ def solve_exact(
       inner: (T,) float32 b.
       lower: γ.
       usable: (T,) bool; other rows get v = 0.
-      regularization: ε, raised to 2e-7 T where below; None: none, by a proximal step.
+      regularization: ε, at least 2e-7 T; None: no bias, by a proximal step.
 
     >>> usable = jnp.array([True, True])
     >>> v = solve_exact(jnp.eye(2), jnp.array([1.0, -2.0]), 0.0, usable, 0.25)
     >>> print(v)
     [0.  1.6]
     """
+    lower = jnp.asarray(lower, inner.dtype)
     epsilon = _PROXIMAL if regularization is None else regularization
     norm, a = unit_rows(gram, usable, epsilon)
     # In u = norm · (v − γ) ≥ 0.
@@ -181,7 +230,7 @@ def solve_exact(
     if regularization is None:
 
         def proximal(_, u):
-            # The first round starts from u = 0, hence without any idea of the face.
+            # The first round starts from u = 0, which says nothing about the face.
             guess = jnp.where(jnp.any(u > 0), u > 0, q < 0)
             return box_program(a, q - epsilon * u, guess)
 
@@ -201,9 +250,12 @@ def solve_diagonal(
     """v_k = max(γ, −b_k / ((1 + ε) ‖g_k‖²)): the dual as if rows were orthogonal.
 
     Exact for one row and for orthogonal rows. It corrects too much for rows at acute
-    angles and too little for rows at obtuse ones. Arguments as for `solve_exact`, with
-    `squares` (T,) for ‖g_k‖².
+    angles and too little for rows at obtuse ones. Arguments are those of `solve_exact`,
+    with `squares`, (T,), for ‖g_k‖².
     """
-    epsilon = 0.0 if regularization is None else regularization
+    lower = jnp.asarray(lower, inner.dtype)
+    epsilon = jnp.asarray(
+        0.0 if regularization is None else regularization, inner.dtype
+    )
     scale = jnp.where(usable, (1.0 + epsilon) * squares, 1.0)
     return jnp.where(usable, jnp.maximum(lower, -inner / scale), 0.0)

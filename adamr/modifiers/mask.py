@@ -1,14 +1,12 @@
-"""Masks: some coordinates or leaves stay as they are.
+"""Masks: some coordinates of the gradient are set to zero.
 
-    disruption_mask     g̃ = [sign g = sign r] g / ‖g‖      coordinates, anew every step
-    half_fine_tuning    half of the leaves per category    leaves, anew every round
-                                                           (`adamr.modifiers.half`)
+    disruption_mask     g̃ = [sign g = sign r] g / ‖g‖
 
 A mask on the gradient alone does not stop an optimizer: its momentum moves a masked
 coordinate for another 1/(1 − b1) steps, and weight decay moves it always. Two wrappers
-around an optimizer make its step exactly zero where masked and freeze the moments
-there: `freeze_masked` wherever the incoming gradient is zero, `half_fine_tuning` on the
-frozen leaves.
+in `adamr.protection` make the step exactly zero where masked and freeze the moments
+there: `freeze_masked` wherever the incoming gradient is zero, `half_fine_tuning` on a
+random half of the leaves, drawn anew every round.
 """
 
 from typing import Any, NamedTuple
@@ -38,21 +36,21 @@ def disruption_mask(
         g̃ = [sign g = sign r_t] g / ‖g‖
 
     ‖g‖ is the norm over all leaves before the mask. g is the gradient of the loss that
-    is being descended (in unlearning, that of minus the forget loss); then
-    g̃_i r_i ≥ 0 in every coordinate, which is stricter than A-GEM's ⟨g̃, r⟩ ≥ 0.
+    training minimises (in unlearning, minus the forget loss). Then g̃_i r_i ≥ 0 in every
+    coordinate, which is stricter than A-GEM's ⟨g̃, r⟩ ≥ 0.
 
     Extra argument of `update`:
       retain_gradient: tree like the gradient: that of the loss to be retained, on a
-        batch of old data. Zeros until r has seen any mask everything.
+        batch of old data. While r is zero everything is masked.
 
     Args:
       decay: of r, in [0, 1).
       normalize: divide by ‖g‖. Off inside `route_first_moment`, where v sees the raw g.
 
     Returns:
-      A modifier or a plain link; put `freeze_masked(optimizer)` behind it, or momentum
+      A modifier or a plain link; put `freeze_masked(optimizer)` after it, or momentum
       leaks. A zero gradient gives zero. An entry of `retain_gradient` that is not
-      finite leaves its r as it was. NaN in g spreads through ‖g‖.
+      finite leaves its r unchanged. NaN in g spreads through ‖g‖.
 
     Raises:
       ValueError: for a decay outside [0, 1]; at update, without `retain_gradient` or
@@ -77,10 +75,12 @@ def disruption_mask(
         del params, extra_args
         require_plain(updates, "disruption_mask")
         new = read_gradient(
-            updates, retain_gradient, link="disruption_mask",
+            updates,
+            retain_gradient,
+            link="disruption_mask",
             argument="retain_gradient",
             what="the gradient of the loss to be retained, on a batch of old data",
-        )  # fmt: skip
+        )
         leaves, treedef = jax.tree.flatten(updates)
 
         def average(r, x):

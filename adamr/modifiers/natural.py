@@ -1,4 +1,4 @@
-"""Natural gradients orthogonal to old tasks in the Fisher metric (FOPNG).
+"""Natural gradients that leave old tasks alone, in the Fisher norm (FOPNG).
 
 With G the stored task gradients as columns and F, F' the diagonal Fisher matrices of
 the old tasks and of the new one (`fisher_old`, `fisher_new`), the stated problem is
@@ -11,6 +11,10 @@ Only the span of F'^{−1/2} C matters. With Q an orthonormal basis of it and
 h = F'^{−1/2} g this is −Δ = F'^{−1/2} h̃ / ‖h̃‖, h̃ = h − Q Qᵀ h. Q changes at task
 boundaries only, so a step costs what OGD's does, and no ill-conditioned Gram matrix is
 solved.
+
+    fopng            the step
+    set_fisher       replaces F and F' at a task boundary
+    average_fisher   the moving average of F over tasks
 """
 
 from collections.abc import Callable
@@ -39,7 +43,7 @@ class FopngState(NamedTuple):
     Attributes:
       directions: the span of the stored task gradients G.
       fisher_old: F, a float32 tree like the parameters.
-      fisher_new: F' with its damping, likewise.
+      fisher_new: F' with its damping, a float32 tree like the parameters.
       basis: Q, in leaf order, shaped like `directions.rows`.
     """
 
@@ -49,45 +53,24 @@ class FopngState(NamedTuple):
     basis: tuple[jax.Array | None, ...]
 
 
-def metric_basis(directions: Directions, fisher_old: Any, fisher_new: Any) -> tuple:
+def _constraint_basis(
+    directions: Directions, fisher_old: Any, fisher_new: Any
+) -> tuple[jax.Array | None, ...]:
     """Q: an orthonormal basis of the span of F'^{−1/2} F G."""
-    leaves = zip(
-        directions.rows,
-        _tree.flatten(fisher_old)[0],
-        _tree.flatten(fisher_new)[0],
-        strict=True,
-    )
-    samples = [
-        r * (old * jax.lax.rsqrt(new))[None] for r, old, new in leaves if r is not None
-    ]
-    if not samples:
+    fishers = (_tree.flatten(fisher)[0] for fisher in (fisher_old, fisher_new))
+    leaves = list(zip(directions.rows, *fishers, strict=True))
+    covered = [i for i, (rows, _, _) in enumerate(leaves) if rows is not None]
+    if not covered:
         return directions.rows
+    samples = [
+        rows * (old * jax.lax.rsqrt(new))[None]
+        for rows, old, new in (leaves[i] for i in covered)
+    ]
     zeros = [jnp.zeros_like(x) for x in samples]
     none, room = jnp.zeros([], jnp.int32), samples[0].shape[0]
-    basis = iter(orthonormalize(zeros, none, samples, room, 1e-5)[0])
-    return tuple(None if r is None else next(basis) for r in directions.rows)
-
-
-def positive(fisher: list[jax.Array]) -> list[jax.Array]:
-    """In float32; entries that are negative or not finite count as 0."""
-    fisher = [f.astype(jnp.float32) for f in fisher]
-    return [jnp.where(jnp.isfinite(f) & (f > 0), f, 0.0) for f in fisher]
-
-
-def damped(fisher: list[jax.Array], damping: jax.typing.ArrayLike) -> list[jax.Array]:
-    """F + damping · mean(F), always > 0: where F is 0 everywhere, it is 1."""
-    fisher = positive(fisher)
-    mean = sum(jnp.sum(f) for f in fisher) / max(sum(f.size for f in fisher), 1)
-    return [jnp.where(mean > 0, f + damping * mean, 1.0) for f in fisher]
-
-
-def average_fisher(fisher: Any, task: Any, weight: float = 0.5) -> Any:
-    """FOPNG's moving average over tasks: F <- (1 − weight) F + weight F_task.
-
-    >>> average_fisher({"w": jnp.ones(1)}, {"w": jnp.zeros(1)})["w"]
-    Array([0.5], dtype=float32)
-    """
-    return jax.tree.map(lambda f, t: (1.0 - weight) * f + weight * t, fisher, task)
+    basis = orthonormalize(zeros, none, samples, room, 1e-5)[0]
+    placed = dict(zip(covered, basis, strict=True))
+    return tuple(placed.get(i) for i in range(len(leaves)))
 
 
 def fopng(
@@ -95,14 +78,13 @@ def fopng(
 ) -> optax.GradientTransformationExtraArgs:
     """Fisher-Orthogonal Projected Natural Gradient: a preconditioner of its own.
 
-    The steepest descent in the metric F' of the new task among the steps with
-    Gᵀ F Δ = 0, at length 1 in that metric. Guarantee: Gᵀ F Δ = 0 to rounding and
-    ⟨g, Δ⟩ ≥ 0 before the sign of the learning rate. Proven in `test_t9_fopng` and
-    `test_fopng_solves_the_stated_problem`. With both Fisher matrices 1 it is OGD with
-    a step of length 1.
+    The steepest descent in the norm of F', the Fisher matrix of the new task, among the
+    steps with Gᵀ F Δ = 0, at length 1 in that norm. Guarantee: Gᵀ F Δ = 0 to rounding,
+    and ⟨g, Δ⟩ ≥ 0 for the unsigned step. With both Fisher matrices 1 it is OGD with a
+    step of length 1.
 
     Args:
-      directions: from `empty_directions`; the span of the task gradients G. It goes on
+      directions: from `empty_directions`; the span of the task gradients G. It grows
         by `set_subspace(state, grow_directions(get_subspace(state), gradients))`.
       as_published: the step of the paper and of its code at λ = 0, whose p ends in
         Cᵀ g where the stated problem has Cᵀ F'⁻¹ g. It keeps neither guarantee: it may
@@ -111,13 +93,13 @@ def fopng(
     Returns:
       g -> unsigned step: follow it with `optax.scale_by_learning_rate`. The step has
       length 1 however small g is, so the rate has to decay. F and F' start as 1:
-      `set_fisher` sets them, at a task's end and as often as F' is estimated anew.
+      `set_fisher` sets them, at the end of a task and whenever F' is estimated anew.
       Zero gradients, and gradients that lie in the protected space to rounding, give
       zero steps; NaN in g reaches all leaves. State: 2 capacity + 2 float32 copies of
       the parameters.
 
     Raises:
-      TypeError: if `directions` are no `Directions`, or for a `Routed`.
+      TypeError: for anything but `Directions`; at update, for a `Routed`.
       ValueError: at init or update, for a tree they were not made for.
 
     >>> from adamr import empty_directions, grow_directions
@@ -142,14 +124,14 @@ def fopng(
         here = directions.restrict(params)
         here.check(params, "fopng(directions)")
         here = jax.tree.map(lambda x: jnp.array(x, copy=True), here)
-        basis = metric_basis(here, old, new)
-        return FopngState(here, old, new, basis)
+        return FopngState(here, old, new, _constraint_basis(here, old, new))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_plain(updates, "fopng")
         state.directions.check(updates, "fopng(directions)")
-        g = [x.astype(jnp.float32) for x in jax.tree.leaves(updates)]
+        leaves, treedef = jax.tree.flatten(updates)
+        g = [x.astype(jnp.float32) for x in leaves]
         roots = [jnp.sqrt(f) for f in jax.tree.leaves(state.fisher_new)]
         visible = [not _tree.is_hole(x) for x in _tree.flatten(updates)[0]]
         basis = [q for q, here in zip(state.basis, visible, strict=True) if here]
@@ -168,21 +150,39 @@ def fopng(
         whole, length = norm(h), norm(kept)
         nothing = length <= _ROUNDING * whole
         scale = jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, length))
-        steps = iter(scale * x / root for x, root in zip(kept, roots, strict=True))
-        step = _tree.map_positions(lambda x: next(steps).astype(x.dtype), updates)
-        return step, state
+        steps = [
+            (scale * x / root).astype(u.dtype)
+            for u, x, root in zip(leaves, kept, roots, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, steps), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def in_metric(node: FopngState) -> FopngState:
-    """The basis of the constraints in the metric that the state holds."""
+def renew_basis(node: FopngState) -> FopngState:
+    """The state with the basis that its directions and Fisher matrices ask for."""
     directions = without_variables(node.directions)
-    basis = metric_basis(directions, node.fisher_old, node.fisher_new)
+    basis = _constraint_basis(directions, node.fisher_old, node.fisher_new)
     return node._replace(basis=replace_arrays(node.basis, jax.tree.leaves(basis)))
 
 
-def _fisher(held: Any, fisher: Any, clean: Callable, argument: str) -> Any:
+def _positive(fisher: list[jax.Array]) -> list[jax.Array]:
+    """In float32; entries that are negative or not finite count as 0."""
+    fisher = [f.astype(jnp.float32) for f in fisher]
+    return [jnp.where(jnp.isfinite(f) & (f > 0), f, 0.0) for f in fisher]
+
+
+def _damped(fisher: list[jax.Array], damping: jax.typing.ArrayLike) -> list[jax.Array]:
+    """F + damping · mean(F), always > 0: where F is 0 everywhere, it is 1."""
+    fisher = _positive(fisher)
+    mean = sum(jnp.sum(f) for f in fisher) / max(sum(f.size for f in fisher), 1)
+    return [jnp.where(mean > 0, f + damping * mean, 1.0) for f in fisher]
+
+
+Clean = Callable[[list[jax.Array]], list[jax.Array]]
+
+
+def _replaced(held: Any, fisher: Any, clean: Clean, argument: str) -> Any:
     """`held` with the values of `fisher`, checked and cleaned."""
     if fisher is None:
         return held
@@ -210,16 +210,17 @@ def set_fisher(
 
     Args:
       opt_state: of any wrapper around `fopng`.
-      old: F of the old tasks, a tree like the parameters of values ≥ 0; None: as it
-        is. After the first task its Fisher, then `average_fisher(old, task)`.
-      new: F' of the current task, likewise. F' + damping · mean(F') is stored; 1, if F'
-        is 0 everywhere.
+      old: F of the old tasks, a tree like the parameters of values ≥ 0; None leaves it
+        unchanged. After the first task it is that task's Fisher matrix, later
+        `average_fisher(old, task)`.
+      new: F' of the current task, a tree like that of `old`; None leaves it unchanged.
+        What is stored is F' + damping · mean(F'), or 1 where F' is 0 everywhere.
       damping: > 0, as a share of the mean; entries of 0 would give infinite steps.
 
     Raises:
       ValueError: if the state holds no `fopng`, damping is not positive, a tree does
-        not fit, or (outside jit) values are negative or not finite. Under jit those
-        count as 0.
+        not fit, or (outside jit) values are negative or not finite. Under jit such
+        values count as 0.
 
     >>> from adamr import empty_directions, fopng
     >>> g = jnp.array([2.0, 1.0])
@@ -234,13 +235,22 @@ def set_fisher(
         raise ValueError("opt_state holds no fopng: build the optimizer with it.")
 
     def damp(fisher):
-        return damped(fisher, damping)
+        return _damped(fisher, damping)
 
     def replace(node):
         node = node._replace(
-            fisher_old=_fisher(node.fisher_old, old, positive, "old"),
-            fisher_new=_fisher(node.fisher_new, new, damp, "new"),
+            fisher_old=_replaced(node.fisher_old, old, _positive, "old"),
+            fisher_new=_replaced(node.fisher_new, new, damp, "new"),
         )
-        return in_metric(node)
+        return renew_basis(node)
 
     return map_nodes(replace, opt_state, FopngState)
+
+
+def average_fisher(fisher: Any, task: Any, weight: float = 0.5) -> Any:
+    """FOPNG's moving average over tasks: F <- (1 − weight) F + weight F_task.
+
+    >>> average_fisher({"w": jnp.ones(1)}, {"w": jnp.zeros(1)})["w"]
+    Array([0.5], dtype=float32)
+    """
+    return jax.tree.map(lambda f, t: (1.0 - weight) * f + weight * t, fisher, task)

@@ -2,19 +2,19 @@
 
     penalty(θ) = (strength / 2) Σ Ω (θ − θ*)²        gradient: strength · Ω (θ − θ*)
 
-L2-SP, EWC, SI, MAS and RWalk differ only in Ω and θ*, which `adamr.consolidation` sets
-between tasks. The factor 1/2 is kept everywhere here; authors who write no 1/2 mean
-twice their constant as `strength` (SI's c, MAS's and RWalk's λ).
+L2-SP, EWC, SI, MAS and RWalk differ only in Ω and θ*, which `adamr.penalties` sets
+between tasks. `strength` is λ, the weight of the penalty, always with the factor 1/2.
+For authors who leave the 1/2 out it is twice their constant (SI's c, MAS's and RWalk's
+λ).
 
     link                     step θ' (η the rate, D Adam's 1 / (√v̂ + ε))     stable
     quadratic_penalty        g̃ = g + strength Ω (θ − θ*), then any moments    see there
     proximal_second_moment   (θ̂ + η D k θ*) / (1 + η D k),  θ̂ = θ − η D m̂    always
     proximal_penalty         (θ̂ + η k θ*) / (1 + η k),      θ̂ = θ − η d      always
 
-with k = strength · Ω. The last two (`adamr.modifiers.proximal`) solve the penalty
-implicitly, so no strength is too
-large; the first, in the first moment only, divides the pull by a √v̂ that does not know
-of it, and diverges where the new task is fitted (`test_t0f_additive_...`).
+with k = strength · Ω. The last two (`adamr.protection.proximal`) solve the penalty
+implicitly, so no weight is too large. The first, in the first moment only, divides the
+pull by a √v̂ that does not contain it, and diverges where the new task is fitted.
 """
 
 from typing import Any, NamedTuple
@@ -96,19 +96,19 @@ def quadratic_penalty(
 ) -> optax.GradientTransformationExtraArgs:
     """The gradient of the penalty added: g̃ = g + strength · Ω (θ − θ*).
 
-    It is the gradient of (strength / 2) Σ Ω (θ − θ*)², with the 1/2
-    (`test_t14_gradient_is_that_of_the_penalty`). Its guarantee depends on what follows:
+    It adds the gradient of (strength / 2) Σ Ω (θ − θ*)². Its guarantee depends on what
+    follows:
 
         plain SGD             contracts while η · strength · Ω < 2, diverges above
-        route_both_moments    Adam on the penalised loss: steps bounded, whatever the
-                              strength, but a large one drowns the new task
+        route_both_moments    Adam on the penalised loss: steps are bounded for any
+                              weight, but a large penalty drowns the new task
         route_first_moment    diverges where v̂ gets small (`guard=False`), or behaves
                               as the line above (`guard=True`)
 
     `proximal_second_moment` and `proximal_penalty` have no such limit.
 
     Args:
-      strength: λ ≥ 0 in the convention with 1/2.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2.
       importance: Ω at the start, a number for every parameter or a tree like params of
         arrays, numbers and None (0). 0: nothing is penalised before the first
         `consolidate`.

@@ -5,18 +5,18 @@ With g the gradient on new data, g_mem that on memory and w = `weight`,
     g̃ = (1 − w) g + w g_mem                                  mix_gradients
     s = sign(g) √((1 − w) g² + w g_mem²)                     replay_routing
 
-For w = ½ this is experience replay on two batches of one size; w = 1 − 1/t weighs the
-t-th task like each one before it.
+For w = ½ this is experience replay on two batches of equal size. w = 1 − 1/t gives the
+t-th task the same weight as each task before it.
 
 v must not be fed with g alone: once the new batch is fitted, g and with it v vanish
 while g_mem does not, and the step grows without bound. `route_both_moments` of the
 mixture feeds v with g̃²; `replay_routing` feeds it with s², which does not shrink where
-the two gradients cancel. Shown in tests/test_replay.py,
-`test_steps_stay_bounded_when_the_new_gradient_vanishes`.
+the two gradients cancel. Both keep the step bounded.
 
-`adamr.memory` holds the buffers to draw from.
+`adamr.buffers` holds the buffers to draw from.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,8 +58,15 @@ def read_gradient(
     return [jnp.asarray(x, jnp.float32) for x in found]
 
 
-def _mixture(weight: optax.ScalarOrSchedule, link: str, finish):
-    """The transformation behind `mix_gradients` and `replay_routing`."""
+# (updates, tree, mixed, root_mean_square) -> what the link returns, where `tree` maps
+# a function of the two gradients over the leaves.
+Finish = Callable[[Any, Callable[[Callable], Any], Callable, Callable], Any]
+
+
+def _mixture(
+    weight: optax.ScalarOrSchedule, link: str, finish: Finish
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of `mix_gradients` and `replay_routing`."""
     check_unit("weight", weight)
 
     def init_fn(params):
@@ -70,9 +77,12 @@ def _mixture(weight: optax.ScalarOrSchedule, link: str, finish):
         del params, extra_args
         require_plain(updates, link)
         memory = read_gradient(
-            updates, memory_gradient, link=link, argument="memory_gradient",
+            updates,
+            memory_gradient,
+            link=link,
+            argument="memory_gradient",
             what="the gradient of the loss on a batch from memory",
-        )  # fmt: skip
+        )
         w = jnp.asarray(weight(state.count) if callable(weight) else weight)
         w = w.astype(jnp.float32)
         leaves, treedef = jax.tree.flatten(updates)
@@ -117,9 +127,9 @@ def mix_gradients(
     Returns:
       A modifier or a plain link. Weight 0 gives g bit for bit, whatever the memory
       holds; equal gradients give g. NaN in either gradient passes through. Route it
-      with `route_both_moments`, or use `replay_routing`; `route_first_moment` of it is
-      unsafe, for v would see g alone. Under `optax.MultiSteps` the memory gradient of
-      the last micro-step counts.
+      with `route_both_moments`, or use `replay_routing`. `route_first_moment` of it is
+      unsafe, because v would see g alone. Under `optax.MultiSteps` the memory gradient
+      of the last micro-step counts.
 
     Raises:
       ValueError: for a weight outside [0, 1]; at update, without `memory_gradient` or
@@ -156,10 +166,10 @@ def replay_routing(
     do, and where the gradients oppose each other the step is small rather than rescaled
     to full size, as it would be with v from the mixture.
 
-    Extra argument of `update`, arguments and errors: as for `mix_gradients`.
+    The extra argument of `update`, arguments and errors are those of `mix_gradients`.
 
     Returns:
-      A route g -> `Routed`, to be ended by `faithful_second_moment`. Weight 0 gives
+      A route g -> `Routed`, which `faithful_second_moment` ends. Weight 0 gives
       (g, g, g). Squares are float32: gradients below 1e-19 count as 0 in v.
 
     >>> g, memory = jnp.array([1.0, 3.0]), jnp.array([1.0, -3.0])
@@ -183,7 +193,7 @@ def _mean(losses: jax.Array, weights: jax.Array | None, name: str) -> jax.Array:
     if jnp.shape(weights) != losses.shape:
         raise ValueError(
             f"{name} has shape {jnp.shape(weights)}, expected {losses.shape}: one "
-            "weight per item, as adamr.memory.sample returns."
+            "weight per item, as adamr.buffers.sample returns."
         )
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
 
@@ -213,7 +223,7 @@ def dark_experience_loss(
       labels: y, (batch, …) integers.
       distilled_logits: f(x'), (memory batch, …, classes).
       stored_logits: z', of the same shape; no gradient flows into it.
-      distilled_weights: (memory batch,) of the first draw, as `adamr.memory.sample`
+      distilled_weights: (memory batch,) of the first draw, as `adamr.buffers.sample`
         returns: sum 1, or all 0 for an empty buffer, whose term is then 0. None: 1 / n.
       replayed_logits: f(x'').
       replayed_labels: y'', integers.

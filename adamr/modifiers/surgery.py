@@ -31,9 +31,13 @@ def _combined(updates, task_gradients, task_mask, link, coefficients):
     """Σ_i w_i g_i with w = `coefficients(G, mask)`, like `updates`."""
     require_plain(updates, link)
     rows = evidence.read_rows(
-        updates, task_gradients, task_mask, link=link,
-        argument="task_gradients", mask_argument="task_mask",
-    )  # fmt: skip
+        updates,
+        task_gradients,
+        task_mask,
+        link=link,
+        argument="task_gradients",
+        mask_argument="task_mask",
+    )
     leaves, treedef = jax.tree.flatten(updates)
     if not leaves or not rows.mask.size:
         return updates
@@ -63,7 +67,7 @@ def _surgery_weights(gram, mask, order):
 
         return jax.lax.scan(project, start, order)[0]
 
-    rows = jax.vmap(task)(jnp.eye(size), order)
+    rows = jax.vmap(task)(jnp.eye(size, dtype=gram.dtype), order)
     return jnp.sum(jnp.where(mask[:, None], rows, 0.0), axis=0)
 
 
@@ -146,7 +150,8 @@ def _worst_case_weights(gram, mask, c, rescale):
 
     For a given δ the shortest v is a box program; its length grows with δ.
     """
-    mean = jnp.where(mask, 1.0, 0.0) / jnp.maximum(jnp.sum(mask), 1)
+    c = jnp.asarray(c, gram.dtype)
+    mean = mask.astype(gram.dtype) / jnp.maximum(jnp.sum(mask), 1)
 
     def product(w):
         return jnp.matmul(gram, w, precision=jax.lax.Precision.HIGHEST)

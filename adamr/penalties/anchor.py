@@ -5,8 +5,8 @@
 
 They find their targets inside chain, masked, partition, MultiSteps, inject_hyperparams,
 apply_if_finite and nnx.Optimizer by type. Shapes, dtypes and placement stay, so the
-compiled step runs on. Call them between the last step of a task and the first of the
-next; they work under jit too.
+step does not recompile. Call them between the last step of a task and the first of the
+next. They work under jit as well.
 """
 
 from collections.abc import Callable
@@ -74,10 +74,15 @@ def rewrite_anchors(
         anchors = _tree.flatten(node.anchor)[0]
         rows = [_tree.flatten_like(trees[k], k, node.anchor) for k in trees]
         pairs = _tree.map_positions(leaf, node.importance, anchors, names, *rows)
-        pick = lambda i: jax.tree.map(  # noqa: E731
-            lambda pair: pair[i], pairs, is_leaf=lambda x: isinstance(x, Anchor)
-        )
-        return Anchor(pick(0), pick(1))
+
+        def part(field):
+            return jax.tree.map(
+                lambda pair: getattr(pair, field),
+                pairs,
+                is_leaf=lambda x: isinstance(x, Anchor),
+            )
+
+        return Anchor(part("importance"), part("anchor"))
 
     return map_nodes(rewrite, opt_state, Anchor)
 
@@ -105,7 +110,7 @@ def _usable(importance: Any) -> Any:
 def get_anchor(opt_state: Any) -> Anchor:
     """A copy of the penalty's `Anchor` inside an optimizer state.
 
-    Under `optax.partition` the anchors of the parts are put together.
+    Under `optax.partition` the anchors of all parts come as one.
 
     Raises:
       ValueError: if there is none, or several for the same parameters.
@@ -175,14 +180,14 @@ def consolidate(
         "replace"  Ω' = F,  θ*' = θ                         the last task only; L2
 
     "sum" merges the tasks' penalties exactly, in constant memory; where Ω' = 0, θ*
-    stays (`test_t14_merged_form_is_the_sum`). "online" keeps what Schwarz et al. apply,
-    γ F̃ with F̃ <- γ F̃ + F and γ = `decay` (`test_t15_online_ewc`). In all of them the
-    penalty is (strength / 2) Σ Ω (θ − θ*)².
+    stays. "online" keeps what Schwarz et al. apply, γ F̃ with F̃ <- γ F̃ + F and
+    γ = `decay`. In all of them the penalty is (strength / 2) Σ Ω (θ − θ*)², with the
+    strength λ of the link or recipe that holds it.
 
     Args:
       opt_state: of any wrapper around a link or recipe with a penalty.
       params: θ at the end of the task.
-      importance: F, a tree like params of arrays ≥ 0, or None for a leaf: 0. Leaves
+      importance: F, a tree like params of arrays ≥ 0; None for a leaf means 0. Leaves
         that the optimizer leaves out are ignored.
       rule: see above.
       decay: γ in [0, 1], for "online".

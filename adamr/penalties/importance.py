@@ -4,10 +4,10 @@
     memory_aware_importance   Ω = E_x |∂ ‖f(x)‖² / ∂θ|
 
 Always one gradient per sample, then the square (the absolute value), then the mean. The
-square of a mean gradient is no Fisher information: for two samples whose gradients are
-½ and −½ it is 0, the Fisher information 0.25 (`test_t14_...`). Both are pure functions
-and work under jit; call them with dropout off and normalisation statistics fixed.
-`adamr.consolidation` adds what they return to the penalty.
+square of a mean gradient is not a Fisher information: for two samples whose gradients
+are ½ and −½ it is 0, and the Fisher information is 0.25. Both are pure functions and
+work under jit; call them with dropout off and normalisation statistics fixed.
+`consolidate` adds what they return to the penalty.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,12 @@ def _num_samples(inputs: Any) -> int:
     return sizes.pop()
 
 
-def _mean_over_chunks(chunk_total, params, samples, chunk_size) -> Any:
+def _mean_over_chunks(
+    chunk_total: Callable[[Any, jax.Array], Any],
+    params: Any,
+    samples: Any,
+    chunk_size: int | None,
+) -> Any:
     """Mean of `chunk_total(chunk, valid)` per sample, one chunk in memory at a time."""
     n = _num_samples(samples)
     if chunk_size is not None and chunk_size < 1:
@@ -97,8 +102,8 @@ def fisher_information(
         "empirical"   `labels`                             1
         "predicted"   argmax p(y|x)                        1
 
-    "empirical" is no estimate of "true": it vanishes on samples that are fitted.
-    `test_t14_fisher`: all kinds give 0.25 for a logistic unit at w = 0.
+    "empirical" does not estimate "true": it vanishes on samples that are fitted. For a
+    logistic unit at w = 0 all kinds give 0.25.
 
     Args:
       logits_fn: (params, one input) -> (classes,), or (..., classes) for a sample of
@@ -110,7 +115,7 @@ def fisher_information(
       kind: which y, see above.
       key: of `jax.random`, for kind="sampled" only.
       chunk_size: samples at a time; memory holds that many copies of the parameters.
-        None: all. The result does not depend on it, but for rounding.
+        None: all. The result does not depend on it, except for rounding.
 
     Returns:
       A tree like params, float32 or wider. What is not finite stays so, and
@@ -201,7 +206,7 @@ def memory_aware_importance(
 
     Args:
       output_fn: (params, one input) -> outputs of any shape. Logits and softmax outputs
-        give different Ω; the authors use the outputs of the network as they are.
+        give different Ω; the authors use the plain outputs of the network.
       params: tree of arrays.
       inputs: arrays (num_samples, ...), or a tree of them.
       per_sample: True: as written. False: the authors' default code, which takes the

@@ -1,4 +1,12 @@
-"""RWalk."""
+"""RWalk: importance from Fisher information and from the path that training took.
+
+    every step         ω <- ω − g δ                                  track_rwalk
+    every interval     s <- s + relu(ω / (½ F Δ² + damping))
+                       F <- (1 − alpha) F + alpha · mean of g²
+    task's end         Ω <- [F] + [s]                                consolidate_rwalk
+
+Ω and θ* belong to the penalty inside the wrapped optimizer.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,10 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr._nodes import map_nodes
 from adamr._tree import placed_like
 from adamr.modifiers.penalty import widen
-from adamr.penalties._tracking import cleared, observe, require_tracker, zeros_like
+from adamr.penalties._tracking import cleared, end_task, observe, wide_zeros
 from adamr.penalties.anchor import rewrite_anchors
 
 __all__ = ["RWalkState", "consolidate_rwalk", "track_rwalk"]
@@ -54,8 +61,8 @@ def track_rwalk(
         s <- s + relu(ω / (½ F Δ² + damping)), ω <- 0      every `interval` steps, Δ the
         F <- (1 − alpha) F + alpha · mean of g²            change over the interval
 
-    s uses the F from before its refresh, as the authors' code does; that code leaves
-    out the ½, the paper and this function do not: `test_t18_walk_score`.
+    s uses the F from before its refresh, as the authors' code does. That code leaves
+    out the ½; the paper and this function do not.
 
     Extra argument of `update`: `task_gradient`, as for `track_si`.
 
@@ -95,12 +102,12 @@ def track_rwalk(
         return RWalkState(
             count=jnp.zeros([], jnp.int32),
             tasks=jnp.zeros([], jnp.int32),
-            fisher=zeros_like(params),
-            squares=zeros_like(params),
-            omega=zeros_like(params),
+            fisher=wide_zeros(params),
+            squares=wide_zeros(params),
+            omega=wide_zeros(params),
             mark=jax.tree.map(lambda p: jnp.array(widen(p), copy=True), params),
-            score=zeros_like(params),
-            past_score=zeros_like(params),
+            score=wide_zeros(params),
+            past_score=wide_zeros(params),
             inner=optimizer.init(params),
         )
 
@@ -124,11 +131,10 @@ def track_rwalk(
             mark=moved,
         )
 
-    def update_fn(updates, state, params=None, *, task_gradient=None, **extra_args):
-        steps, inner, gradient, work, moved = observe(
-            "track_rwalk", optimizer, updates, state.inner, params, task_gradient,
-            extra_args,
-        )  # fmt: skip
+    def update_fn(updates, state, params=None, **extra_args):
+        seen = observe(
+            "track_rwalk", optimizer, updates, state.inner, params, **extra_args
+        )
 
         def add_square(total, g):
             square = jnp.square(g)
@@ -136,17 +142,25 @@ def track_rwalk(
 
         state = state._replace(
             count=optax.safe_increment(state.count),
-            squares=jax.tree.map(add_square, state.squares, gradient),
-            omega=optax.tree.add(state.omega, work),
-            inner=inner,
+            squares=jax.tree.map(add_square, state.squares, seen.gradient),
+            omega=optax.tree.add(state.omega, seen.work),
+            inner=None,
         )
         # The statistics pass over memory only when they change.
-        outer = state._replace(inner=None)
         due = state.count % interval == 0
-        outer = jax.lax.cond(due, end_interval, lambda s, _: s, outer, moved)
-        return steps, outer._replace(inner=inner)
+        state = jax.lax.cond(due, end_interval, lambda s, _: s, state, seen.moved)
+        return seen.steps, state._replace(inner=seen.inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _normalised(tree: Any) -> Any:
+    """(x − min) / (max − min) over all leaves; zeros where all are equal."""
+    leaves = jax.tree.leaves(tree)
+    low = jnp.min(jnp.stack([jnp.min(x) for x in leaves]))
+    span = jnp.max(jnp.stack([jnp.max(x) for x in leaves])) - low
+    safe = jnp.where(span > 0, span, 1)
+    return jax.tree.map(lambda x: (x - low) / safe, tree)
 
 
 def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
@@ -154,10 +168,11 @@ def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
 
         s <- ½ (s_past + s_task)        after the first task s_task
         Ω <- [F] + [s],   θ* <- θ       [x]: to [0, 1] over all parameters
-        s_task <- 0                     F runs on, a new interval begins
+        s_task <- 0                     F is kept, a new interval begins
 
-    The authors' penalty λ Σ Ω (θ − θ*)² has no 1/2: strength = 2 λ. Their code adds
-    ½ (s_past + s_task) to s_past instead of replacing it; this is the paper's average.
+    The authors' penalty λ Σ Ω (θ − θ*)² has no 1/2, so it is a `quadratic_penalty` of
+    strength 2 λ. Their code adds ½ (s_past + s_task) to s_past instead of replacing it;
+    this is the paper's average.
 
     Args:
       opt_state: of any wrapper around `track_rwalk(optimizer)` with a penalty in it.
@@ -168,12 +183,10 @@ def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
 
     Raises:
       ValueError: if the state holds no `RWalkState` or no penalty in it; for params
-        that
-        do not fit.
+        that do not fit.
 
     References: Chaudhry et al., arXiv:1801.10112.
     """
-    require_tracker(opt_state, RWalkState, "track_rwalk")
 
     def end(node):
         past = jax.tree.map(
@@ -201,13 +214,4 @@ def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
             inner=inner,
         )
 
-    return map_nodes(end, opt_state, RWalkState)
-
-
-def _normalised(tree: Any) -> Any:
-    """(x − min) / (max − min) over all leaves; zeros where all are equal."""
-    leaves = jax.tree.leaves(tree)
-    low = jnp.min(jnp.stack([jnp.min(x) for x in leaves]))
-    span = jnp.max(jnp.stack([jnp.max(x) for x in leaves])) - low
-    safe = jnp.where(span > 0, span, 1)
-    return jax.tree.map(lambda x: (x - low) / safe, tree)
+    return end_task(opt_state, RWalkState, "track_rwalk", end)

@@ -1,15 +1,9 @@
-"""Importance gathered along the path: what each parameter did for the task's loss.
+"""Synaptic Intelligence: importance from the path that training took.
 
-Wrappers around a whole optimizer. They see the gradient g that comes in, which is the
-task's own (a penalty belongs inside the wrapper), and the change δ that goes out, after
-the rounding to the parameter's dtype:
+    every step     ω <- ω − g δ                                    track_si
+    task's end     Ω <- relu(Ω + ω / ((θ − θ*)² + damping))        consolidate_si
 
-    track_si   ω <- ω − g δ                              Synaptic Intelligence
-    track_rwalk   ω as above, compared with ½ F Δ² every `interval` steps; F a running
-                 mean of g²                                RWalk
-
-Σ ω over parameters is the decrease of the loss, to first order in the steps.
-`adamr.consolidation` turns it into a penalty at a task boundary.
+Ω and θ* belong to the penalty inside the wrapped optimizer.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr._nodes import map_nodes
-from adamr.penalties._tracking import cleared, observe, require_tracker, zeros_like
+from adamr.penalties._tracking import cleared, end_task, observe, wide_zeros
 from adamr.penalties.anchor import rewrite_anchors
 
 __all__ = ["SIState", "consolidate_si", "track_si"]
@@ -38,14 +31,14 @@ def track_si(
     """Synaptic Intelligence's path integral around an optimizer: ω <- ω − g δ.
 
     g is the incoming gradient and δ = apply_updates(θ, step) − θ the change that really
-    happens, so Adam, clipping, weight decay and rounding are all in it. Put penalties
-    and modifiers inside, so that g is the task's own gradient. On a quadratic loss ω is
-    each coordinate's share of its decrease: `test_t16_path_integral`. Gradient noise
-    makes it too large, as in the original.
+    happens, so it includes Adam, clipping, weight decay and rounding. Put penalties and
+    modifiers inside, so that g is the task's own gradient. On a quadratic loss, in the
+    limit of small steps, ω is each coordinate's share of the decrease of the loss.
+    Gradient noise makes it too large, as in the original.
 
     Extra argument of `update`:
-      task_gradient: optional, a tree like the gradient: the task's gradient, where the
-        incoming one is something else (replay mixed in, a penalty in the loss).
+      task_gradient: optional, a tree like the gradient: that of the task's loss, where
+        the incoming one is something else (replay mixed in, a penalty in the loss).
 
     Args:
       optimizer: a whole one, learning rate included. `optax.MultiSteps` and
@@ -72,14 +65,14 @@ def track_si(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
-        return SIState(zeros_like(params), optimizer.init(params))
+        return SIState(wide_zeros(params), optimizer.init(params))
 
-    def update_fn(updates, state, params=None, *, task_gradient=None, **extra_args):
-        steps, inner, _, work, _ = observe(
-            "track_si", optimizer, updates, state.inner, params, task_gradient,
-            extra_args,
-        )  # fmt: skip
-        return steps, SIState(optax.tree.add(state.omega, work), inner)
+    def update_fn(updates, state, params=None, **extra_args):
+        seen = observe(
+            "track_si", optimizer, updates, state.inner, params, **extra_args
+        )
+        omega = optax.tree.add(state.omega, seen.work)
+        return seen.steps, SIState(omega, seen.inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -92,8 +85,8 @@ def consolidate_si(
         Ω <- relu(Ω + ω / ((θ − θ*)² + damping)),   θ* <- θ,   ω <- 0
 
     As in the authors' code the relu acts on the sum. Their penalty c Σ Ω (θ − θ*)² has
-    no 1/2: strength = 2 c (`si` converts). `test_t16_path_integral`: for a quadratic
-    loss and damping 0, Ω is half its curvature, so c = 1 gives the loss back.
+    no 1/2, so it is a `quadratic_penalty` of strength 2 c (`si` converts). For a
+    quadratic loss and damping 0, Ω is half its curvature, so c = 1 gives the loss back.
 
     Args:
       opt_state: of any wrapper around `track_si(optimizer)` with a penalty in it.
@@ -110,7 +103,6 @@ def consolidate_si(
 
     References: Zenke, Poole, Ganguli, arXiv:1703.04200.
     """
-    require_tracker(opt_state, SIState, "track_si")
 
     def end(node):
         def merge(omega, anchor, theta, path):
@@ -122,4 +114,4 @@ def consolidate_si(
         inner = rewrite_anchors(node.inner, merge, params=params, path=node.omega)
         return SIState(cleared(node.omega), inner)
 
-    return map_nodes(end, opt_state, SIState)
+    return end_task(opt_state, SIState, "track_si", end)

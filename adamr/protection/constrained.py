@@ -1,4 +1,4 @@
-"""Gradient constraints in the metric of Adam: they hold for the step that it takes."""
+"""Gradient constraints under Adam's preconditioner: they hold for the step itself."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from adamr.routing.merge import (
     check_moments,
     init_moments,
 )
-from adamr.routing.sharing import Guard
+from adamr.routing.sharing import Guard, Share
 
 __all__ = ["ConstrainedState", "constrained_second_moment"]
 
@@ -30,8 +30,8 @@ class ConstrainedState(NamedTuple):
     moments: FaithfulSecondMomentState
 
 
-def _metric_roots(mu_hat, denominator, guard):
-    """1 / √D per leaf, for the metric in which the step is corrected."""
+def _inverse_roots(mu_hat, denominator, guard):
+    """1 / √D per leaf, for the norm in which the step is corrected."""
     if not guard:
         return [jnp.sqrt(d.astype(jnp.float32)) for d in denominator]
     denominator = [d.astype(jnp.float32) for d in denominator]
@@ -49,7 +49,7 @@ def constrained_second_moment(
     eps_root: float = 0.0,
     *,
     estimator: Estimators = "adam",
-    share: Any = None,
+    share: Share | None = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
@@ -60,30 +60,30 @@ def constrained_second_moment(
 
         Δ = D (m̂ + Mᵀ v),   v the dual solution for M D Mᵀ and M D m̂
 
-    the point closest to Adam's D m̂, in the metric D⁻¹, among those that satisfy the
-    constraint (for memory strength 0). Parameters change by −η Δ, so to first order no
-    memory loss grows. Without violation Δ is Adam's step, bit for bit. Proven in
-    `test_the_step_that_adam_takes_is_feasible`, `test_t11_in_the_metric`. Put it after
-    `route_first_moment(optax.identity())`; it needs the extra arguments of
-    `constraint`.
+    Δ is the point closest to Adam's D m̂, in the norm √(xᵀ D⁻¹ x), among those that
+    satisfy the constraint (for memory strength 0). Parameters change by −η Δ, so to
+    first order no memory loss grows. Without violation Δ is Adam's step, bit for bit.
+    Put it after `route_first_moment(optax.identity())`; its `update` takes the extra
+    arguments of `constraint`.
 
     Args:
       constraint: `gem_constraint(...)` or `agem_constraint(...)`, any partition and
         solver.
       b1, b2, eps, eps_root, estimator, share, mu_dtype, nu_dtype: as for
         `faithful_second_moment`.
-      guard: as there; and in the metric of the correction, not in Adam's step, no
-        √v̂ counts as less than a hundredth of their root mean square. Otherwise
-        coordinates that the new task never touches (v̂ = 0, D = 1/ε) would carry the
-        whole correction, in steps of a thousand times Adam's. ⟨Δ, g_k⟩ ≥ 0 holds either
-        way; ⟨m̂, Δ⟩ ≥ 0 is certain for guard=False and agem or memory strength 0.
+      guard: as for `faithful_second_moment`. It also acts on the D of the correction
+        (not on that of Adam's step): no √v̂ counts as less than a hundredth of their
+        root mean square. Otherwise coordinates that the new task never touches (v̂ = 0,
+        D = 1/ε) would carry the whole correction, in steps of a thousand times Adam's.
+        ⟨Δ, g_k⟩ ≥ 0 holds either way; ⟨m̂, Δ⟩ ≥ 0 is certain for guard=False with
+        `agem_constraint` or memory strength 0.
 
     Returns:
       A link from `Routed` to a plain tree in the dtype of `raw` (bfloat16 rounds the
       constraint to about 1 %).
 
     Raises:
-      TypeError: if `constraint` is no gradient constraint; at update, without a
+      TypeError: if `constraint` is not a gradient constraint; at update, without a
         route before it.
       ValueError: as `faithful_second_moment` and `constraint`.
 
@@ -124,8 +124,8 @@ def constrained_second_moment(
             (m / d).astype(jnp.float32)
             for m, d in zip(mu_hat, denominator, strict=True)
         ]
-        # In the coordinates √D⁻¹ Δ the metric is the plain one and g_k becomes √D g_k.
-        roots = _metric_roots(mu_hat, denominator, guard)
+        # In the coordinates √D⁻¹ Δ the norm is the plain one and g_k becomes √D g_k.
+        roots = _inverse_roots(mu_hat, denominator, guard)
         whitened = [s * r for s, r in zip(steps, roots, strict=True)]
         for name in _EVIDENCE:
             if extra_args.get(name) is not None:

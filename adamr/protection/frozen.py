@@ -1,4 +1,4 @@
-"""Frozen."""
+"""Masks that hold for the step: an optimizer that leaves alone what is masked."""
 
 from typing import Any, NamedTuple
 
@@ -14,10 +14,17 @@ from adamr.routing.merge import FaithfulSecondMomentState
 __all__ = ["FreezeMaskedState", "freeze_masked"]
 
 
-def update_where(keep, optimizer, updates, state, params, extra_args):
+def update_where(
+    keep: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
     """The optimizer's step, with step and moments held where `keep` is False.
 
-    `keep` is a tree of bools like the parameters, full arrays or one number per leaf.
+    `keep` is a tree of bools like the parameters, full arrays or one bool per leaf.
     """
     steps, new = optimizer.update(updates, state, params, **extra_args)
     steps = jax.tree.map(lambda k, s: jnp.where(k, s, jnp.zeros_like(s)), keep, steps)
@@ -32,11 +39,15 @@ def update_where(keep, optimizer, updates, state, params, extra_args):
         is_leaf=_tree.is_hole,
     )
 
+    def in_leaf_order(node):
+        return type(node) is tuple
+
     def shared(node):
         # A shared v is a tuple in leaf order, which has the leaves of m.
         whole = tuple(jax.tree.leaves(node.mu))
-        plain = lambda x: type(x) is tuple  # noqa: E731
-        nu = jax.tree.map(lambda x: whole if plain(x) else x, node.nu, is_leaf=plain)
+        nu = jax.tree.map(
+            lambda x: whole if in_leaf_order(x) else x, node.nu, is_leaf=in_leaf_order
+        )
         return node._replace(nu=nu)
 
     masks = map_nodes(shared, masks, FaithfulSecondMomentState)
@@ -60,20 +71,19 @@ def freeze_masked(
 
     Where the incoming gradient is exactly zero, the step is exactly zero, weight decay
     included, and the moments stay. Everywhere else it is the optimizer's own step.
-    Proven in `test_step_is_zero_exactly_where_masked`.
 
     v then averages over the steps in which a coordinate was free, so masking does not
-    shrink it: routing both moments loses nothing here. Adam's count is shared, though:
-    a coordinate that was masked up to a late step is not fully corrected for its bias
-    and starts with a step up to (1 − b1) / √(1 − b2) times the usual one, 3.2 times
-    with b2 = 0.999 and 1 with b2 = 0.99.
+    shrink it: routing both moments loses nothing here. But Adam keeps one count for all
+    coordinates. One that was masked up to a late step is not fully corrected for its
+    bias and starts with a step up to (1 − b1) / √(1 − b2) times the usual one: 3.2
+    times with b2 = 0.999, once with b2 = 0.99.
 
     Args:
-      optimizer: any, with or without learning rate, with element-wise moments; state
-        that is not shaped like the parameters (counts, shared v) goes on as usual.
+      optimizer: any, with or without learning rate, with element-wise moments. State
+        that is not shaped like the parameters (counts, a shared v) advances as usual.
 
     Returns:
-      A wrapper to be put behind a mask. Behind a route, as
+      A wrapper, to be put after a mask. After a route, as
       `freeze_masked(faithful_second_moment())`, zeros in `first` count.
 
     >>> tx = freeze_masked(optax.sgd(1.0, momentum=0.9))

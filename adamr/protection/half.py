@@ -16,7 +16,6 @@ __all__ = ["HalfFineTuningState", "default_groups", "half_fine_tuning", "redraw_
 
 Groups = Callable[[str, tuple[int, ...]], Hashable]
 
-
 _PROJECTIONS = set("q k v o wq wk wv wo qkv query key value out".split())
 
 
@@ -33,7 +32,7 @@ def default_groups(path: str, shape: tuple[int, ...]) -> str | None:
     any other                                       bias
     ==============================================  ==================================
 
-    Biases of attention have a category beside that of its kernels.
+    The biases of an attention layer have a category of their own.
 
     Args:
       path: the leaf's name, parts separated by `/`.
@@ -83,18 +82,18 @@ def half_fine_tuning(
     """HFT: in every round a random half of the leaves of each category stays frozen.
 
     Of a category of n leaves exactly ⌊n/2⌋ are frozen, until `redraw_half` begins the
-    next round. Frozen leaves are bit-identical after it: their step is exactly zero,
-    weight decay included, their moments stay, and the optimizer sees a zero gradient
-    there. Proven in `test_frozen_half_is_bit_identical_after_a_round`.
+    next round. At the end of a round frozen leaves are bit-identical: their step is
+    exactly zero, weight decay included, their moments stay, and the optimizer sees a
+    zero gradient there.
 
     Args:
       optimizer: any, such as `optax.adamw(...)`.
       key: a PRNG key; all draws come from it.
       groups: (path, shape) -> category, or None for a leaf that always trains; path is
         the leaf's name such as `block_0/attention/query/kernel`. None:
-        `default_groups`, the paper's choice up to one thing: its feed-forward matrices
-        are halved within every pair of blocks, here over all of them. Layers stacked
-        into one leaf are frozen together.
+        `default_groups`, the paper's choice with one difference: the paper halves
+        feed-forward matrices within every pair of blocks, here they are halved over all
+        blocks. Layers stacked into one leaf are frozen together.
 
     Returns:
       A wrapper with a state of fixed shapes: a new round does not recompile.
@@ -142,9 +141,9 @@ def redraw_half(opt_state: Any) -> Any:
     """Begins a round of `half_fine_tuning`: draws anew which leaves are frozen.
 
     Moments stay. The rounds of the paper start with a fresh optimizer:
-    `adamr.reset_moments(redraw_half(opt_state))`; without it a leaf that trains for the
-    first time starts with steps up to (1 − b1) / √(1 − b2) times too large, because
-    Adam's count went on.
+    `adamr.reset_moments(redraw_half(opt_state))`. Without the reset a leaf that trains
+    for the first time starts with steps up to (1 − b1) / √(1 − b2) times too large,
+    because Adam has counted the steps in which the leaf was frozen.
 
     Args:
       opt_state: of any wrapper around `half_fine_tuning`.

@@ -1,9 +1,9 @@
-"""Quadratic penalties as proximal steps: stable at any strength.
+"""Quadratic penalties as proximal steps: stable at any weight of the penalty.
 
     u = (d + D k (θ − θ*)) / (1 + η D k),    k = strength · Ω
 
-so that θ − η u is the proximal point of the penalty at θ − η d, in the metric of the
-preconditioner D. `adamr.modifiers.penalty` has the equations side by side.
+so that θ − η u is the proximal point of the penalty at θ − η d, in the norm of the
+preconditioner, √(xᵀ D⁻¹ x). `adamr.modifiers.penalty` compares the links for penalties.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from adamr.routing.merge import (
     check_moments,
     init_moments,
 )
-from adamr.routing.sharing import Guard
+from adamr.routing.sharing import Guard, Share
 
 __all__ = [
     "ProximalMomentState",
@@ -75,29 +75,29 @@ def proximal_second_moment(
     *,
     importance: Any = 0.0,
     estimator: Estimators = "adam",
-    share: Any = None,
+    share: Share | None = None,
     guard: Guard = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A merging link: Adam's step, then the penalty's proximal point in its metric.
+    """A merging link: Adam's step, then the penalty's proximal point in Adam's norm.
 
     With d = m̂ D, D = 1 / (√(v̂ + eps_root) + eps), k = strength · Ω, η = learning_rate:
 
         u = (d + D k (θ − θ*)) / (1 + η D k)
         θ − η u = (θ̂ + η D k θ*) / (1 + η D k),   θ̂ = θ − η d
 
-    the point that minimises ½‖x − θ̂‖²_{1/(ηD)} + (strength/2) Σ Ω (x − θ*)². Guarantee:
-    θ − ηu lies between θ̂ and θ*, for any strength and any v̂ (`test_t0f_proximal_...`,
-    `test_the_proximal_step_lies_between`). With Ω = 0 it is `faithful_second_moment`,
-    bit for bit. The moments see the task's gradient only. Put it after
-    `route_first_moment(optax.identity())` and before
-    `optax.scale_by_learning_rate(learning_rate)` of the same rate, nothing in between.
+    θ − η u minimises Σ (x − θ̂)² / (2 η D) + (strength/2) Σ Ω (x − θ*)² over x.
+    Guarantee: it lies between θ̂ and θ*, for any strength and any v̂. With Ω = 0 the
+    link is `faithful_second_moment`, bit for bit. The moments see the task's gradient
+    only. Put it after `route_first_moment(optax.identity())` and directly before
+    `optax.scale_by_learning_rate(learning_rate)` of the same rate.
 
     Args:
-      learning_rate: η, a number or a schedule, which is read at the count of steps
+      learning_rate: η, a number or a schedule, which is read at the number of steps
         before this one, as `optax.scale_by_learning_rate` does.
-      strength: λ ≥ 0 in the convention with 1/2; λ Ω counts up to 1e20.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2. λ Ω is
+        capped at 1e20.
       b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
         `faithful_second_moment`.
       importance: Ω at the start, as for `quadratic_penalty`.
@@ -108,7 +108,7 @@ def proximal_second_moment(
 
     Raises:
       ValueError: as `faithful_second_moment` and `quadratic_penalty`.
-      TypeError: at update, if no route stands before it.
+      TypeError: at update, without a route before it.
 
     >>> from adamr.routing import route_first_moment
     >>> tx = optax.chain(
@@ -145,14 +145,16 @@ def proximal_second_moment(
         need_params(params, "proximal_second_moment")
         rate = _rate(learning_rate, state.steps)
         (mu_hat, denominator), inner = advance_moments(options, updates, state.moments)
-        each = iter(zip(mu_hat, denominator, strict=True))
+        treedef = jax.tree.structure(updates.raw)
+        moments = (
+            jax.tree.unflatten(treedef, leaves) for leaves in (mu_hat, denominator)
+        )
 
-        def step(raw, p, omega, anchor):
-            m, d = next(each)
+        def step(raw, m, d, p, omega, anchor):
             u = _proximal(m, d, strength, omega, rate, widen(p), anchor)
             return u.astype(raw.dtype)
 
-        steps = jax.tree.map(step, updates.raw, params, *state.anchor)
+        steps = jax.tree.map(step, updates.raw, *moments, params, *state.anchor)
         count = optax.safe_increment(state.steps)
         return steps, ProximalMomentState(count, state.anchor, inner)
 
@@ -165,18 +167,18 @@ def proximal_penalty(
     *,
     importance: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The proximal point of the penalty after an unsigned step d, in the plain metric.
+    """The proximal point of the penalty after an unsigned step d, in the plain norm.
 
         u = (d + k (θ − θ*)) / (1 + η k),   k = strength · Ω
         θ − η u = (θ̂ + η k θ*) / (1 + η k),   θ̂ = θ − η d
 
     For SGD, with momentum or not; after Adam it is the decoupled form, whose pull does
-    not depend on v̂. Guarantee and place as for `proximal_second_moment`: between θ̂ and
-    θ* for any strength, right before `optax.scale_by_learning_rate` of the same rate.
+    not depend on v̂. Guarantee: θ − η u lies between θ̂ and θ*, for any strength. Put it
+    directly before `optax.scale_by_learning_rate` of the same rate.
 
     Args:
       learning_rate: η, a number or a schedule.
-      strength: λ ≥ 0 in the convention with 1/2.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2.
       importance: Ω at the start, as for `quadratic_penalty`.
 
     Returns:

@@ -1,6 +1,7 @@
-"""Whole optimizers by the name of the paper; each recipe is at the top level, too.
+"""Whole optimizers by the name of the paper; every recipe is at the top level.
 
-Their modules hold what belongs to a recipe alone, such as `recipes.ogd.ogd_directions`.
+The modules here also hold what belongs to a single recipe, such as
+`recipes.ogd.ogd_directions`.
 """
 
 from adamr.recipes import adam_nscl as adam_nscl

@@ -1,4 +1,4 @@
-"""Adam-NSCL."""
+"""Adam-NSCL: Adam whose update is projected into the null space of past features."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class NormalizedProtectionState(NamedTuple):
 
 
 def _normalized_leaf(basis, weights, step):
-    """P Δ / ‖P‖_F; a slice with an empty basis is left alone, as in a first task."""
+    """P Δ / ‖P‖_F; a slice with an empty basis is unchanged, as in a first task."""
     on = used(basis, weights)
     rank = jnp.sum(on, axis=-1)
     square = layout(basis, weights).fan_in - rank
@@ -65,10 +65,10 @@ def adam_nscl(
 
         Δ = P m̂ / (√v̂ + eps),   P = U2 U2ᵀ = I − U1 U1ᵀ
 
-    with U2 the eigenvectors of the feature covariance of (almost) no energy. Guarantee:
-    the moments are plain Adam's bit for bit (`test_t8_moments_are_those_of_plain_adam`)
-    and U1ᵀΔ = 0. It is no descent guarantee: P D g can point uphill (`two_sided` has
-    one). The authors' L2 penalty is `optax.add_decayed_weights` before this one.
+    with U2 the eigenvectors of the feature covariance that have (almost) no energy.
+    Guarantee: the moments are plain Adam's bit for bit, and U1ᵀΔ = 0. The step need not
+    descend: P D g can point uphill, which `two_sided` excludes. The authors' L2 penalty
+    is `optax.add_decayed_weights` before this optimizer.
 
     Args:
       learning_rate: a number or a schedule.

@@ -39,8 +39,8 @@ def classp(
 
     This is the method as the paper states it. The authors' code compares
     `(g²).any()`, one truth value per tensor, with the threshold, so any tensor with a
-    gradient is updated as a whole if threshold < 1 and none otherwise; and it drops the
-    power in S, where it adds |g|.
+    gradient is updated as a whole if threshold < 1 and none otherwise. It also drops
+    the power in S, where it adds |g|.
 
     Args:
       learning_rate: a number or a schedule.
@@ -93,9 +93,8 @@ def classp(
         leaves, treedef = jax.tree.flatten(updates)
         totals, kind = jax.tree.flatten(state.total)
         pairs = [leaf(g, s) for g, s in zip(leaves, totals, strict=True)]
-        steps, totals = ([pair[i] for pair in pairs] for i in (0, 1))
-        count = optax.safe_increment(state.count)
-        state = ClasspState(count, jax.tree.unflatten(kind, totals))
-        return jax.tree.unflatten(treedef, steps), state
+        steps = jax.tree.unflatten(treedef, [step for step, _ in pairs])
+        total = jax.tree.unflatten(kind, [total for _, total in pairs])
+        return steps, ClasspState(optax.safe_increment(state.count), total)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

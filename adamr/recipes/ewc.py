@@ -9,15 +9,17 @@
     si           c Σ Ω (θ − θ*)²                         consolidate_si
     rwalk        (strength/2) Σ ([F] + [s]) (θ − θ*)²    consolidate_rwalk
 
-All take the moments' b1, b2, eps, eps_root, share, mu_dtype, nu_dtype, and `form`:
+Every recipe takes the options of the moments (b1, b2, eps, eps_root, share, mu_dtype,
+nu_dtype) and `form`:
 
     "proximal"   Adam on the task's gradient, then the proximal point of the penalty in
-                 Adam's metric: θ stays between Adam's point and θ*, for any strength
-                 (`proximal_second_moment`). The default.
+                 the norm of Adam's preconditioner: θ stays between Adam's point and θ*,
+                 for any weight (`proximal_second_moment`). The default.
     "additive"   Adam on the penalised loss, as in the papers' code: bounded steps, but
                  a large penalty fills both moments and drowns the new task.
 
-All work under `optax.inject_hyperparams`, so that the strength can change in a run.
+All work under `optax.inject_hyperparams`, so the weight of the penalty, `strength` or
+`c`, can change during a run.
 """
 
 from typing import Any, Literal
@@ -30,22 +32,30 @@ from adamr.penalties.rwalk import track_rwalk
 from adamr.penalties.si import track_si
 from adamr.protection.proximal import proximal_second_moment
 from adamr.routing.carrier import route_both_moments, route_first_moment
-from adamr.routing.merge import faithful_second_moment
+from adamr.routing.merge import MomentOptions, faithful_second_moment
+from adamr.routing.sharing import Share
 
 __all__ = ["ewc", "l2_sp", "mas", "online_ewc", "rwalk", "si"]
 
 Form = Literal["proximal", "additive"]
 
 
-def _penalised(learning_rate, strength, form, importance=0.0, **moments):
+def _penalised(
+    learning_rate: optax.ScalarOrSchedule,
+    strength: jax.typing.ArrayLike,
+    form: Form,
+    options: MomentOptions,
+    importance: Any = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with the penalty (strength/2) Σ Ω (θ − θ*)²: every recipe of this file."""
     if form == "proximal":
         route = route_first_moment(optax.identity())
         merge = proximal_second_moment(
-            learning_rate, strength, importance=importance, **moments
+            learning_rate, strength, importance=importance, **options._asdict()
         )
     elif form == "additive":
         route = route_both_moments(quadratic_penalty(strength, importance=importance))
-        merge = faithful_second_moment(**moments)
+        merge = faithful_second_moment(**options._asdict())
     else:
         raise ValueError(f"form is {form!r}, expected 'proximal' or 'additive'.")
     return optax.chain(route, merge, optax.scale_by_learning_rate(learning_rate))
@@ -61,22 +71,22 @@ def l2_sp(
     *,
     importance: Any = 1.0,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam that is pulled to where it started: (strength/2) Σ Ω (θ − θ_0)².
+    """Adam that is pulled back to where it started: (strength/2) Σ Ω (θ − θ_0)².
 
     θ_0 are the parameters given to `init`: the pretrained weights. For plain L2 to the
-    last task's solution, `set_anchor` at each boundary.
+    last task's solution, call `set_anchor` at each boundary.
 
     Args:
       learning_rate: a number or a schedule.
-      strength: λ ≥ 0 in the convention with 1/2.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
       importance: Ω, a number or a tree like params of arrays, numbers and None (0),
         such as {"backbone": 1.0, "head": 0.0} when these are leaves.
-      form: see `adamr.recipes.penalty`.
+      form: "proximal" or "additive", see `adamr.recipes.ewc`.
 
     Returns:
       An optimizer that needs `params` in `update`.
@@ -95,10 +105,10 @@ def l2_sp(
       Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional
       Networks, arXiv:1802.01483.
     """
-    return _penalised(
-        learning_rate, strength, form, importance, b1=b1, b2=b2, eps=eps,
-        eps_root=eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    return _penalised(learning_rate, strength, form, options, importance)
 
 
 def ewc(
@@ -110,23 +120,25 @@ def ewc(
     eps_root: float = 0.0,
     *,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Elastic Weight Consolidation: (strength/2) Σ_k Σ F_k (θ − θ_k)² over past tasks.
 
-    At a boundary `consolidate(opt_state, params, fisher)` with a `fisher_information`
-    of the finished task. The tasks are merged exactly, in the memory of one.
+    At a boundary call `consolidate(opt_state, params, fisher)` with the
+    `fisher_information` of the finished task. The tasks are merged exactly, in the
+    memory of one.
 
     Args:
       learning_rate: a number or a schedule.
-      strength: λ ≥ 0 in the convention with 1/2. There is no universal value: the
-        product λ F sets the scale, and F goes with the size of the gradients.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2. No value
+        is universal: the product λ F sets the scale, and F depends on the size of the
+        gradients.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
-      form: see `adamr.recipes.penalty`.
+      form: "proximal" or "additive", see `adamr.recipes.ewc`.
 
-    Returns, Raises: as `l2_sp`.
+    Returns and raises what `l2_sp` does.
 
     >>> import jax.numpy as jnp
     >>> from adamr import consolidate, fisher_information
@@ -142,10 +154,10 @@ def ewc(
       Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks,
       arXiv:1612.00796.
     """
-    return _penalised(
-        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
-        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    return _penalised(learning_rate, strength, form, options)
 
 
 def online_ewc(
@@ -157,7 +169,7 @@ def online_ewc(
     eps_root: float = 0.0,
     *,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -165,14 +177,14 @@ def online_ewc(
 
     The optimizer is that of `ewc`; γ enters at the boundary:
     `consolidate(opt_state, params, fisher, rule="online", decay=γ)`. γ = 1 is not EWC,
-    since the anchor moves. Arguments, returns and errors as `ewc`.
+    since the anchor moves. Arguments, returns and errors are those of `ewc`.
 
     References: Schwarz et al., Progress & Compress, arXiv:1805.06370.
     """
-    return _penalised(
-        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
-        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    return _penalised(learning_rate, strength, form, options)
 
 
 def mas(
@@ -184,22 +196,22 @@ def mas(
     eps_root: float = 0.0,
     *,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Memory Aware Synapses: (strength/2) Σ Ω (θ − θ*)², Ω summed over tasks.
 
-    At a boundary `consolidate(opt_state, params, omega, rule="online")` with a
-    `memory_aware_importance`. The authors' λ has no 1/2, so the default is their λ = 1.
-    Arguments, returns and errors as `ewc`.
+    At a boundary call `consolidate(opt_state, params, omega, rule="online")` with the
+    `memory_aware_importance` of the finished task. The authors' λ has no 1/2, so the
+    default is their λ = 1. Arguments, returns and errors are those of `ewc`.
 
     References: Aljundi et al., Memory Aware Synapses, arXiv:1711.09601.
     """
-    return _penalised(
-        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
-        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    return _penalised(learning_rate, strength, form, options)
 
 
 def si(
@@ -211,23 +223,23 @@ def si(
     eps_root: float = 0.0,
     *,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the path that training took.
 
-    No 1/2 here: the gradient is 2 c Ω (θ − θ*), that is strength = 2 c. At a boundary
-    `consolidate_si(opt_state, params)`. The gradient that comes in must be the task's
-    own, which it is, unless the loss has more terms (then pass `task_gradient`).
+    There is no 1/2 here: the gradient of the penalty is 2 c Ω (θ − θ*). At a boundary
+    call `consolidate_si(opt_state, params)`. The incoming gradient must be that of the
+    task's loss alone; where the loss has more terms, pass `task_gradient`.
 
     Args:
       learning_rate: a number or a schedule.
       c: ≥ 0; the authors use 0.1 on permuted MNIST and split CIFAR.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
-      form: see `adamr.recipes.penalty`.
+      form: "proximal" or "additive", see `adamr.recipes.ewc`.
 
-    Returns, Raises: as `l2_sp`.
+    Returns and raises what `l2_sp` does.
 
     >>> import jax.numpy as jnp
     >>> from adamr import consolidate_si, get_anchor
@@ -243,11 +255,10 @@ def si(
       arXiv:1703.04200.
     """
     check_numbers("si", 0.0, c=c)
-    inner = _penalised(
-        learning_rate, 2 * c, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
-        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
-    return track_si(inner)
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    return track_si(_penalised(learning_rate, 2 * c, form, options))
 
 
 def rwalk(
@@ -262,29 +273,29 @@ def rwalk(
     alpha: float = 0.9,
     damping: float = 1e-3,
     form: Form = "proximal",
-    share: Any = None,
+    share: Share | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RWalk: (strength/2) Σ ([F] + [s]) (θ − θ*)², F and s gathered while training.
 
-    At a boundary `consolidate_rwalk(opt_state, params)`. The authors' λ has no 1/2, so
-    the default is their λ = 1; F and s are scaled to [0, 1].
+    At a boundary call `consolidate_rwalk(opt_state, params)`. The authors' λ has no
+    1/2, so the default is their λ = 1; F and s are scaled to [0, 1].
 
     Args:
       learning_rate: a number or a schedule.
-      strength: λ ≥ 0 in the convention with 1/2.
+      strength: λ ≥ 0, the weight of the penalty in the convention with 1/2.
       interval, alpha, damping: as for `track_rwalk`.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
-      form: see `adamr.recipes.penalty`.
+      form: "proximal" or "additive", see `adamr.recipes.ewc`.
 
-    Returns, Raises: as `l2_sp`.
+    Returns and raises what `l2_sp` does.
 
     References: Chaudhry et al., Riemannian Walk for Incremental Learning,
       arXiv:1801.10112.
     """
-    inner = _penalised(
-        learning_rate, strength, form, b1=b1, b2=b2, eps=eps, eps_root=eps_root,
-        share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-    )  # fmt: skip
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
+    inner = _penalised(learning_rate, strength, form, options)
     return track_rwalk(inner, interval, alpha, damping)

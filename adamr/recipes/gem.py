@@ -6,58 +6,82 @@
     p_mgem   memory_gradients (T, …)              ⟨Δ_b, g_kb⟩ ≥ 0 in every block b
     d_mgem   memory_gradients (T, S, …)           ⟨Δ, g_ks⟩ ≥ 0 for every part s
 
-A projected gradient that Adam rescales satisfies nothing. So each recipe solves its
-program in the metric of Adam's preconditioner, on the momentum.
+A projected gradient that Adam rescales satisfies no constraint. So each recipe solves
+its program for the momentum, in the norm of Adam's preconditioner.
+
+All four take the options of the moments as `constrained_second_moment` does: b1, b2,
+eps, eps_root, estimator, share, guard, mu_dtype and nu_dtype.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import optax
 
 from adamr.modifiers.constraint import Partition, agem_constraint, gem_constraint
 from adamr.protection.constrained import constrained_second_moment
-from adamr.recipes._signature import passes_on_to
 from adamr.routing.carrier import route_first_moment
+from adamr.routing.estimators import Estimators
+from adamr.routing.merge import MomentOptions
+from adamr.routing.sharing import Guard, Share
 
 __all__ = ["agem", "d_mgem", "gem", "p_mgem"]
 
 
-def _constrained(learning_rate, constraint, kwargs):
+Solver = Literal["exact", "diagonal"]
+
+
+def _constrained(
+    learning_rate: optax.ScalarOrSchedule,
+    constraint: optax.GradientTransformation,
+    options: MomentOptions,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam whose step satisfies the constraint: every recipe of this file."""
     return optax.chain(
         route_first_moment(optax.identity()),
-        constrained_second_moment(constraint, **kwargs),
+        constrained_second_moment(constraint, **options._asdict()),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-@passes_on_to(constrained_second_moment)
 def gem(
     learning_rate: optax.ScalarOrSchedule,
     memory_strength: float = 0.5,
     *,
     average: bool = False,
-    solver: Literal["exact", "diagonal"] = "exact",
-    **kwargs: Any,
+    solver: Solver = "exact",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient Episodic Memory under Adam: no memory loss grows, to first order.
 
     Guarantee: ⟨Δ, g_k⟩ ≥ 0 for the step −ηΔ and every memory gradient g_k, to float32
-    rounding (`test_the_step_that_adam_takes_is_feasible`); without violation Δ is
-    Adam's. For the authors' SGD: `optax.chain(gem_constraint(), optax.sgd(rate))`.
+    rounding; without violation Δ is Adam's. The authors use SGD, which is
+    `optax.chain(gem_constraint(), optax.sgd(rate))`.
 
     Args:
       learning_rate: a number or a schedule.
       memory_strength: γ ≥ 0, the least weight of each memory gradient once one is
-        violated; GEM's code uses 0.5. A weight for each old task, so the memory's pull
-        grows with their number: on text 0.05 was far better (docs/evidence.md).
-      average: divide γ by the number of old tasks, for streams longer than those it was
-        tuned on.
+        violated; GEM's code uses 0.5. Every old task gets this weight, so the pull of
+        the memory grows with their number: on text 0.05 was far better
+        (docs/evidence.md).
+      average: divide γ by the number of old tasks, for streams longer than those that
+        γ was tuned on.
       solver: "exact", or "diagonal" as in `gem_constraint`.
-      **kwargs: of `constrained_second_moment`, such as b1, b2, eps.
+      b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
+        `constrained_second_moment`.
 
     Returns:
       An optimizer; `update` needs `memory_gradients`, a tree with leaves (T, *shape),
-      one gradient per task seen or to come, and takes `memory_mask` (T,) for which are.
+      one gradient per task seen or to come. Its `memory_mask`, (T,) bool, says which
+      tasks have been seen; without it, all.
 
     >>> import jax.numpy as jnp
     >>> params = jnp.zeros(2)
@@ -70,28 +94,41 @@ def gem(
 
     References: Lopez-Paz, Ranzato, Gradient Episodic Memory, arXiv:1706.08840.
     """
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
     constraint = gem_constraint(memory_strength, average=average, solver=solver)
-    return _constrained(learning_rate, constraint, kwargs)
+    return _constrained(learning_rate, constraint, options)
 
 
-@passes_on_to(constrained_second_moment)
 def p_mgem(
     learning_rate: optax.ScalarOrSchedule,
     memory_strength: float = 0.5,
     *,
     average: bool = False,
     partition: Literal["leaf"] | Partition = "leaf",
-    solver: Literal["exact", "diagonal"] = "exact",
-    **kwargs: Any,
+    solver: Solver = "exact",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Parameter-wise mGEM: GEM's program in each block of parameters by itself.
 
-    Guarantee: ⟨Δ_b, g_kb⟩ ≥ 0 in every block b, which implies GEM's; the equations
-    are reconstructed from the paper's abstract.
+    Guarantee: ⟨Δ_b, g_kb⟩ ≥ 0 in every block b, which implies the guarantee of `gem`.
+    The equations are reconstructed from the paper's abstract.
 
     Args:
-      learning_rate, memory_strength, average, solver, **kwargs: as for `gem`.
       partition: "leaf", or a function (path, shape) -> label of the leaf's block.
+      learning_rate and all others: as for `gem`.
+
+    Returns:
+      An optimizer that takes what `gem` takes.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
@@ -105,34 +142,76 @@ def p_mgem(
     References: Liu, Ye, Stone, Liu, Fine-Grained Gradient Restriction,
       arXiv:2410.00868.
     """
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
     constraint = gem_constraint(
         memory_strength, average=average, partition=partition, solver=solver
     )
-    return _constrained(learning_rate, constraint, kwargs)
+    return _constrained(learning_rate, constraint, options)
 
 
 def d_mgem(
-    learning_rate: optax.ScalarOrSchedule, memory_strength: float = 0.5, **kwargs: Any
+    learning_rate: optax.ScalarOrSchedule,
+    memory_strength: float = 0.5,
+    *,
+    average: bool = False,
+    solver: Solver = "exact",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Data-wise mGEM: `gem` with `memory_gradients` of leaves (T, S, *shape).
 
-    One constraint for each of S parts of a task's memory; arguments as for `gem`.
+    Guarantee: ⟨Δ, g_ks⟩ ≥ 0 for each of the S parts of every task's memory. Arguments
+    are those of `gem`.
+
+    >>> import jax.numpy as jnp
+    >>> tx = d_mgem(0.1, memory_strength=0.0)
+    >>> memory = jnp.array([[[0.0, 1.0], [1.0, 0.0]]])  # two parts of one task
+    >>> g = jnp.array([1.0, -2.0])
+    >>> step, _ = tx.update(g, tx.init(g), memory_gradients=memory)
+    >>> print(step.round(3) + 0.0)
+    [-0.1  0. ]
+
+    References: Liu, Ye, Stone, Liu, Fine-Grained Gradient Restriction,
+      arXiv:2410.00868.
     """
-    return gem(learning_rate, memory_strength, **kwargs)
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    constraint = gem_constraint(memory_strength, average=average, solver=solver)
+    return _constrained(learning_rate, constraint, options)
 
 
-@passes_on_to(constrained_second_moment)
 def agem(
-    learning_rate: optax.ScalarOrSchedule, **kwargs: Any
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averaged GEM under Adam: the loss on the average memory does not grow.
 
     Guarantee: ⟨Δ, r⟩ ≥ 0 for the step −ηΔ and the memory gradient r, to float32
-    rounding (`test_t11_in_the_metric`); single tasks may still be violated.
+    rounding; single tasks may still be violated.
 
     Args:
       learning_rate: a number or a schedule.
-      **kwargs: of `constrained_second_moment`.
+      b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
+        `constrained_second_moment`.
 
     Returns:
       An optimizer; `update` needs `memory_gradient`, a tree like the gradient, zero
@@ -149,4 +228,7 @@ def agem(
     References: Chaudhry et al., Efficient Lifelong Learning with A-GEM,
       arXiv:1812.00420.
     """
-    return _constrained(learning_rate, agem_constraint(), kwargs)
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
+    return _constrained(learning_rate, agem_constraint(), options)

@@ -1,19 +1,18 @@
-"""Subspace methods by name: GPM, alone and beside SI, SGP, Adam-NSCL.
+"""Projection methods by name: GPM, alone and with SI, and SGP.
 
-    recipe      step of W                        what the task boundary does
-    gpm         Adam with v shared per output,   grow_subspace
-    sgp           first moment projected         grow_subspace(importance=α)
-    gpm_si      gpm, and SI's proximal pull      grow_subspace, consolidate_si
-    adam_nscl   plain Adam, update projected     update_covariance,
-                                                   null_space_complement
+    recipe    step of W                                 what the task boundary does
+    gpm       Adam, first moment projected, v shared    grow_subspace
+              along the projected axis
+    sgp       the same, with weights λ                  grow_subspace(importance=α)
+    gpm_si    gpm, and SI's proximal pull               grow_subspace, consolidate_si
 
-TRGP and ROGO are in `recipes.trgp`. All start with `empty_subspace(params)`, with which
-they train the first task freely. A boundary changes values in the state, never shapes:
-the compiled step runs on. Heads, embeddings and biases that stay unprotected get plain
-Adam; `gpm_si` holds them, too.
+`recipes.adam_nscl` holds Adam-NSCL, `recipes.trgp` TRGP and ROGO. All start with
+`empty_subspace(params)`, with which they train the first task freely. A boundary
+changes values in the state, never shapes, so the step does not recompile. Heads,
+embeddings and biases that stay unprotected get plain Adam; `gpm_si` also holds those.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -23,33 +22,66 @@ from adamr.modifiers.projection import project_out
 from adamr.penalties.si import track_si
 from adamr.protection.proximal import proximal_second_moment
 from adamr.protection.update import protect_update
-from adamr.recipes._signature import passes_on_to
 from adamr.recipes.adamr import adamr
 from adamr.routing.carrier import route_first_moment
+from adamr.routing.merge import MomentOptions
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["gpm", "gpm_si", "sgp"]
 
+Strength = optax.ScalarOrSchedule | optax.GradientTransformation
 
-@passes_on_to(adamr)
+
+class AdamrOptions(NamedTuple):
+    """What the recipes around a projection pass on to `adamr`."""
+
+    b1: float
+    b2: float
+    eps: float
+    eps_root: float
+    mu_dtype: jax.typing.DTypeLike | None
+    nu_dtype: jax.typing.DTypeLike | None
+    weight_decay: float
+    mask: Any
+    strength: Strength | None
+
+
+def projected(
+    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, options: AdamrOptions
+) -> optax.GradientTransformationExtraArgs:
+    """`adamr` with a projection: GPM and SGP, and the weights of TRGP and ROGO."""
+    return adamr(learning_rate, project_out(subspace), **options._asdict())
+
+
 def gpm(
-    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, **kwargs: Any
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient Projection Memory under Adam: `adamr(learning_rate, project_out(...))`.
 
     Guarantee: UᵀΔ = 0 for the step Δ of every protected kernel, to float32 rounding, so
-    its response to inputs in span U does not change
-    (`test_t3_response_to_a_protected_input_never_changes`): v is shared along the axis
-    that the projection mixes. Deeper layers keep their response only as far as their
-    inputs stay in the stored space. The authors train with plain SGD, which has the
-    same guarantee: `optax.chain(project_out(subspace), optax.sgd(learning_rate))`;
-    their own Adam is `adam_nscl`'s chain. Their code adds one direction fewer than
-    their equation 5, which `grow_subspace` follows.
+    its response to inputs in span U does not change: v is shared along the axis that
+    the projection mixes. Deeper layers keep their response only as far as their inputs
+    stay in the stored space. The authors train with plain SGD, which has the same
+    guarantee: `optax.chain(project_out(subspace), optax.sgd(learning_rate))`. Where
+    they use Adam, theirs is the chain of `adam_nscl`. Their code adds one direction
+    fewer than their equation 5, which `grow_subspace` follows.
 
     Args:
       learning_rate: a number or a schedule.
       subspace: what is protected; for the first task `empty_subspace(params)`.
-      **kwargs: of `adamr`, such as `weight_decay` or `strength`.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
+        `adamr`.
 
     Returns:
       An optimizer.
@@ -72,24 +104,38 @@ def gpm(
       Saha, Garg, Roy, Gradient Projection Memory for Continual Learning,
       arXiv:2103.09762.
     """
-    return adamr(learning_rate, project_out(subspace), **kwargs)
+    options = AdamrOptions(
+        b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
+    )
+    return projected(learning_rate, subspace, options)
 
 
-@passes_on_to(adamr)
 def sgp(
-    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, **kwargs: Any
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: Subspace,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled Gradient Projection: GPM in which direction i keeps the share 1 − λ_i.
 
     Guarantee: u_iᵀΔ is (1 − λ_i) times that of the same optimizer without protection,
     as long as λ does not change, since v, shared along the projected axis and fed by
-    the raw gradient, cannot undo the scaling (`test_t5_step_is_scaled_by_importance`).
-    Under shared routing Adam would cancel most of it. λ = 1 is `gpm`.
+    the raw gradient, cannot undo the scaling. Under shared routing Adam would cancel
+    most of it. λ = 1 is `gpm`.
 
     Args:
       learning_rate: a number or a schedule.
       subspace: grown with `importance`; for the first task `empty_subspace(params)`.
-      **kwargs: of `adamr`.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
+        `adamr`.
 
     Returns:
       An optimizer; the boundary is that of `gpm` with `importance` = α (the authors
@@ -112,7 +158,10 @@ def sgp(
     References:
       Saha, Roy, Continual Learning with Scaled Gradient Projection, arXiv:2302.01386.
     """
-    return adamr(learning_rate, project_out(subspace), **kwargs)
+    options = AdamrOptions(
+        b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
+    )
+    return projected(learning_rate, subspace, options)
 
 
 def gpm_si(
@@ -135,11 +184,11 @@ def gpm_si(
 
     Guarantees, to rounding: Uᵀ P u = 0; the pull is stable at any c, since along P it
     is the contraction I − P S P with S = η D k / (1 + η D k) in [0, 1); at θ = θ* the
-    first step never ascends. It holds what the projection does not: embeddings, norms,
-    heads, biases, directions below the threshold. c = 0 has the steps of `gpm` (but a
-    weight λ < 1 counts twice, on gradient and step). `test_gpm_si_...` prove them;
-    docs/evidence.md says what it gains where. Keeps three float32 numbers per parameter
-    and one copy of the bases more than `gpm`.
+    first step never ascends. The pull holds what the projection does not: embeddings,
+    norms, heads, biases, directions below the threshold. c = 0 gives the steps of `gpm`
+    (except that a weight λ < 1 counts twice, on gradient and step). docs/evidence.md
+    says what it gains where. It keeps three float32 numbers per parameter and one copy
+    of the bases more than `gpm`.
 
     Args:
       learning_rate: η, a number or a schedule.
@@ -148,9 +197,9 @@ def gpm_si(
       b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
 
     Returns:
-      An optimizer. At a boundary grow the subspace as for `gpm`, then
+      An optimizer. At a boundary grow the subspace as for `gpm`, then call
       `consolidate_si`, whose damping was 1e-3 in the evidence. The path integral sees
-      the gradient that comes in; where it was clipped before, pass `task_gradient`.
+      the incoming gradient; where that was clipped before, pass `task_gradient`.
 
     Raises:
       ValueError: for a negative c; at update, without `params`.
@@ -176,14 +225,14 @@ def gpm_si(
       Ganguli, Continual Learning Through Synaptic Intelligence, arXiv:1703.04200.
     """
     check_numbers("gpm_si", 0.0, c=c)
+    options = MomentOptions(
+        b1, b2, eps, eps_root, share=subspace, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+    )
     return track_si(
         optax.chain(
             route_first_moment(project_out(subspace)),
-            proximal_second_moment(
-                learning_rate, 2 * c, b1, b2, eps, eps_root, share=subspace,
-                mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-            ),
+            proximal_second_moment(learning_rate, 2 * c, **options._asdict()),
             protect_update(subspace),
             optax.scale_by_learning_rate(learning_rate),
         )
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""Masked optimizers."""
+"""Optimizers under a mask: MUDMAN masks coordinates, half fine-tuning leaves."""
 
 import jax
 import optax
@@ -20,10 +20,10 @@ def mudman(
 ) -> optax.GradientTransformationExtraArgs:
     """MUDMAN's disruption mask with Adam: `disruption_mask`, then Adam frozen under it.
 
-    The step is zero exactly where the mask is, and a coordinate's moments stand still
-    meanwhile. The authors take plain gradient steps at 0.1, then one on the retained
-    loss at 0.001, and unlearn against a fork of the model that learns anew; those two
-    belong to the training loop.
+    Where a coordinate is masked, its step is exactly zero and its moments stay. The
+    authors take plain gradient steps at 0.1, then one on the retained loss at 0.001,
+    and unlearn against a copy of the model that relearns. The last two belong to the
+    training loop.
 
     Extra argument of `update`:
       retain_gradient: tree like the gradient: that of the loss to be retained.

@@ -3,9 +3,9 @@
     normalize_and_project  w + Δ is rescaled to the norm that w had at the start
     remove_radial, adamp   Δ loses its part along w where w is scale-invariant
 
-Behind a normalisation layer a kernel's scale has no effect, but its norm divides the
-effective learning rate: a network that goes on learning for long slows down as its
-weights grow. The first holds the norm, the second stops its growth.
+Before a normalisation layer a kernel's scale has no effect, but its norm divides the
+effective learning rate: a network that learns for a long time slows down as its weights
+grow. The first holds the norm, the second stops its growth.
 """
 
 import math
@@ -42,16 +42,16 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
 
         Δ <- ‖w_0‖ (w + Δ) / ‖w + Δ‖ − w      after every `every`-th step, else Δ
 
-    Leaves with two axes or more are projected, each as a whole; give the others, and
-    embeddings or heads that should not be, to `optax.masked`. The method also asks for
-    a LayerNorm before each nonlinearity; then the projection leaves the function as it
-    is, and since nothing slows learning down by itself any more, for a schedule.
+    Leaves with two axes or more are projected, each as a whole; use `optax.masked` to
+    leave out embeddings or heads. The method also asks for a LayerNorm before each
+    nonlinearity, so that the projection does not change the function, and for a
+    learning rate schedule, since growing weights no longer slow learning down.
 
     Args:
       every: k ≥ 1.
 
     Returns:
-      The last link of a chain, behind the learning rate. A leaf that starts at zero or
+      The last link of a chain, after the learning rate. A leaf that starts at zero or
       would become zero or not finite keeps its Δ. In bf16 norms hold to rounding.
 
     Raises:
@@ -137,7 +137,7 @@ def remove_radial(
     """AdamP's projection: no growth of weights whose scale has no effect.
 
     u is what the preconditioner makes of g. For a leaf w with two axes or more, first
-    with c over its output channels (the last axis, as in Flax), then with c the whole:
+    with c over its output channels (the last axis, as in Flax), then with c = all w:
 
         if max_c |cos(g_c, w_c)| < delta / √dim:      w is scale-invariant
             u_c <- u_c − ⟨u_c, w_c⟩ w_c / ‖w_c‖²       and the search ends
@@ -148,8 +148,8 @@ def remove_radial(
 
     Args:
       preconditioner: g -> u, such as `optax.scale_by_adam()` or a chain that ends with
-        `faithful_second_moment()`; the cosine needs the g that went in, which a link
-        behind it would not see.
+        `faithful_second_moment()`; the cosine needs the g that went in, which a later
+        link would not see.
       delta: ≥ 0; 0 turns the projection off.
       weight_decay: decoupled, for all leaves.
       wd_ratio: weaker decay for leaves whose growth is stopped.

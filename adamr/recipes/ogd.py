@@ -1,4 +1,4 @@
-"""Orthogonal Gradient Descent and its kin: one optimizer, three sets of directions.
+"""Orthogonal Gradient Descent: one optimizer, three ways to choose its directions.
 
 method    what a finished task adds                          function
 OGD       logit gradients of some of its samples             ogd_directions
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from adamr.protection.update import two_sided
-from adamr.recipes._signature import passes_on_to
-from adamr.routing.merge import faithful_second_moment
+from adamr.routing.estimators import Estimators
+from adamr.routing.merge import MomentOptions
+from adamr.routing.sharing import Guard, Share
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.gram_schmidt import grow_directions, principal_directions
 from adamr.subspaces.logits import logit_gradients
@@ -25,27 +26,38 @@ __all__ = ["ogd", "ogd_directions", "ogd_plus_directions", "pca_ogd_directions"]
 Variant = Literal["ground_truth", "all", "average"]
 
 
-@passes_on_to(faithful_second_moment)
 def ogd(
-    learning_rate: optax.ScalarOrSchedule, directions: Directions, **kwargs
+    learning_rate: optax.ScalarOrSchedule,
+    directions: Directions,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    estimator: Estimators = "adam",
+    share: Share | None = None,
+    guard: Guard = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam that keeps the outputs of old tasks, to first order: OGD, OGD+, PCA-OGD.
 
         g̃ = P g  in both moments,    Δ = −η P (m̂ / (√v̂ + ε)),    P x = x − Σ ⟨x, v⟩ v
 
-    Guarantee: ⟨Δ, v⟩ = 0 for every protected v, and the first step descends. A linear
-    model's outputs on the protected inputs do not change at all: `test_t1_ogd`. Others'
-    change to second order in the distance from where the gradients were taken. Weight
-    decay would break the guarantee, unless it comes before a `protect_update`.
+    Guarantee: ⟨Δ, v⟩ = 0 for every protected v, and the first step descends. The
+    outputs of a linear model on the protected inputs do not change at all. Those of
+    other models change to second order in the distance from where the gradients were
+    taken. Weight decay breaks the guarantee unless a `protect_update` follows it.
 
-    OGD as published, with plain SGD: `optax.chain(project_out(directions),
-    optax.sgd(learning_rate))`. A momentum there needs `set_subspace(...)` and a
-    `protect_update(directions)` after it, since it holds older gradients.
+    OGD as published, with plain SGD, is `optax.chain(project_out(directions),
+    optax.sgd(learning_rate))`. With momentum it needs a `protect_update(directions)`
+    after it, since momentum holds older gradients.
 
     Args:
       learning_rate: η, a number or a schedule.
       directions: from `empty_directions`; leave the heads of other tasks out of it.
-      **kwargs: of `faithful_second_moment`, such as b1 and b2.
+      b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
+        `faithful_second_moment`.
 
     Returns:
       An optimizer. `set_subspace(state, directions)` protects what was learnt:
@@ -66,8 +78,12 @@ def ogd(
     References: Farajtabar, Azizan, Mott, Li, Orthogonal Gradient Descent for Continual
       Learning, arXiv:1910.07104.
     """
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
+    )
     return optax.chain(
-        two_sided(directions, **kwargs), optax.scale_by_learning_rate(learning_rate)
+        two_sided(directions, **options._asdict()),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -107,8 +123,7 @@ def ogd_plus_directions(
     """OGD+ at the end of a task: all directions anew, at the newest parameters.
 
     The gradients that OGD stored belong to older parameters. Here stored samples of
-    *all* tasks so far are differentiated again. For a linear model it is OGD:
-    `test_ogd_plus_is_ogd_on_a_linear_model`.
+    *all* tasks so far are differentiated again. For a linear model this is OGD.
 
     Args:
       directions: gives the shapes; its values are dropped.

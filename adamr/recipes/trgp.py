@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from adamr.recipes._signature import passes_on_to
-from adamr.recipes.adamr import adamr
-from adamr.recipes.gpm import gpm
+from adamr.recipes.gpm import AdamrOptions, Strength, projected
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["ScaledState", "rogo", "trgp"]
@@ -24,7 +22,11 @@ class ScaledState(NamedTuple):
     scales: Any
 
 
-def _with_scales(weights, scales, name) -> optax.GradientTransformationExtraArgs:
+def _with_scales(
+    weights: optax.GradientTransformation,
+    scales: optax.GradientTransformation,
+    name: str,
+) -> optax.GradientTransformationExtraArgs:
     """One optimizer for each entry of {"params": ..., "scales": ...}."""
     # Not optax.partition: its branches see the whole tree with holes, and a subspace
     # made for the parameters would no longer fit.
@@ -55,26 +57,34 @@ def _with_scales(weights, scales, name) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@passes_on_to(adamr)
 def trgp(
     learning_rate: optax.ScalarOrSchedule,
     subspace: Subspace,
     *,
     scale_optimizer: optax.GradientTransformation | None = None,
-    **kwargs: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trust Region Gradient Projection: W under `gpm`, the scales Q trained freely.
 
     Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, trusted, Q)`.
     Guarantee: with its own scales a past task keeps its function on inputs in its own
-    subspace, whatever W and the other scales do (`test_old_tasks_are_unchanged`). Task
-    identity is needed at test time, and (trusted subspaces, Q) must be kept per task.
+    subspace, whatever W and the other scales do. Task identity is needed at test time,
+    and (trusted subspaces, Q) must be kept per task.
 
     Args:
       learning_rate: of W, and of Q unless `scale_optimizer` is given.
       subspace: the frozen space M of all tasks.
       scale_optimizer: for Q; None: `optax.adam(learning_rate)`.
-      **kwargs: of `adamr`, for W.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
+        `adamr`, for W.
 
     Returns:
       An optimizer for a tree with the entries "params" and "scales".
@@ -113,33 +123,42 @@ def trgp(
       Lin, Yang, Fan, Zhang, TRGP: Trust Region Gradient Projection for Continual
       Learning, arXiv:2202.02931.
     """
-    if scale_optimizer is None:
-        scale_optimizer = optax.adam(learning_rate)
-    return _with_scales(gpm(learning_rate, subspace, **kwargs), scale_optimizer, "trgp")
+    options = AdamrOptions(
+        b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
+    )
+    weights = projected(learning_rate, subspace, options)
+    return _with_scales(weights, scale_optimizer or optax.adam(learning_rate), "trgp")
 
 
-@passes_on_to(adamr)
 def rogo(
     learning_rate: optax.ScalarOrSchedule,
     subspace: Subspace,
     *,
     scale_optimizer: optax.GradientTransformation | None = None,
-    **kwargs: Any,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Restricted Orthogonal Gradient Projection: GPM that opens part of what it froze.
 
     Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, relaxed, Q)` plus
     `scale_penalty(Q)`, as `trgp` does, but with one subspace inside M, searched anew
     when the learning rate has decayed, and folded into W at the end of each task, so
-    that nothing is stored. Guarantee: with Q = I it is `gpm`
-    (`test_t7_with_identity_scales_rogo_is_gpm`); what folding changes for old tasks is
-    bounded by ‖Q − I‖, not zero.
+    that nothing is stored. Guarantee: with Q = I it is `gpm`. What folding changes for
+    old tasks is bounded by ‖Q − I‖; it is not zero.
 
     Args:
       learning_rate: of W, and of Q unless `scale_optimizer` is given.
       subspace: the frozen space M.
       scale_optimizer: for Q; None: `optax.adam(learning_rate)`.
-      **kwargs: of `adamr`, for W.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
+        `adamr`, for W.
 
     Returns:
       An optimizer for a tree with the entries "params" and "scales".
@@ -171,6 +190,8 @@ def rogo(
       Yang et al., Restricted Orthogonal Gradient Projection for Continual Learning,
       arXiv:2301.12131.
     """
-    if scale_optimizer is None:
-        scale_optimizer = optax.adam(learning_rate)
-    return _with_scales(gpm(learning_rate, subspace, **kwargs), scale_optimizer, "rogo")
+    options = AdamrOptions(
+        b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
+    )
+    weights = projected(learning_rate, subspace, options)
+    return _with_scales(weights, scale_optimizer or optax.adam(learning_rate), "rogo")
