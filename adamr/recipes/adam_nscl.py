@@ -82,16 +82,19 @@ def adam_nscl(
     Returns:
       An optimizer.
 
-    >>> import adamr as lib
+    >>> import jax.numpy as jnp
+    >>> from adamr import empty_subspace, get_subspace, set_subspace, subspaces
     >>> params = {"w": jnp.zeros((4, 1))}
-    >>> tx = adam_nscl(1.0, lib.empty_subspace(params))
+    >>> tx = adam_nscl(1.0, empty_subspace(params))
     >>> state = tx.init(params)
-    >>> covariance = lib.empty_covariance(lib.get_subspace(state))
+    >>> covariance = subspaces.empty_covariance(get_subspace(state))
     >>> # ... train task 1; then pass its layer inputs, batch by batch:
     >>> inputs = {"w": jnp.diag(jnp.array([4.0, 2.0, 0.0, 0.0]))}
-    >>> covariance = lib.update_covariance(covariance, inputs)
-    >>> s = lib.null_space_complement(covariance, lib.get_subspace(state), ratio=10.0)
-    >>> state = lib.set_subspace(state, s)  # ... and train task 2
+    >>> covariance = subspaces.update_covariance(covariance, inputs)
+    >>> s = subspaces.null_space_complement(
+    ...     covariance, get_subspace(state), ratio=10.0
+    ... )
+    >>> state = set_subspace(state, s)  # ... and train task 2
     >>> step, state = tx.update({"w": jnp.ones((4, 1))}, state, params)
     >>> print(step["w"][:, 0].round(3) + 0.0)
     [ 0.  0. -1. -1.]

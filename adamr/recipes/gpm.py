@@ -86,14 +86,14 @@ def gpm(
     Returns:
       An optimizer.
 
-    >>> from adamr import empty_subspace, get_subspace, grow_subspace, set_subspace
+    >>> import jax.numpy as jnp
+    >>> from adamr import empty_subspace, protect_inputs
     >>> params = {"w": jnp.zeros((3, 1))}
     >>> tx = gpm(0.1, empty_subspace(params))
     >>> state = tx.init(params)
     >>> # ... train task 1; then capture layer inputs of some of its samples:
     >>> inputs = {"w": jnp.array([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])}
-    >>> grown = grow_subspace(get_subspace(state), inputs, threshold=0.97)
-    >>> state = set_subspace(state, grown)  # ... and train task 2
+    >>> state = protect_inputs(state, inputs)  # ... and train task 2
     >>> step, state = tx.update({"w": jnp.ones((3, 1))}, state, params)
     >>> print(step["w"][:, 0].round(3) + 0.0)
     [ 0.  -0.1 -0.1]
@@ -142,6 +142,7 @@ def sgp(
       use 10, 3 and 25).
 
     >>> from adamr import empty_subspace, grow_subspace
+    >>> import jax.numpy as jnp
     >>> params = {"w": jnp.zeros((3, 1))}
     >>> inputs = {"w": jnp.diag(jnp.array([10.0, 5.0, 1.0]))}
     >>> s = empty_subspace(params)
@@ -204,8 +205,8 @@ def gpm_si(
     Raises:
       ValueError: for a negative c; at update, without `params`.
 
-    >>> from adamr import consolidate_si, empty_subspace, get_subspace, grow_subspace
-    >>> from adamr import set_subspace
+    >>> import jax.numpy as jnp
+    >>> from adamr import consolidate_si, empty_subspace, protect_inputs
     >>> params = {"b": jnp.zeros(1), "w": jnp.zeros((3, 1))}
     >>> tx = gpm_si(0.1, empty_subspace(params), c=100.0)
     >>> state = tx.init(params)
@@ -213,8 +214,8 @@ def gpm_si(
     >>> step, state = tx.update(g, state, params)  # task 1
     >>> params = optax.apply_updates(params, step)
     >>> inputs = {"b": None, "w": jnp.array([[1.0, 0.0, 0.0]])}
-    >>> grown = grow_subspace(get_subspace(state), inputs, threshold=0.97)
-    >>> state = consolidate_si(set_subspace(state, grown), params, damping=1e-3)
+    >>> state = protect_inputs(state, inputs)
+    >>> state = consolidate_si(state, params, damping=1e-3)
     >>> g = {"b": jnp.ones(1), "w": jnp.ones((3, 1))}
     >>> step, state = tx.update(g, state, params)  # task 2
     >>> print(step["w"][:, 0].round(3) + 0.0, step["b"].round(3) + 0.0)
