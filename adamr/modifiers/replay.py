@@ -16,6 +16,7 @@ the two gradients cancel. Both keep the step bounded.
 `adamr.buffers` holds the buffers to draw from.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,15 +59,31 @@ def read_gradient(
     return [jnp.asarray(x, jnp.float32) for x in found]
 
 
-# (updates, tree, mixed, root_mean_square) -> what the link returns, where `tree` maps
-# a function of the two gradients over the leaves.
-Finish = Callable[[Any, Callable[[Callable], Any], Callable, Callable], Any]
+# Convex combinations, exact where nothing is mixed. g + w (m − g) would cancel, and its
+# counterpart for squares could fall below 0.
 
 
-def _mixture(
-    weight: optax.ScalarOrSchedule, link: str, finish: Finish
+def _mixed(w: jax.Array, g: jax.Array, m: jax.Array) -> jax.Array:
+    wide = g.astype(jnp.float32)
+    new = ((1.0 - w) * wide + w * m).astype(g.dtype)
+    return jnp.where((w == 0) | (m == wide), g, new)
+
+
+def _root_mean_square(w: jax.Array, g: jax.Array, m: jax.Array) -> jax.Array:
+    wide = g.astype(jnp.float32)
+    new = jnp.sqrt((1.0 - w) * jnp.square(wide) + w * jnp.square(m))
+    # Only the square counts, but a strength link moves it towards g: with opposite
+    # signs it would pass through 0.
+    new = jnp.where(g < 0, -new, new).astype(g.dtype)
+    return jnp.where((w == 0) | (m == wide), g, new)
+
+
+def _with_memory(
+    weight: optax.ScalarOrSchedule,
+    link: str,
+    combine: Callable[[jax.Array, Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of `mix_gradients` and `replay_routing`."""
+    """A link that returns `combine(w, gradient, memory_gradient)`."""
     check_unit("weight", weight)
 
     def init_fn(params):
@@ -83,31 +100,10 @@ def _mixture(
             argument="memory_gradient",
             what="the gradient of the loss on a batch from memory",
         )
+        memory = jax.tree.unflatten(jax.tree.structure(updates), memory)
         w = jnp.asarray(weight(state.count) if callable(weight) else weight)
-        w = w.astype(jnp.float32)
-        leaves, treedef = jax.tree.flatten(updates)
-        pairs = list(zip(leaves, memory, strict=True))
-
-        # Convex combinations, exact where nothing is mixed. g + w (m − g) would cancel,
-        # and its counterpart for squares could fall below 0.
-        def mixed(g, m):
-            wide = g.astype(jnp.float32)
-            new = ((1.0 - w) * wide + w * m).astype(g.dtype)
-            return jnp.where((w == 0) | (m == wide), g, new)
-
-        def root_mean_square(g, m):
-            wide = g.astype(jnp.float32)
-            new = jnp.sqrt((1.0 - w) * jnp.square(wide) + w * jnp.square(m))
-            # Only the square counts, but a strength link moves it towards g: with
-            # opposite signs it would pass through 0.
-            new = jnp.where(g < 0, -new, new).astype(g.dtype)
-            return jnp.where((w == 0) | (m == wide), g, new)
-
-        def tree(function):
-            return jax.tree.unflatten(treedef, [function(g, m) for g, m in pairs])
-
-        state = MixState(optax.safe_increment(state.count))
-        return finish(updates, tree, mixed, root_mean_square), state
+        combined = combine(w.astype(jnp.float32), updates, memory)
+        return combined, MixState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -146,11 +142,10 @@ def mix_gradients(
       arXiv:1902.10486.
     """
 
-    def finish(updates, tree, mixed, root_mean_square):
-        del updates, root_mean_square
-        return tree(mixed)
+    def mixture(w, gradient, memory):
+        return jax.tree.map(functools.partial(_mixed, w), gradient, memory)
 
-    return _mixture(weight, "mix_gradients", finish)
+    return _with_memory(weight, "mix_gradients", mixture)
 
 
 def replay_routing(
@@ -179,10 +174,12 @@ def replay_routing(
     [1. 0.] [1. 3.]
     """
 
-    def finish(updates, tree, mixed, root_mean_square):
-        return Routed(tree(mixed), tree(root_mean_square), updates)
+    def routed(w, gradient, memory):
+        first = jax.tree.map(functools.partial(_mixed, w), gradient, memory)
+        second = jax.tree.map(functools.partial(_root_mean_square, w), gradient, memory)
+        return Routed(first, second, gradient)
 
-    return _mixture(weight, "replay_routing", finish)
+    return _with_memory(weight, "replay_routing", routed)
 
 
 def _mean(losses: jax.Array, weights: jax.Array | None, name: str) -> jax.Array:

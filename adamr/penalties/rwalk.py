@@ -1,4 +1,4 @@
-"""RWalk: importance from Fisher information and from the path that training took.
+"""RWalk: importance from Fisher information and the trajectory of training.
 
     every step         ω <- ω − g δ                                  track_rwalk
     every interval     s <- s + relu(ω / (½ F Δ² + damping))

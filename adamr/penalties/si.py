@@ -1,4 +1,4 @@
-"""Synaptic Intelligence: importance from the path that training took.
+"""Synaptic Intelligence: importance from the trajectory of training.
 
     every step     ω <- ω − g δ                                    track_si
     task's end     Ω <- relu(Ω + ω / ((θ − θ*)² + damping))        consolidate_si
@@ -28,7 +28,7 @@ class SIState(NamedTuple):
 def track_si(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Synaptic Intelligence's path integral around an optimizer: ω <- ω − g δ.
+    """Synaptic Intelligence's ω, gathered around an optimizer: ω <- ω − g δ.
 
     g is the incoming gradient and δ = apply_updates(θ, step) − θ the change that really
     happens, so it includes Adam, clipping, weight decay and rounding. Put penalties and
@@ -80,7 +80,7 @@ def track_si(
 def consolidate_si(
     opt_state: Any, params: Any, damping: jax.typing.ArrayLike = 0.1
 ) -> Any:
-    """Ends a task of Synaptic Intelligence: the path integral ω becomes importance.
+    """Ends a task of Synaptic Intelligence: what ω gathered becomes importance.
 
         Ω <- relu(Ω + ω / ((θ − θ*)² + damping)),   θ* <- θ,   ω <- 0
 
@@ -105,13 +105,13 @@ def consolidate_si(
     """
 
     def end(node):
-        def merge(omega, anchor, theta, path):
+        def merge(omega, anchor, theta, work):
             distance = jnp.square(theta - anchor) + damping
-            gained = jnp.where(distance > 0, path / distance, 0)
+            gained = jnp.where(distance > 0, work / distance, 0)
             gained = jnp.where(jnp.isfinite(gained), gained, 0)
             return jax.nn.relu(omega + gained), theta
 
-        inner = rewrite_anchors(node.inner, merge, params=params, path=node.omega)
+        inner = rewrite_anchors(node.inner, merge, params=params, work=node.omega)
         return SIState(cleared(node.omega), inner)
 
     return end_task(opt_state, SIState, "track_si", end)

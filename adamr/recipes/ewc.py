@@ -101,9 +101,8 @@ def l2_sp(
     >>> print(step.round(4))
     [-0.5]
 
-    References:
-      Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional
-      Networks, arXiv:1802.01483.
+    References: Li et al., Explicit Inductive Bias for Transfer Learning with
+      Convolutional Networks, arXiv:1802.01483.
     """
     options = MomentOptions(
         b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
@@ -150,9 +149,8 @@ def ewc(
     >>> print(abs(step) < 1e-6)
     True
 
-    References:
-      Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks,
-      arXiv:1612.00796.
+    References: Kirkpatrick et al., Overcoming catastrophic forgetting in neural
+      networks, arXiv:1612.00796.
     """
     options = MomentOptions(
         b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
@@ -227,7 +225,7 @@ def si(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the path that training took.
+    """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the trajectory of training.
 
     There is no 1/2 here: the gradient of the penalty is 2 c Ω (θ − θ*). At a boundary
     call `consolidate_si(opt_state, params)`. The incoming gradient must be that of the
@@ -250,9 +248,8 @@ def si(
     >>> print(get_anchor(state).importance > 0.9)
     [ True]
 
-    References:
-      Zenke, Poole, Ganguli, Continual Learning Through Synaptic Intelligence,
-      arXiv:1703.04200.
+    References: Zenke, Poole, Ganguli, Continual Learning Through Synaptic
+      Intelligence, arXiv:1703.04200.
     """
     check_numbers("si", 0.0, c=c)
     options = MomentOptions(

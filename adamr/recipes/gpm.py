@@ -199,8 +199,8 @@ def gpm_si(
 
     Returns:
       An optimizer. At a boundary grow the subspace as for `gpm`, then call
-      `consolidate_si`, whose damping was 1e-3 in the evidence. The path integral sees
-      the incoming gradient; where that was clipped before, pass `task_gradient`.
+      `consolidate_si`, whose damping was 1e-3 in the evidence. Its ω comes from the
+      incoming gradient; where that was clipped before, pass `task_gradient`.
 
     Raises:
       ValueError: for a negative c; at update, without `params`.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
+from adamr.modifiers.penalty import need_params
 from adamr.routing.carrier import require_plain
 
 __all__ = [
@@ -25,11 +26,6 @@ __all__ = [
     "normalize_and_project",
     "remove_radial",
 ]
-
-
-def _require_params(params: Any, link: str) -> None:
-    if params is None:
-        raise ValueError(f"{link} needs params: update(g, state, params).")
 
 
 class NormalizeAndProjectState(NamedTuple):
@@ -80,7 +76,7 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_plain(updates, "normalize_and_project")
-        _require_params(params, "normalize_and_project")
+        need_params(params, "normalize_and_project")
         count = optax.safe_increment(state.count)
         due = jnp.asarray(count) % every == 0
 
@@ -137,7 +133,7 @@ def remove_radial(
     """AdamP's projection: no growth of weights whose scale has no effect.
 
     u is what the preconditioner makes of g. For a leaf w with two axes or more, first
-    with c over its output channels (the last axis, as in Flax), then with c = all w:
+    with one c per output channel (the last axis, as in Flax), then with one c for all:
 
         if max_c |cos(g_c, w_c)| < delta / √dim:      w is scale-invariant
             u_c <- u_c − ⟨u_c, w_c⟩ w_c / ‖w_c‖²       and the search ends
@@ -177,7 +173,7 @@ def remove_radial(
 
     def update_fn(updates, state, params=None, **extra_args):
         require_plain(updates, "remove_radial")
-        _require_params(params, "remove_radial")
+        need_params(params, "remove_radial")
         u, new = inner.update(updates, state.inner, params, **extra_args)
 
         def leaf(u, g, w):
