@@ -165,7 +165,7 @@ def test_parity_pcgrad():
 # Subspaces ---------------------------------------------------------------------------
 
 
-def grown_through_tasks(method, importance=None):
+def grown_through_tasks(method, scaling=None):
     """Per layer: the boundaries of all tasks against theirs; the last subspaces."""
     given, theirs = case(method, "boundaries")
     last = []
@@ -176,7 +176,7 @@ def grown_through_tasks(method, importance=None):
 
         def grow(x, threshold, subspace=subspace):
             return adamr.grow_subspace(
-                subspace, x, threshold=threshold, importance=importance
+                subspace, x, threshold=threshold, scaling=scaling
             )
 
         # At their first boundary they take one direction fewer than their eq. 5.
@@ -213,7 +213,7 @@ def test_parity_gpm():
 
 
 def test_parity_sgp():
-    projected_like_theirs("sgp", grown_through_tasks("sgp", importance=10.0))
+    projected_like_theirs("sgp", grown_through_tasks("sgp", scaling=10.0))
 
 
 def test_parity_gpm_rl():
