@@ -112,8 +112,8 @@ def _dealt(name: str, samples: jax.Array, batch: list[int]) -> jax.Array:
 def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
     """Checks samples and brings them to (*batch, num_samples, n)."""
     *batch, fan_in, _ = moment.shape
-    whole = batch and _fits(samples, batch[1:], fan_in)
-    if whole and not _fits(samples, batch, fan_in):
+    undealt = batch and _fits(samples, batch[1:], fan_in)
+    if undealt and not _fits(samples, batch, fan_in):
         samples = _dealt(name, samples, batch)
     if not _fits(samples, batch, fan_in):
         raise ValueError(

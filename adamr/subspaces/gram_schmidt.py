@@ -30,8 +30,8 @@ def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
         like = [None if _tree.is_hole(x) else x for x in leaves]
     if len(leaves) != len(like):
         raise ValueError(
-            f"samples must have one entry (an array or None) per parameter leaf: got "
-            f"{len(leaves)} {names}, expected {len(like)}."
+            f"samples must have one entry per parameter leaf: got {len(leaves)} "
+            f"{names}, expected {len(like)}."
         )
     found = []
     for name, x, row in zip(names, leaves, like, strict=True):

@@ -6,9 +6,6 @@ Frequent Directions keeps B (size × n) such that for all rows A seen so far
 
 so up to this error, `grow_subspace(subspace, sketch.rows)` builds the basis of all rows
 of the stream.
-
-Reference: Ghashami, Liberty, Phillips, Woodruff, Frequent Directions: Simple and
-Deterministic Matrix Sketching, arXiv:1501.01711.
 """
 
 from typing import Any, NamedTuple
@@ -52,6 +49,10 @@ def empty_sketch(subspace: Subspace, size: int) -> Sketch:
     >>> s = empty_subspace({"w": jnp.zeros((4, 2))})
     >>> empty_sketch(s, 3).rows[0].shape
     (3, 4)
+
+    References:
+      Ghashami, Liberty, Phillips, Woodruff, Frequent Directions: Simple and
+      Deterministic Matrix Sketching, arXiv:1501.01711.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
