@@ -186,9 +186,9 @@ def grown_through_tasks(method, scaling=None):
             threshold = same_rank if t == 0 else thresholds[t]
             subspace = grow(x, threshold, subspace)
             assert int(adamr.subspaces.rank(subspace)[0]) == theirs[t]["ranks"][i]
-            kind = "projectors" if importance is None else "scaled_projectors"
+            kind = "projectors" if scaling is None else "scaled_projectors"
             close(scaled_projector(subspace), theirs[t][kind][i], 1e-5)
-            if importance is not None:
+            if scaling is not None:
                 lam = np.sort(np.asarray(subspace.weights[0]).ravel())[::-1]
                 close(lam[lam > 0], theirs[t]["importances_sorted"][i], 1e-5)
         last.append(subspace)
