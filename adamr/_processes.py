@@ -1,9 +1,9 @@
-"""What the processes of one run agree on; in a single process, nothing to it.
+"""How the processes of one run agree; in a single process the functions do nothing.
 
-The first process looks at the disk and at the clock, the others take its word. Words
-travel over the devices, so only the main thread may ask, and every process must ask in
-the same order. A writer in the background waits at barriers of the coordination
-service, which the devices do not notice.
+The first process reads the disk and the clock, and the others take its values. Values
+travel over the devices, so only the main thread may call these functions, and every
+process must call them in the same order. A writer in the background waits at barriers
+of the coordination service (`made_by_first`), which does not use the devices.
 """
 
 import json
@@ -24,15 +24,16 @@ __all__ = [
     "told_to_stop",
 ]
 
-_PATIENCE = 1200  # seconds that the others may take to write what they have
+_PATIENCE = 1200  # seconds in which the other processes must write their parts
 
 
 def first() -> bool:
+    """Whether this is the first process."""
     return jax.process_index() == 0
 
 
 def agreed(value: Any) -> Any:
-    """What the first process passes, on all of them; anything JSON can hold."""
+    """The value of the first process, in all of them; anything that JSON can hold."""
     if jax.process_count() == 1:
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -44,7 +45,7 @@ def agreed(value: Any) -> Any:
 
 
 def agreed_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Those of the first process, on all of them."""
+    """The arrays of the first process, in all of them."""
     if jax.process_count() == 1:
         return arrays
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -53,23 +54,23 @@ def agreed_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def by_first(function: Callable[[], Any]) -> Any:
-    """Runs in the first process; its result, or that it failed, in all."""
+    """Runs `function` in the first process; all get its result, or an error."""
     failure, value = None, None
     if first():
         try:
             value = function()
         except Exception as error:
             failure = error
-    told = agreed([value, None if failure is None else str(failure)])
+    result, problem = agreed([value, None if failure is None else str(failure)])
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        raise RuntimeError(f"the first process failed: {told[1]}")
-    return told[0]
+    if problem is not None:
+        raise RuntimeError(f"the first process failed: {problem}")
+    return result
 
 
 def made_by_first(function: Callable[[], Any], path: Path) -> None:
-    """The same at a barrier, for a thread: whether it worked shows on the disk."""
+    """Like `by_first` for a thread: all wait, then look for `path` on the disk."""
     try:
         if first():
             function()
@@ -85,7 +86,7 @@ def made_by_first(function: Callable[[], Any], path: Path) -> None:
 
 
 def require_equal(digest: bytes, what: str) -> None:
-    """Raises unless all processes pass the same."""
+    """Raises unless all processes pass the same digest of `what`."""
     if jax.process_count() == 1:
         return
     from jax.experimental.multihost_utils import process_allgather
@@ -93,7 +94,8 @@ def require_equal(digest: bytes, what: str) -> None:
     all_of_them = process_allgather(np.frombuffer(digest[:8], np.uint32))
     if np.any(all_of_them != all_of_them[0]):
         raise ValueError(
-            f"{what} differs between processes: only jax.Arrays over all of them may."
+            f"{what} differs between processes, expected the same in all of them, "
+            "except in jax.Arrays that lie over all of them."
         )
 
 

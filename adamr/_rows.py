@@ -1,4 +1,4 @@
-"""Evidence as the rows of a matrix M: trees like the gradient with leading axes.
+"""Several gradients as the rows of a matrix M: trees like the gradient, leading axes.
 
 A leaf of shape (T, *shape) holds T gradients. Contractions run leaf by leaf over the
 axes of the leaf, so that a sharded leaf is never flattened.
@@ -26,15 +26,16 @@ __all__ = [
 ]
 
 
+# Positions of the leaves of each block of parameters that is treated on its own.
 Blocks = tuple[tuple[int, ...], ...]
 
 
 class Rows(NamedTuple):
-    """M by leaves.
+    """The matrix M, leaf by leaf.
 
     Attributes:
       leaves: one float32 array (T, *shape) per leaf of the gradient, in order.
-      mask: (T,) bool, False for rows that do not count; they may hold anything.
+      mask: bool (T,), False for rows that do not count; they may hold anything.
     """
 
     leaves: list[jax.Array]
@@ -42,12 +43,12 @@ class Rows(NamedTuple):
 
 
 def align(updates: Any, tree: Any, argument: str) -> list[Any]:
-    """The leaves of `tree` that belong to the leaves of `updates`, holes skipped.
+    """The leaves of `tree` that belong to the leaves of `updates`, without the holes.
 
     `optax.masked` puts holes into the updates but not into extra arguments.
     """
     here, there = _tree.flatten(updates)[0], _tree.flatten(tree)[0]
-    if len(here) != len(there):  # a hole may stand for a whole subtree
+    if len(here) != len(there):  # a hole may replace a whole subtree
         try:
             whole = jax.tree.map(
                 lambda u, x: None if _tree.is_hole(u) else x,
@@ -71,7 +72,7 @@ def align(updates: Any, tree: Any, argument: str) -> list[Any]:
 def read_rows(
     updates: Any, tree: Any, mask: Any, *, argument: str, mask_argument: str, link: str
 ) -> Rows:
-    """Checks evidence and brings it into rows; all leading axes become one."""
+    """Checks a tree of gradients and makes it rows; all leading axes become one."""
     if tree is None:
         raise ValueError(
             f"{link} needs {argument}: pass update(gradient, state, params, "
@@ -110,12 +111,17 @@ def read_rows(
 
 
 def _names(updates: Any) -> list[str]:
+    """Names of the leaves without the holes."""
     names, nodes = _tree.flatten_with_names(updates)
     return [n for n, x in zip(names, nodes, strict=True) if not _tree.is_hole(x)]
 
 
 def blocks_of(updates: Any, partition: Any) -> Blocks:
-    """Positions of the leaves of each block of parameters."""
+    """The blocks that `partition` asks for.
+
+    None: one block of all leaves; "leaf": one per leaf; or a function (name, shape) ->
+    label, one block per label.
+    """
     leaves = jax.tree.leaves(updates)
     if partition is None:
         return (tuple(range(len(leaves))),)
@@ -128,7 +134,7 @@ def blocks_of(updates: Any, partition: Any) -> Blocks:
 
 
 def _contract(left: str, a: jax.Array, right: str, b: jax.Array) -> jax.Array:
-    """Sum over all axes of the leaf; the small result lies on every device."""
+    """Sums over all axes of the leaf; the small result lies on every device."""
     mesh = jax.typeof(a).sharding.mesh
     explicit = AxisType.Explicit in mesh.axis_types
     axes = "abcdefghij"[: a.ndim - len(left)]
@@ -142,22 +148,23 @@ def _contract(left: str, a: jax.Array, right: str, b: jax.Array) -> jax.Array:
 
 
 def _over_blocks(per_leaf: list[jax.Array], blocks: Blocks) -> jax.Array:
+    """Sums over the leaves of each block, along a new leading axis."""
     return jnp.stack([sum(per_leaf[i] for i in block) for block in blocks])
 
 
 def inner(rows: Rows, vector: list[jax.Array], blocks: Blocks) -> jax.Array:
-    """(blocks, T): M g."""
+    """M g, (blocks, T)."""
     pairs = zip(rows.leaves, vector, strict=True)
     return _over_blocks([_contract("k", m, "", g) for m, g in pairs], blocks)
 
 
 def gram(rows: Rows, blocks: Blocks) -> jax.Array:
-    """(blocks, T, T): M Mᵀ."""
+    """M Mᵀ, (blocks, T, T)."""
     return _over_blocks([_contract("k", m, "l", m) for m in rows.leaves], blocks)
 
 
 def squares(rows: Rows, blocks: Blocks) -> jax.Array:
-    """(blocks, T): the diagonal of M Mᵀ."""
+    """The diagonal of M Mᵀ, (blocks, T)."""
 
     def leaf(m):
         return jnp.sum(m * m, axis=tuple(range(1, m.ndim)))
@@ -168,9 +175,10 @@ def squares(rows: Rows, blocks: Blocks) -> jax.Array:
 def combine(
     rows: Rows, weights: jax.Array, blocks: Blocks, *, clean: bool = False
 ) -> list[jax.Array]:
-    """Mᵀ v per leaf, for weights (blocks, T).
+    """Mᵀ v per leaf, v = `weights` (blocks, T).
 
-    With `clean`, rows of weight 0 contribute 0 whatever they hold; it costs a pass.
+    With `clean`, rows of weight 0 contribute 0 even where they are not finite, at the
+    cost of a pass over M.
     """
     block_of = {i: b for b, block in enumerate(blocks) for i in block}
 

@@ -1,9 +1,9 @@
-"""Flattening that keeps the holes: one position per parameter leaf, always.
+"""Flattening that keeps holes, so that each parameter leaf has one fixed position.
 
-`optax.masked` and `optax.partition` put a `MaskedNode` where a leaf is left out,
-other libraries put `None`. Both are empty subtrees to JAX, so a plain flatten would
-shift every later leaf. State in leaf order (bases, shared second moments) needs the
-position to be stable.
+`optax.masked` and `optax.partition` put a `MaskedNode` where a leaf is left out; other
+libraries put `None`. To JAX both are empty subtrees, so a plain flatten would shift
+every later leaf. State in leaf order (bases, shared second moments) needs positions
+that do not change.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,22 +18,24 @@ from jax.core import Tracer
 
 
 def is_traced(value: Any) -> bool:
+    """Whether a value is known only under a trace, as inside jit."""
     return isinstance(value, Tracer)
 
 
 def is_known(value: Any) -> bool:
-    """Whether a hyperparameter is one number now: no schedule, no tracer, no tree."""
+    """Whether a hyperparameter is a plain number: no schedule, no tracer, no tree."""
     if isinstance(value, np.ndarray | jax.Array):
         return value.ndim == 0 and not is_traced(value)
     return isinstance(value, Real)
 
 
 def is_hole(node: Any) -> bool:
+    """Whether a leaf is left out here."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves with the holes kept in place, and the matching treedef."""
+    """Leaves with the holes in their places, and the matching treedef."""
     return jax.tree.flatten(tree, is_leaf=is_hole)
 
 
@@ -45,7 +47,7 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any]]:
 
 
 def flatten_like(tree: Any, argument: str, params: Any) -> list[Any]:
-    """Leaves of `tree` in the order of `params`; a hole means "nothing here"."""
+    """Leaves of `tree` in the order of `params`, holes included."""
     leaves, wanted = flatten(tree)[0], flatten_with_names(params)[0]
     if len(leaves) != len(wanted):
         names = flatten_with_names(tree)[0]
@@ -58,7 +60,7 @@ def flatten_like(tree: Any, argument: str, params: Any) -> list[Any]:
 
 
 def map_positions(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps `function(leaf, *others)` over the leaves of `tree`, holes left alone.
+    """Maps `function(leaf, *others)` over the leaves of `tree`; holes stay.
 
     Each of `rest` is a sequence with one entry per position of `tree`.
     """
@@ -82,8 +84,8 @@ def spread(values: Sequence[Any], positions: Sequence[Any]) -> list[Any]:
 def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
     """State that is not parameter-shaped: a tuple in leaf order, never a tree.
 
-    `optax.tree.map_params` calls `init` with a placeholder that has no leaves; one
-    opaque leaf then stands for the tuple, so that it is not taken for parameters.
+    `optax.tree.map_params` calls `init` with a placeholder that has no leaves. It gets
+    one opaque leaf instead of the tuple, so that it does not treat it as parameters.
     """
     if not jax.tree.leaves(params):
         return jnp.zeros([])
@@ -92,7 +94,7 @@ def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
 
 
 def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
-    """A fresh buffer with the values of `new` and the dtype and placement of `old`."""
+    """A new buffer with the values of `new` and the dtype and placement of `old`."""
     if not is_traced(old) and isinstance(new, np.ndarray):
         if not old.is_fully_addressable:
             whole = new.astype(old.dtype)
@@ -101,14 +103,14 @@ def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
     new = jnp.asarray(new, old.dtype)
     if is_traced(old) or is_traced(new):
         return new
-    # An array that follows its neighbours must go on doing so, or the step recompiles.
+    # An uncommitted array must stay uncommitted, or the step recompiles.
     if not old.committed:
         return jnp.array(new, copy=True)
     return jax.device_put(new, old.sharding, may_alias=False)
 
 
 def largest(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
-    """max |x|, NaN if an entry is: XLA's passes over NaN in long arrays on a CPU."""
+    """max |x|, and NaN if an entry is: on a CPU, XLA's maximum may skip NaN."""
     top = jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0.0)
     broken = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
     return jnp.where(broken, jnp.nan, top)

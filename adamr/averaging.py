@@ -1,7 +1,7 @@
-"""Weights made after or beside training; no gradient sees them.
+"""Averages of weights, made after or beside training; no gradient sees them.
 
-lines_scaling   LiNeS: shallow blocks go back towards the pretrained weights
-ema_weights     temporal ensemble: evaluate with an average over the steps
+lines_scaling   LiNeS: moves shallow blocks back towards the pretrained weights
+ema_weights     temporal ensemble: an average over the steps, for evaluation
 """
 
 from collections.abc import Callable
@@ -28,20 +28,20 @@ def lines_scaling(
 
     Undoes most of the change of the shallow blocks, which carry general features, and
     keeps that of the deep ones: less forgetting for almost no loss on the new task.
-    Once, after fine-tuning.
+    Call it once, after fine-tuning.
 
     Args:
-      pretrained: θ_0.
+      pretrained: θ_0, a tree of float arrays.
       finetuned: θ_ft, a tree like pretrained.
       alpha: α, the scale of the first block and of leaves outside the blocks.
-      beta: β, what the last block has on top; None is 1 − alpha, the authors' choice
-        for a single task, which leaves the last block as it was fine-tuned.
-      block: maps a leaf's name such as `blocks/3/kernel` to its block l, counted from
-        0, or to None outside the blocks, as embeddings and heads usually are. L is the
-        largest l it returns, plus one.
+      beta: β, added to α for the last block. None: 1 − alpha, the authors' choice for a
+        single task, with which the last block keeps its fine-tuned weights.
+      block: a function that maps a leaf's name such as `blocks/3/kernel` to its block
+        l, counted from 0, or to None outside the blocks (usually embeddings and heads).
+        L is the largest l it returns, plus one.
 
     Returns:
-      Parameters like pretrained, in its dtypes.
+      A tree like pretrained, in its dtypes.
 
     Raises:
       ValueError: if the trees do not match, or block finds fewer than two blocks.
@@ -61,12 +61,14 @@ def lines_scaling(
     last = max((b for b in blocks if b is not None), default=0)
     if last < 1 or min(b for b in blocks if b is not None) < 0:
         raise ValueError(
-            "block must number the blocks from 0 and find at least two of them: got "
+            "block must number the blocks from 0 and find at least two of them, got "
             f"{dict(zip(names, blocks, strict=True))}."
         )
     have, want = jax.tree.structure(finetuned), jax.tree.structure(pretrained)
     if have != want:
-        raise ValueError(f"finetuned has the structure {have}, pretrained {want}.")
+        raise ValueError(
+            f"finetuned has the structure {have}, expected that of pretrained, {want}."
+        )
 
     def scaled(start, number, end):
         scale = alpha if number is None else alpha + beta * number / last
@@ -77,8 +79,15 @@ def lines_scaling(
 
 
 class EmaWeightsState(NamedTuple):
-    count: jax.Array  # int32: updates so far
-    weights: Any  # the average, in the dtype of the accumulator
+    """The average so far.
+
+    Attributes:
+      count: int32: updates so far.
+      weights: the average, a tree like the parameters in float32 or wider.
+    """
+
+    count: jax.Array
+    weights: Any
 
 
 class EmaWeights(NamedTuple):
@@ -95,17 +104,17 @@ def ema_weights(decay: float = 0.99, warmup_steps: int = 0) -> EmaWeights:
         weights  <-  decay · weights + (1 − decay) · params    afterwards
 
     Training never sees the average. It starts as a copy of the parameters, so it needs
-    no debiasing, and its own dtype is float32 or wider: in bfloat16 a step of
-    (1 − decay) would round away.
+    no debiasing. Its dtype is float32 or wider: in bfloat16 a step of (1 − decay) would
+    round away.
 
-    Trap: call it on everything that evaluation reads. Batch-norm statistics belong
-    into `params` too. A head that a new task adds enters by copy, not from its random
-    start: write it into `weights` when the task begins.
+    Trap: `params` must hold everything that evaluation reads, including batch-norm
+    statistics. When a task adds a head, copy the head into `weights` as the task
+    begins, so that it is not averaged with an earlier random start.
 
     Args:
       decay: in [0, 1); the authors use 0.99 per iteration.
-      warmup_steps: how many updates only copy, so that the first steps of training do
-        not weigh in.
+      warmup_steps: how many updates only copy the parameters, so that the first steps
+        of training do not enter the average; at least 0.
 
     Returns:
       An `EmaWeights`; evaluate with `state.weights`.
@@ -142,7 +151,7 @@ def ema_weights(decay: float = 0.99, warmup_steps: int = 0) -> EmaWeights:
         step = jnp.where(state.count < warmup_steps, 1.0, 1.0 - decay)
 
         def average(old, new):
-            # Counters and flags have no average: the newest value stands.
+            # Counters and flags have no average: the newest value is kept.
             if not jnp.issubdtype(old.dtype, jnp.floating):
                 return jnp.asarray(new, old.dtype)
             new = jnp.asarray(new, old.dtype)

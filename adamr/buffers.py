@@ -1,16 +1,17 @@
-"""Memories of past data: reservoir and ring buffers as pytrees of fixed capacity.
+"""Buffers of past data for replay: reservoirs and rings, pytrees of fixed capacity.
 
     Reservoir   a uniform sample of everything seen                    (capacity, …)
     Ring        the newest items of each task                   (tasks, capacity, …)
 
 `add_to_reservoir`, `add_to_ring` and `sample` are pure: they run under jit, scan and
-vmap, and return the buffer to use next. Item n of a reservoir of M slots, from n = 0:
+vmap, and return the buffer to use next. Where a reservoir of M slots puts item n,
+counted from 0:
 
     n < M   ->  slot n
-    else    ->  slot j ~ U{0, …, n}  if j < M, otherwise it is dropped
+    n ≥ M   ->  slot j ~ U{0, …, n} if j < M; otherwise the item is dropped
 
-which keeps every item seen so far with the same probability, M / (n + 1). The draw of
-item n depends on the key and n alone: a batch is stored exactly like its items one by
+This keeps every item seen so far with the same probability, M / (n + 1). The draw of
+item n depends only on the key and n: a batch is stored exactly like its items one by
 one, and sampling in between changes nothing.
 """
 
@@ -35,16 +36,35 @@ __all__ = [
 
 
 class Reservoir(NamedTuple):
-    items: Any  # leaves (capacity, *item), zeros where not filled
-    seen: jax.Array  # int32: items offered, saturates at 2³¹ − 1
-    drawn: jax.Array  # uint32: calls of sample
+    """A uniform sample of everything seen.
+
+    Attributes:
+      items: pytree like one item with leaves (capacity, *item), zeros where not filled.
+      seen: int32: items offered so far; saturates at 2³¹ − 1.
+      drawn: uint32: calls of `sample` so far.
+      key: the PRNG key of all draws.
+    """
+
+    items: Any
+    seen: jax.Array
+    drawn: jax.Array
     key: jax.Array
 
 
 class Ring(NamedTuple):
-    items: Any  # leaves (tasks, capacity, *item), zeros where not filled
-    seen: jax.Array  # (tasks,) int32: items offered per task, fewer than 2³¹
-    drawn: jax.Array  # uint32: calls of sample
+    """The newest items of each task.
+
+    Attributes:
+      items: pytree like one item with leaves (tasks, capacity, *item), zeros where not
+        filled.
+      seen: int32 (tasks,): items offered so far per task, fewer than 2³¹.
+      drawn: uint32: calls of `sample` so far.
+      key: the PRNG key of all draws.
+    """
+
+    items: Any
+    seen: jax.Array
+    drawn: jax.Array
     key: jax.Array
 
 
@@ -56,9 +76,10 @@ def _key(buffer: Reservoir | Ring, stream: int, position: ArrayLike) -> jax.Arra
 
 
 def _zeros(example: Any, *lead: int) -> Any:
+    """Empty slots for items like `example`, with the leading axes `lead`."""
     if not jax.tree.leaves(example):
         raise ValueError("example has no arrays, expected one item of the data.")
-    # From dtype and shape alone, so ShapeDtypeStructs serve as well.
+    # Only dtypes and shapes are read, so ShapeDtypeStructs serve as well.
     shapes = jax.eval_shape(lambda x: jax.tree.map(jnp.asarray, x), example)
     return jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), shapes)
 
@@ -73,10 +94,13 @@ def empty_reservoir(capacity: int, example: Any, key: jax.Array) -> Reservoir:
     """A reservoir without items.
 
     Args:
-      capacity: M, the number of slots.
+      capacity: M ≥ 1, the number of slots.
       example: one item, a pytree of arrays or `jax.ShapeDtypeStruct`s without a batch
         axis; only shapes and dtypes are read.
-      key: all randomness of the buffer comes from it; it is copied.
+      key: PRNG key of all draws of the buffer; it is copied.
+
+    Returns:
+      A `Reservoir`.
 
     Raises:
       ValueError: if capacity is below 1 or example has no arrays.
@@ -104,10 +128,14 @@ def empty_ring(tasks: int, capacity: int, example: Any, key: jax.Array) -> Ring:
     """A ring buffer per task, without items.
 
     Args:
-      tasks: number of rings; tasks are counted from 0.
-      capacity: slots of each ring.
-      example: as for `empty_reservoir`.
-      key: all randomness of `sample` comes from it; it is copied.
+      tasks: number of rings, at least 1; tasks are counted from 0.
+      capacity: slots of each ring, at least 1.
+      example: one item, a pytree of arrays or `jax.ShapeDtypeStruct`s without a batch
+        axis; only shapes and dtypes are read.
+      key: PRNG key of all draws of `sample`; it is copied.
+
+    Returns:
+      A `Ring`.
 
     Raises:
       ValueError: if tasks or capacity is below 1 or example has no arrays.
@@ -140,7 +168,9 @@ def _checked(batch: Any, buffer: Reservoir | Ring) -> tuple[Any, int]:
     lead = buffer.seen.ndim + 1
     have, want = jax.tree.structure(batch), jax.tree.structure(buffer.items)
     if have != want:
-        raise ValueError(f"batch has the structure {have}, the buffer's is {want}.")
+        raise ValueError(
+            f"batch has the structure {have}, expected the buffer's, {want}."
+        )
     batch = jax.tree.map(jnp.asarray, batch)
     sizes = {x.shape[:1] for x in jax.tree.leaves(batch)}
     if len(sizes) != 1 or sizes == {()}:
@@ -160,11 +190,11 @@ def _checked(batch: Any, buffer: Reservoir | Ring) -> tuple[Any, int]:
 
 
 def add_to_reservoir(buffer: Reservoir, batch: Any) -> Reservoir:
-    """Offers a batch of items, in order.
+    """Offers a batch of items to a reservoir, in order.
 
     Args:
       buffer: a `Reservoir`.
-      batch: like the example, with one leading axis; any length.
+      batch: pytree like the example with one leading axis of any length.
 
     Returns:
       The buffer after the batch, equal to that after its items one by one.
@@ -187,8 +217,8 @@ def add_to_reservoir(buffer: Reservoir, batch: Any) -> Reservoir:
         return jnp.where(n < capacity, n, j)
 
     slot = jax.vmap(slot_of)(n)
-    # Several items may draw one slot: the last one keeps it, as one by one, and the
-    # others go to distinct places outside, where a scatter drops them.
+    # Several items may draw one slot. The last one keeps it, as if they came one by
+    # one; the others get distinct places outside, which a scatter drops.
     last = jnp.full([capacity], -1).at[slot].max(item, mode="drop")
     kept = (slot < capacity) & (last[jnp.minimum(slot, capacity - 1)] == item)
     place = jnp.where(kept, slot, capacity + item)
@@ -201,13 +231,13 @@ def add_to_reservoir(buffer: Reservoir, batch: Any) -> Reservoir:
 
 
 def add_to_ring(buffer: Ring, batch: Any, task: ArrayLike) -> Ring:
-    """Stores a batch of one task; the newest `capacity` items of a task stay.
+    """Stores a batch of one task, of which the newest `capacity` items stay.
 
     Args:
       buffer: a `Ring`.
-      batch: like the example, with one leading axis; any length.
-      task: index of the task, may be traced. Under jit a task that the buffer does not
-        have is dropped without a word.
+      batch: pytree like the example with one leading axis of any length.
+      task: integer in [0, tasks), may be traced. Under jit, where values are not
+        checked, the batch of any other task is dropped.
 
     Returns:
       The buffer after the batch, equal to that after its items one by one.
@@ -241,7 +271,18 @@ def add_to_ring(buffer: Ring, batch: Any, task: ArrayLike) -> Ring:
 
 
 def filled(buffer: Reservoir | Ring) -> jax.Array:
-    """Which slots hold an item: bool, (capacity,) or (tasks, capacity)."""
+    """Which slots hold an item.
+
+    Args:
+      buffer: a `Reservoir` or a `Ring`.
+
+    Returns:
+      bool (capacity,) for a reservoir, (tasks, capacity) for a ring.
+
+    >>> buffer = empty_reservoir(3, jnp.zeros([]), jax.random.key(0))
+    >>> filled(add_to_reservoir(buffer, jnp.ones(2)))
+    Array([ True,  True, False], dtype=bool)
+    """
     shape = (*buffer.seen.shape, _capacity(buffer))
     slot = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     return slot < buffer.seen[..., None]
@@ -250,20 +291,20 @@ def filled(buffer: Reservoir | Ring) -> jax.Array:
 def sample(
     buffer: Reservoir | Ring, batch_size: int
 ) -> tuple[Reservoir | Ring, Any, jax.Array]:
-    """Draws stored items, uniformly and without replacement; of a ring, over all tasks.
+    """Draws stored items uniformly, without replacement, from all tasks of a ring.
 
     A buffer that holds fewer than `batch_size` items gives all of them in random order;
-    the rest of the batch are unfilled slots, which hold zeros, with weight 0. The
-    replay loss is Σ weights · losses: the mean over what was drawn, and 0 for an empty
-    buffer, if the loss of an item of zeros is finite.
+    the rest of the batch is zeros with weight 0. The replay loss is Σ weights · losses:
+    the mean over the drawn items, and 0 for an empty buffer, if the loss of an item of
+    zeros is finite.
 
     Args:
       buffer: a `Reservoir` or a `Ring`.
-      batch_size: number of items, at most the number of slots.
+      batch_size: number of items, from 1 to the number of slots.
 
     Returns:
       The buffer to use next (the same call on the old one draws the same items), the
-      items with a leading axis of batch_size, and their weights, (batch_size,) float32:
+      items with a leading axis of batch_size, and their weights, float32 (batch_size,):
       equal over the drawn items with sum 1, or all 0 if the buffer is empty.
 
     Raises:
@@ -278,7 +319,9 @@ def sample(
     holds = filled(buffer)
     _check_size("batch_size", batch_size, most=math.prod(holds.shape))
     if not isinstance(buffer.seen, Tracer) and not holds.any():
-        raise ValueError("buffer is empty: add items before you sample.")
+        raise ValueError(
+            "buffer is empty, expected at least one item: add items first."
+        )
     key = _key(buffer, _SAMPLES, buffer.drawn)
     rank = jnp.where(holds, jax.random.uniform(key, holds.shape), -1.0)
     _, chosen = jax.lax.top_k(rank.reshape(-1), batch_size)

@@ -7,8 +7,8 @@ the last firing (μ_f = level, σ_f = 0 before the first):
     fire                  if  peak  and  μ < level  and  σ² < variance
     peak   becomes false  when it fires
 
-So it fires once per rise and fall: when a task has been learnt, which is the moment to
-grow a subspace or to take an importance.
+So it fires once per rise and fall of the loss, when a task has been learnt: the moment
+to grow a subspace or to measure importance.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,21 @@ __all__ = ["PlateauDetector", "PlateauState", "plateau_detector"]
 
 
 class PlateauState(NamedTuple):
-    losses: jax.Array  # (window,) float32, newest last
-    count: jax.Array  # int32: losses held, at most window
-    last_mean: jax.Array  # μ_f
-    last_variance: jax.Array  # σ_f²
-    peak: jax.Array  # bool: a rise since the last firing
+    """What a plateau detector remembers.
+
+    Attributes:
+      losses: float32 (window,), the newest last.
+      count: int32: how many of them are losses, at most window.
+      last_mean: μ_f, float32.
+      last_variance: σ_f², float32.
+      peak: bool: whether the loss has risen since the last firing.
+    """
+
+    losses: jax.Array
+    count: jax.Array
+    last_mean: jax.Array
+    last_variance: jax.Array
+    peak: jax.Array
 
 
 class PlateauDetector(NamedTuple):
@@ -39,9 +49,9 @@ class PlateauDetector(NamedTuple):
 def plateau_detector(
     level: float, variance: float = 0.1, window: int = 5
 ) -> PlateauDetector:
-    """Online-LoRA's detector of loss plateaus, as pure functions under jit.
+    """Online-LoRA's detector of loss plateaus, as pure functions that run under jit.
 
-    A loss that is not finite is ignored: the state stays as it was and nothing fires.
+    A loss that is not finite is ignored: the state does not change and nothing fires.
 
     The authors' code differs in two places, both of which need a known first task: it
     starts with `peak` true and never fires during the first task, and it decides on
@@ -49,24 +59,26 @@ def plateau_detector(
     above `level`, and only with a full window, so a stream that starts low and stays
     flat never fires.
 
-    Trap: the window's own deviation σ_f is the yardstick for a new peak, so noise on a
-    long plateau can fire again: on 2000 steps of white noise it fires 3 times in all
-    with a window of 5, once with 50. And a rise of d inside the window gives it a
-    variance of at most d²/4, so a rise with d² < 4 · variance may fire on its way up.
-    Feed it a smoothed loss, take a longer window, and keep `variance` small.
+    Trap: a new peak is measured against the deviation σ_f of the window itself, so
+    noise on a long plateau can fire again: on 2000 steps of white noise the detector
+    fires 3 times in all with a window of 5, once with 50. A rise of d inside the window
+    gives it a variance of at most d²/4, so a rise with d² < 4 · variance may fire on
+    its way up. Feed it a smoothed loss, take a longer window, and keep `variance`
+    small.
 
     Args:
-      level: the mean that counts as learnt; the loss's own scale decides.
-      variance: the largest variance of a plateau; the authors use 0.1.
-      window: number of losses looked at; the authors use 5.
+      level: the mean loss below which a task counts as learnt; finite, in the scale of
+        the loss.
+      variance: the variance that a plateau stays below; positive; the authors use 0.1.
+      window: the number of losses in the window, at least 2; the authors use 5.
 
     Returns:
-      A `PlateauDetector`. `update` takes a scalar loss; `fired` is a bool scalar, to
-      be read by the loop outside the step.
+      A `PlateauDetector`. `update` takes a scalar loss; `fired` is a bool scalar, which
+      the loop reads outside the step.
 
     Raises:
-      ValueError: if level is not finite, variance is not positive, window is below 2,
-        or, at update, loss is not a scalar.
+      ValueError: if level is not finite, variance is not positive or window is below 2;
+        from `update`, if loss is not a scalar.
 
     >>> detector = plateau_detector(level=2.0)
     >>> state = detector.init()

@@ -1,12 +1,12 @@
 """Learning-rate schedules for streams of tasks: optax schedules, count -> value.
 
-With p(a, n) = clip((count − a) / n, 0, 1), the progress of n steps from step a on:
+    infinite_schedule         warm up once, cool down to a constant, anneal on demand
+    wsd_s_schedule            constant in each task, inverse-linear decay at its end
+    rewarm_redecay_schedule   warm-up and cosine in each task
 
-    infinite          warm up once, cool down to a constant, anneal when told to
-    WSD-S             constant per task, inverse-linear decay at the end of each
-    re-warm           warm-up and cosine per task
-
-`infinite_schedule` needs no length of a task; the other two are told `task_steps`.
+`infinite_schedule` needs no length of a task; the other two need `task_steps`. All are
+stated with p(a, n) = clip((count − a) / n, 0, 1), the progress of n steps that begin at
+step a.
 """
 
 import itertools
@@ -22,7 +22,7 @@ __all__ = ["infinite_schedule", "rewarm_redecay_schedule", "wsd_s_schedule"]
 
 
 def _progress(count: jax.Array, begin: ArrayLike, steps: ArrayLike) -> jax.Array:
-    """p(begin, steps), the difference still in integers: exact for large counts."""
+    """p(begin, steps); the difference is taken in integers: exact for large counts."""
     return jnp.clip((count - begin) / jnp.maximum(steps, 1), 0.0, 1.0)
 
 
@@ -32,10 +32,13 @@ def _between(start: float | jax.Array, end: float, share: jax.Array) -> jax.Arra
 
 
 def _cosine(p: jax.Array) -> jax.Array:
+    """(1 − cos πp) / 2."""
     return 0.5 * (1.0 - jnp.cos(jnp.pi * p))
 
 
 def _inverse_sqrt(p: jax.Array) -> jax.Array:
+    """h(p) / h(1), with h(x) = 1 − 1/√(1 + 10x)."""
+
     def h(x):  # 10 is the timescale in the code of arXiv:2503.02844
         return 1.0 - jax.lax.rsqrt(1.0 + 10.0 * x)
 
@@ -57,6 +60,7 @@ def _check_values(init_value: float, **values: float) -> None:
 
 
 def _check_steps(**counts: int) -> None:
+    """At least 1 each, except that there may be no warm-up."""
     for name, steps in counts.items():
         least = 0 if name == "warmup_steps" else 1
         if steps < least:
@@ -75,38 +79,42 @@ def infinite_schedule(
     anneal_begin: int | None = None,
     cooldown: Literal["cosine", "inverse_sqrt"] = "cosine",
 ) -> Schedule:
-    """Infinite learning rate: no length of training is fixed in advance.
+    """Infinite learning rate: the length of training need not be known in advance.
 
         warm-up    init + (peak − init) · p(0, W)                       count < W
         cool-down  peak + (constant − peak) · c(p(W, C))                then, until
         constant   constant                                             N
-        anneal     constant · (end / constant)^p(N, A)                  from N on
+        anneal     constant · (end / constant)^p(N, A)                  count ≥ N
 
         c(x) = (1 − cos πx)/2   or   h(x)/h(1), h(x) = 1 − 1/√(1 + 10x)
 
-    W, C and A are warmup_steps, cooldown_steps and anneal_steps, N is anneal_begin.
+    init, peak, constant and end are init_value, peak_value, constant_value and
+    end_value; W, C and A are warmup_steps, cooldown_steps and anneal_steps; N is
+    anneal_begin; c(x) is the first form for cooldown="cosine", the second for
+    "inverse_sqrt".
 
     Keep the checkpoint of step N, anneal a copy of it for use, and learn the next task
     from the kept one: its count is N, so with a later `anneal_begin` (or None) it
-    goes on at `constant_value` with no new warm-up.
+    continues at `constant_value` without a new warm-up.
 
     Args:
-      init_value: at count 0.
-      peak_value: after the warm-up.
-      constant_value: after the cool-down.
-      end_value: after the anneal; positive, since the anneal is exponential.
-      warmup_steps: W.
-      cooldown_steps: C, counted from the end of the warm-up.
-      anneal_steps: A, counted from anneal_begin. A third-party port divides by A + N;
-        here the anneal takes A steps, as in the code of arXiv:2503.02844.
-      anneal_begin: N, at least W + C; None never anneals.
-      cooldown: c, "cosine" or "inverse_sqrt".
+      init_value: value at count 0, in [0, peak_value].
+      peak_value: value after the warm-up, at least constant_value.
+      constant_value: value after the cool-down, at least end_value.
+      end_value: value after the anneal; positive, since the anneal is exponential.
+      warmup_steps: W ≥ 0.
+      cooldown_steps: C ≥ 1, counted from the end of the warm-up.
+      anneal_steps: A ≥ 1, counted from anneal_begin. A third-party port divides by
+        A + N; here the anneal takes A steps, as in the code of arXiv:2503.02844.
+      anneal_begin: N ≥ W + C, or None to never anneal.
+      cooldown: "cosine" or "inverse_sqrt".
 
     Returns:
-      A schedule, continuous everywhere.
+      A schedule, count -> value, continuous everywhere.
 
     Raises:
-      ValueError: for values that are not in order or counts of steps that are too low.
+      ValueError: for values that are not in order, counts of steps that are too low, or
+        an unknown cooldown.
 
     >>> schedule = infinite_schedule(
     ...     0.0, 1.0, 0.5, 0.05,
@@ -138,7 +146,9 @@ def infinite_schedule(
             f"{warmup_steps + cooldown_steps}, got {anneal_begin}."
         )
     if cooldown not in _COOLDOWNS:
-        raise ValueError(f"cooldown is {cooldown!r}, expected {list(_COOLDOWNS)}.")
+        raise ValueError(
+            f"cooldown is {cooldown!r}, expected one of {list(_COOLDOWNS)}."
+        )
 
     def schedule(count):
         count = jnp.asarray(count)
@@ -154,7 +164,7 @@ def infinite_schedule(
 
 
 def _check_tasks(task_steps: int | Sequence[int], name: str, least: int) -> None:
-    """Every task must have room for the `least` steps that `name` stands for."""
+    """Every task must have at least `least` steps, the value of `name`."""
     lengths = [task_steps] if isinstance(task_steps, int) else list(task_steps)
     if not lengths or min(lengths) < least:
         raise ValueError(
@@ -172,7 +182,7 @@ def _position(
     ends = jnp.asarray(list(itertools.accumulate(task_steps)))
     lengths = jnp.asarray(list(task_steps))
     task = jnp.searchsorted(ends, count, side="right")
-    # After the last task its step runs on, so the schedule stays at its end.
+    # After the last task its step keeps counting, so the schedule stays at its end.
     task = jnp.minimum(task, len(lengths) - 1)
     return count - (ends - lengths)[task], lengths[task], task == 0
 
@@ -194,22 +204,23 @@ def wsd_s_schedule(
         constant  peak                                 until N − D
         decay     1 / (t / end + (1 − t) / peak)       1/value is linear in t
 
-    W and D are warmup_steps and decay_steps. Unlike plain WSD, which branches from the
-    weights before the decay, the run simply goes on: the value jumps back to the peak
-    at a boundary, without a second warm-up. t is 1 at step N, so the last step of a
-    task, N − 1, stands one step short of end_value.
+    init, peak and end are init_value, peak_value and end_value; W and D are
+    warmup_steps and decay_steps. Plain WSD branches from the weights before the decay.
+    WSD-S continues from the decayed ones: the value jumps back to the peak at a
+    boundary, without a second warm-up. t is 1 at step N, so the last step of a task,
+    N − 1, is one step short of end_value.
 
     Args:
-      init_value: at count 0.
-      peak_value: of the constant phase.
-      end_value: of the decay; positive.
-      warmup_steps: W, within the first task.
-      decay_steps: D, the last steps of every task; the authors use about a tenth.
-      task_steps: N, one number for all tasks, without end; or one per task, and
-        end_value after the last.
+      init_value: value at count 0, in [0, peak_value].
+      peak_value: value of the constant phase, at least end_value.
+      end_value: value at the end of the decay; positive.
+      warmup_steps: W ≥ 0, within the first task.
+      decay_steps: D ≥ 1, the last steps of every task; the authors use about a tenth.
+      task_steps: N: one number, for tasks that follow each other without end; or one
+        number per task, and the value after the last task is end_value.
 
     Returns:
-      A schedule.
+      A schedule, count -> value.
 
     Raises:
       ValueError: for values that are not in order, counts of steps that are too low,
@@ -254,20 +265,21 @@ def rewarm_redecay_schedule(
         warm-up  start + (peak − start) · p(0, W)                   n < W
         cosine   peak + (end − peak) · (1 − cos(π p(W, N − W)))/2   then
 
-    W is warmup_steps; start is init_value for the first task and end_value for the
-    others, so that the schedule is continuous; some implementations re-warm from 0.
-    Re-warming itself causes forgetting, and a lower peak less of it: mix in old data.
+    peak and end are peak_value and end_value, W is warmup_steps. start is init_value
+    for the first task and end_value for the others, so that the schedule is continuous;
+    some implementations re-warm from 0. Re-warming itself causes forgetting, less of it
+    with a lower peak: replay old data.
 
     Args:
-      init_value: at count 0.
-      peak_value: after each warm-up.
-      end_value: at the end of each task, reached at its step N.
-      warmup_steps: W.
-      task_steps: N, one number for all tasks, without end; or one per task, and
-        end_value after the last.
+      init_value: value at count 0, in [0, peak_value].
+      peak_value: value after each warm-up, at least end_value.
+      end_value: value at the end of each task, reached at its step N; positive.
+      warmup_steps: W ≥ 0.
+      task_steps: N: one number, for tasks that follow each other without end; or one
+        number per task, and the value after the last task is end_value.
 
     Returns:
-      A schedule.
+      A schedule, count -> value.
 
     Raises:
       ValueError: for values that are not in order, counts of steps that are too low,

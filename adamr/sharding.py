@@ -1,13 +1,18 @@
-"""Placement: state lies where its parameters lie.
+"""Where arrays lie: optimizer state beside its parameters, or in host memory.
 
-    params' axis      sharded along         state beside it
-    fan-in            m, bases              one all-reduce of r × out numbers per step
-    fan-out           m, v shared along     nothing is sent
-                      the fan-in
-    batch (layers)    all of these          nothing is sent
+On the devices, each array of the state is sharded along the axes that it shares with
+its parameter (`state_shardings`):
 
-What has no axis of the parameters (counts, overlap, weights of directions) is
-replicated.
+    sharded axis of    state sharded along it    sent per step
+    the parameter
+    fan-in             m, bases                  one all-reduce of r × outputs numbers
+    fan-out            m, and v shared along     nothing
+                       the fan-in
+    batch (layers)     m, v, bases, weights      nothing
+
+Arrays without an axis of a parameter (counts, overlap) are replicated. State that no
+step needs for a while moves to host memory and back with its sharding (`offload`,
+`onload`).
 """
 
 from typing import Any
@@ -24,7 +29,7 @@ __all__ = ["offload", "onload", "state_shardings"]
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """Where an array lies on a mesh; under a trace, only along explicit axes."""
+    """The placement of an array on a mesh, or None; under a trace, of explicit axes."""
     if _tree.is_traced(x):
         found = jax.typeof(x).sharding
         return found if AxisType.Explicit in found.mesh.axis_types else None
@@ -33,9 +38,9 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 
 def _like(x: Any, leaf: Any, lead: int) -> Any:
-    """A copy of `x` whose axes, but for the first `lead`, lie as those of `leaf`.
+    """A copy of `x` whose axes after the first `lead` are placed like those of `leaf`.
 
-    An `x` that is sharded by hand stays where it is.
+    An `x` that the caller has sharded keeps its placement.
     """
     where = None if _tree.is_hole(leaf) else sharding_of(leaf)
     if where is None:
@@ -43,7 +48,7 @@ def _like(x: Any, leaf: Any, lead: int) -> Any:
     if not _tree.is_traced(x):
         if isinstance(x, jax.Array) and not x.sharding.is_fully_replicated:
             return jnp.array(x, copy=True)
-        x = np.asarray(x)  # a constant of no mesh
+        x = np.asarray(x)  # a constant that belongs to no mesh
     along = zip(x.shape[lead:], leaf.shape, where.spec, strict=False)
     axes = [None] * lead + [axis if n == m else None for n, m, axis in along]
     where = NamedSharding(where.mesh, PartitionSpec(*axes))
@@ -53,9 +58,10 @@ def _like(x: Any, leaf: Any, lead: int) -> Any:
 
 
 def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | None:
-    """Each axis of the result as in the first operand that has it sharded.
+    """The sharding of a contraction's result, which explicit sharding must be told.
 
-    Under explicit sharding a contraction of sharded axes must say so.
+    Each axis lies as in the first operand that has it sharded; None without explicit
+    axes.
     """
     found = [jax.typeof(x).sharding for x in operands]
     meshes = [s.mesh for s in found if AxisType.Explicit in s.mesh.axis_types]
@@ -69,29 +75,35 @@ def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | No
     return NamedSharding(meshes[0], PartitionSpec(*map(axes.get, result)))
 
 
-def copied_beside(params: Any, entries: tuple[Any, ...], lead: int = 0) -> tuple:
-    """Fresh buffers in leaf order (bases, weights, rows), each beside its parameter."""
+def copied_beside(
+    params: Any, entries: tuple[Any, ...], lead: int = 0
+) -> tuple[jax.Array | None, ...]:
+    """Copies of entries in leaf order (bases, weights, rows), beside their parameters.
+
+    The first `lead` axes of an entry are not those of its parameter.
+    """
     leaves = _tree.flatten(params)[0] or [None] * len(entries)
     pairs = zip(entries, leaves, strict=True)
     return tuple(None if x is None else _like(x, leaf, lead) for x, leaf in pairs)
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
-    """Where each array of the optimizer state belongs, from where the parameters lie.
+    """The sharding of each array of the optimizer state, from those of the parameters.
 
-    Moments, bases and whatever else has axes of a parameter are sharded along them as
-    it is; the rest is replicated. Nothing is computed and no array is made, so it
-    serves models that fit no single device:
+    Moments, bases and other arrays with axes of a parameter are sharded along them like
+    the parameter; the rest is replicated. Nothing is computed and no array is made, so
+    it works for models that fit no single device:
 
         where = state_shardings(tx, params)
         state = jax.jit(tx.init, out_shardings=where)(params)
 
-    Without it a jitted `init` leaves the state on one device, and the step compiles
-    twice: `jit` does not see where its arguments lie.
+    Without these shardings a jitted `init` leaves the state on one device, and the step
+    compiles twice, because `jit` does not see the placement of its arguments.
 
     Args:
-      tx: any optax transformation; its subspace as `empty_subspace` makes it.
-      params: arrays, or `jax.ShapeDtypeStruct`s, with a `NamedSharding` each.
+      tx: any optax transformation. Its subspace must not be sharded by hand: leave it
+        as `empty_subspace` returns it.
+      params: tree of arrays or `jax.ShapeDtypeStruct`s, each with a `NamedSharding`.
 
     Returns:
       A tree like `tx.init(params)` of `NamedSharding`s.
@@ -143,6 +155,7 @@ _HOST = "pinned_host"
 
 
 def _has_host_memory(sharding: jax.sharding.Sharding) -> bool:
+    """Whether every device of this process can reach pinned host memory."""
     devices = sharding.addressable_devices
     return all(
         any(memory.kind == _HOST for memory in device.addressable_memories())
@@ -151,18 +164,19 @@ def _has_host_memory(sharding: jax.sharding.Sharding) -> bool:
 
 
 def offload(tree: Any) -> Any:
-    """The tree with its arrays in host memory, each shard on its own host.
+    """Copies the arrays of a tree to host memory, each shard to its own host.
 
     Args:
-      tree: any pytree; what is no `jax.Array` stays as it is.
+      tree: any pytree; leaves that are not a `jax.Array` are returned unchanged.
 
     Returns:
-      The same tree with copies that keep values, dtypes and shardings, in pinned host
-      memory where the backend has it, else as NumPy arrays. The originals stay until
-      nothing refers to them. Give it to `onload` before computing.
+      The tree with copies that keep values, dtypes and shardings: in pinned host memory
+      where the backend has it, otherwise as NumPy arrays. The originals are freed when
+      nothing refers to them. Pass the tree to `onload` before computing.
 
     Raises:
-      ValueError: for an array spread over processes on a backend without such memory.
+      ValueError: for an array over several processes on a backend without pinned host
+        memory.
 
     >>> held = offload({"moment": jnp.ones(3)})
     >>> held["moment"].sharding.memory_kind
@@ -179,8 +193,8 @@ def offload(tree: Any) -> Any:
             return jax.device_put(x, where, may_alias=False)
         if not x.is_fully_addressable:
             raise ValueError(
-                f"tree has an array of shape {x.shape} over several processes, and "
-                f"{x.sharding} offers no {_HOST} memory."
+                f"tree has an array of shape {x.shape} over several processes, "
+                f"expected {_HOST} memory on their devices: {x.sharding} has none."
             )
         return np.array(x, copy=True)
 
@@ -188,7 +202,17 @@ def offload(tree: Any) -> Any:
 
 
 def onload(tree: Any) -> Any:
-    """The tree with its arrays in device memory again, sharded as they were."""
+    """Copies the arrays of a tree back to device memory, with their shardings.
+
+    Args:
+      tree: from `offload`; NumPy arrays become JAX arrays on the default device.
+
+    Returns:
+      The tree with its arrays in device memory.
+
+    >>> onload(offload(jnp.ones(2)))
+    Array([1., 1.], dtype=float32)
+    """
 
     def leaf(x):
         if isinstance(x, jax.Array):

@@ -185,7 +185,7 @@ def protect_inputs(
             "gradients: set_subspace(opt_state, grow_directions(get_subspace("
             "opt_state), gradients))."
         )
-    grown = grow_subspace(subspace, inputs, threshold=threshold, importance=scaling)
+    grown = grow_subspace(subspace, inputs, threshold=threshold, scaling=scaling)
     return set_subspace(opt_state, grown, moments=moments)
 
 

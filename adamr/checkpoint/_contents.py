@@ -1,7 +1,7 @@
-"""What is in a checkpoint: the state, and what the run was made with.
+"""The contents of a checkpoint: the state, and the settings of the run that saved it.
 
-Both are compared with what a run has now, by text, so that a message can list every
-difference.
+Both are compared as text with those of the current run, so that a message can list
+every difference.
 """
 
 import json
@@ -16,7 +16,7 @@ from adamr.checkpoint import _leaves
 
 __all__ = ["Restored", "differences", "orbax", "plain", "read", "text", "write"]
 
-_SETTINGS = (  # of JAX, those that change bits
+_SETTINGS = (  # the settings of JAX that change bits
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
     "jax_enable_x64",
@@ -26,10 +26,10 @@ _SETTINGS = (  # of JAX, those that change bits
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy, as JSON gives it back: equal, but for tuples, which become lists.
+    """A copy as JSON returns it: equal, except that tuples become lists.
 
     Raises:
-      TypeError: naming the entry that JSON cannot hold.
+      TypeError: for an entry that JSON cannot hold; the message names it.
     """
 
     def check(value, name):
@@ -43,8 +43,8 @@ def plain(value: Any, name: str) -> Any:
                 check(item, f"{name}/{i}")
         elif not (value is None or isinstance(value, bool | int | float | str)):
             raise TypeError(
-                f"{name} is a {type(value).__name__}, expected what JSON can hold: "
-                "numbers, text, None, lists and dicts of them."
+                f"{name} is a {type(value).__name__}, expected a value that JSON can "
+                "hold: a number, a string, None, or lists and dicts of these."
             )
 
     check(value, name)
@@ -67,7 +67,7 @@ def _origin(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _devices() -> str:
-    """Such as `8 cpu`."""
+    """The devices of the run, such as `8 cpu`."""
     kinds = [device.device_kind for device in jax.devices()]
     text = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted({*kinds}))
     count = jax.process_count()
@@ -75,6 +75,7 @@ def _devices() -> str:
 
 
 def _flat(value: Any, name: str) -> dict[str, str]:
+    """Nested dicts as one, of values as text under names such as `config/rate`."""
     if not isinstance(value, dict) or not value:
         return {name: json.dumps(value)}
     parts = [_flat(item, f"{name}/{key}") for key, item in value.items()]
@@ -82,7 +83,7 @@ def _flat(value: Any, name: str) -> dict[str, str]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """A line for each entry that differs, as text: `config/rate: 0.1, 0.2`."""
+    """One line for each entry that differs, such as `config/rate: 0.1, 0.2`."""
     saved, now = [
         {k: v for name, part in whole.items() for k, v in _flat(part, name).items()}
         for whole in (there, here)
@@ -95,12 +96,21 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 class Restored(NamedTuple):
+    """What a checkpoint gives back.
+
+    Attributes:
+      step: how far the run was.
+      state: a tree like the one that was saved, placed like `like`.
+      metrics: what was saved as metrics; tuples have become lists.
+    """
+
     step: int
     state: Any
     metrics: Any
 
 
 def orbax() -> Any:
+    """The module `orbax.checkpoint`, imported when it is needed."""
     try:
         import orbax.checkpoint
     except ImportError as error:
@@ -111,7 +121,7 @@ def orbax() -> Any:
 
 
 def text(step: int, config: dict[str, Any], metrics: Any, records: list) -> str:
-    """All of a checkpoint but its arrays."""
+    """Everything in a checkpoint except its arrays, as JSON."""
     contents = {
         "step": step,
         "origin": _origin(config),
@@ -123,12 +133,12 @@ def text(step: int, config: dict[str, Any], metrics: Any, records: list) -> str:
 
 
 def _arrays() -> Any:
-    """Orbax's reader and writer of a tree of arrays, as a context."""
+    """Orbax's reader and writer of a tree of arrays, a context manager."""
     ocp = orbax()
     if jax.process_count() == 1:
         return ocp.Checkpointer(ocp.StandardCheckpointHandler())
-    # Named, the processes wait for each other without the devices, which the main
-    # thread has.
+    # Processes that are named wait for each other without the devices, which the main
+    # thread uses.
     everyone = ocp.options.MultiprocessingOptions(
         primary_host=0, active_processes=set(range(jax.process_count()))
     )
@@ -137,7 +147,7 @@ def _arrays() -> Any:
 
 
 def write(folder: Path, text: str, arrays: dict[str, Any]) -> None:
-    """Fills an empty folder."""
+    """Writes a checkpoint into an empty folder."""
     if _processes.first():
         (folder / "state.json").write_text(text, encoding="utf-8")
     if arrays:
@@ -147,7 +157,12 @@ def write(folder: Path, text: str, arrays: dict[str, Any]) -> None:
 
 
 def read(path: Path, like: Any, config: dict[str, Any] | None) -> Restored:
-    """The undamaged checkpoint at `path`; with a config, only if all of it agrees."""
+    """Reads the undamaged checkpoint at `path`.
+
+    Raises:
+      ValueError: if its state differs from `like`, or, unless config is None, if it was
+        saved with another config, other versions or other settings.
+    """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     lines = []
     if config is not None:
@@ -159,14 +174,14 @@ def read(path: Path, like: Any, config: dict[str, Any] | None) -> Restored:
         raise ValueError(
             f"{path} is from another run (there, here):\n  "
             + "\n  ".join(lines)
-            + "\nGo on with what it was made with, or take another directory; "
-            "adamr.checkpoint.load reads it without comparing hyperparameters and "
-            "versions."
+            + "\nContinue with the settings it was saved with, or use another "
+            "directory. adamr.checkpoint.load reads it without comparing "
+            "hyperparameters and versions."
         )
     if config is not None and saved["devices"] != _devices():
         warnings.warn(
             f"{path} was saved on {saved['devices']}, this is {_devices()}: the "
-            "run goes on, but its last bits may differ.",
+            "run continues, but its last bits may differ.",
             stacklevel=3,
         )
     arrays = _leaves.placeholders(saved["leaves"], like)

@@ -1,8 +1,8 @@
-"""Folders on disk that are whole or absent, and that tell when they are damaged.
+"""Folders on disk that are complete or absent, and whose damage is detected.
 
-A folder is written under a temporary name, gets a list of SHA-256 sums of its files,
-is flushed to disk, and only then takes its name by one rename. What a crash leaves
-behind has a temporary name and is removed by the next process that holds the lock.
+A folder is written under a temporary name, gets a list of SHA-256 sums of its files, is
+flushed to disk, and only then gets its name by one rename. A crash leaves only folders
+with temporary names, which the next process that holds the lock removes.
 """
 
 import contextlib
@@ -40,20 +40,21 @@ _TEMPORARY = ".adamr-partial-"
 
 
 def _sum(path: Path) -> str:
+    """The SHA-256 sum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sealed(lines: list[str]) -> str:
-    """The lines and a last one that covers them, so that no cut goes unseen."""
+    """The lines and a last one with their sum, so that a cut is detected."""
     text = "".join(f"{line}\n" for line in lines)
     return f"{text}# sum of the above {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def damage(folder: Path) -> str | None:
-    """Why the folder is not what was committed; None if it is, to the last bit.
+    """How the folder differs from what was committed; None if every bit is the same.
 
-    Files that were not there at the commit are not looked at.
+    Files added after the commit are not read.
     """
     try:
         written = (folder / SUMS).read_bytes().decode()
@@ -72,6 +73,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _flush(path: Path) -> None:
+    """Writes a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,23 +82,23 @@ def _flush(path: Path) -> None:
 
 
 def unused(directory: Path) -> Path:
-    """A temporary name that nothing has."""
+    """A temporary name that nothing in the directory has."""
     return directory / f"{_TEMPORARY}{secrets.token_hex(8)}"
 
 
 def temporary(directory: Path) -> Path:
-    """A new empty folder in the directory, for `commit` or to be removed."""
+    """A new empty folder in the directory, to be committed or removed."""
     folder = unused(directory)
     folder.mkdir()
     return folder
 
 
 def commit(folder: Path, final: Path) -> None:
-    """Gives a temporary folder its sums and its name, in one step and for good.
+    """Gives a temporary folder its sums and, by one rename, its name.
 
     Args:
-      folder: from `temporary`, complete.
-      final: a name that does not exist, in the same directory.
+      folder: from `temporary`, with all its files.
+      final: a path in the same directory that does not exist.
     """
     inside = sorted(folder.rglob("*"))
     files = [path for path in inside if path.is_file()]
@@ -109,16 +111,16 @@ def commit(folder: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder; a crash half-way leaves a temporary name, not a damaged one."""
+    """Removes a folder, under a temporary name in case of a crash half-way."""
     grave = unused(folder.parent)
     os.rename(folder, grave)
     shutil.rmtree(grave, ignore_errors=True)
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether this process holds the lock now; ends with the process, however it ends.
+    """Takes the lock until the process ends; whether the system has such locks.
 
-    Record locks, unlike flock, are not inherited by forked workers that outlive it.
+    Record locks, unlike flock, are not inherited by forked workers that live longer.
     """
     if fcntl is None:
         return False
@@ -127,7 +129,7 @@ def _lock(file: IO[str]) -> bool:
     except (BlockingIOError, PermissionError) as error:
         raise RuntimeError(
             f"{Path(file.name).parent} is in use: another process saves there. Wait "
-            "for it to end, or take another directory."
+            "for it to end, or use another directory."
         ) from error
     except OSError:  # a file system without locks
         return False
@@ -136,11 +138,11 @@ def _lock(file: IO[str]) -> bool:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Makes the directory and keeps other processes out for the length of the block.
+    """Makes the directory and keeps other processes out during the block.
 
     Raises:
       OSError: if the directory cannot be made or written.
-      RuntimeError: if another process has it.
+      RuntimeError: if another process uses it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -159,14 +161,14 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def found(directory: Path) -> list[tuple[int, int, Path]]:
-    """(step, attempt, path) of every checkpoint, good or damaged, newest first."""
+    """(step, attempt, path) of every checkpoint, damaged or not, newest first."""
     matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
     named = [(int(m[1]), int(m[2] or 1), path) for m, path in matches if m]
     return sorted(named, reverse=True)
 
 
 def newest(directory: Path) -> str | None:
-    """The newest that is not damaged; warns of those that are."""
+    """The newest checkpoint that is not damaged; warns of newer ones that are."""
     for _, _, path in found(directory):
         reason = damage(path)
         if reason is None:
@@ -181,8 +183,8 @@ def new_path(directory: Path, step: int) -> str:
     later = [path for n, _, path in here if n > step and not damage(path)]
     if later:
         raise ValueError(
-            f"step is {step}, but there is {later[0]}: restore before saving, or "
-            "take another directory."
+            f"step is {step}, expected at least that of {later[0]}: restore before "
+            "saving, or use another directory."
         )
     attempts = [attempt for n, attempt, _ in here if n == step]
     suffix = f"-{attempts[0] + 1}" if attempts else ""
@@ -190,7 +192,7 @@ def new_path(directory: Path, step: int) -> str:
 
 
 def retain(directory: Path, keep: int | None) -> None:
-    """Removes undamaged checkpoints but for the `keep` newest."""
+    """Removes all undamaged checkpoints except the `keep` newest; None keeps all."""
     here = [path for _, _, path in found(directory)]
     if keep is not None and len(here) > keep:
         good = [path for path in here if not damage(path)]

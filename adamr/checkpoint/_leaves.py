@@ -1,11 +1,11 @@
-"""The leaves of a state, as files can hold them: arrays and plain JSON.
+"""The leaves of a state in the form that files hold: arrays and plain JSON.
 
-Arrays over several processes stay jax.Arrays, of which each process has its shards, in
-host memory; all others become NumPy arrays.
+Arrays over several processes stay `jax.Array`s in host memory, of which each process
+has its shards; all others become NumPy arrays.
 
-A leaf is kept under its name, so fields may change places. Bits, dtypes, weak types and
-the implementation of PRNG keys come back as they were saved; placement comes from
-`like`.
+A leaf is stored under its name, so the order of fields may change. Bits, dtypes, weak
+types and the implementation of PRNG keys are restored as they were saved; the placement
+comes from `like`.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _NUMBERS = frozenset(
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """`a/b` may be one key or two; the second of a name gets a number."""
+    """Names made unique: `a/b` may be one key or two, and the second gets a number."""
     seen: dict[str, int] = {}
     unique = []
     for name in names:
@@ -47,28 +47,31 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their unique names."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in pairs]
     return dict(zip(_unique(names), [leaf for _, leaf in pairs], strict=True))
 
 
 def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _holds_numbers(dtype: np.dtype) -> bool:
-    # Those of less than a byte, or of other floats in one, have a byte each in NumPy.
+    """Whether a dtype is one of numbers or bools that can be stored."""
+    # NumPy gives numbers of less than a byte, and other floats of one, a byte each.
     small = dtype.itemsize == 1 and jnp.issubdtype(dtype, np.number)
     return dtype.isnative and (dtype.name in _NUMBERS or small)
 
 
 def _as_bytes(value: np.ndarray) -> np.ndarray:
-    """Types that orbax does not know, as their bits."""
+    """The bits of types that orbax does not know; other arrays unchanged."""
     return value if value.dtype.name in _NUMBERS else value.view(np.uint8)
 
 
 def _text(leaf: Any, name: str) -> str:
-    """Such as `float32[3,2]` or `int`."""
+    """The type of a leaf, such as `float32[3,2]` or `int`."""
     array = jax.Array | jax.ShapeDtypeStruct | np.generic
     if isinstance(leaf, array) or type(leaf) is np.ndarray:  # a mask would be lost
         if _is_key(leaf) or _holds_numbers(leaf.dtype):
@@ -83,48 +86,56 @@ def _text(leaf: Any, name: str) -> str:
 
 
 def described(tree: Any) -> dict[str, str]:
-    """What each leaf of a state is, by name."""
+    """The type of each leaf of a state, by name."""
     return {name: _text(leaf, name) for name, leaf in _named(tree).items()}
 
 
 def signature(records: list[dict[str, Any]]) -> dict[str, str]:
-    """The same, of saved records."""
+    """The same for saved records."""
     return {record["name"]: record["type"] for record in records}
 
 
 def _is_global(leaf: Any) -> bool:
-    """Whether other processes hold parts of it, or, of a like, will."""
+    """Whether other processes hold parts of an array (of a placeholder: will hold)."""
     sharding = getattr(leaf, "sharding", None)
     return sharding is not None and not sharding.is_fully_addressable
 
 
 class Stored(NamedTuple):
-    records: list[dict[str, Any]]  # one per leaf, for JSON
-    arrays: dict[str, Any]  # copies, by position
+    """A state as files hold it.
+
+    Attributes:
+      records: one per leaf, for JSON.
+      arrays: copies of the arrays, by position.
+    """
+
+    records: list[dict[str, Any]]
+    arrays: dict[str, Any]
 
 
 def _copied(leaf: Any, name: str) -> Any:
+    """A copy of an array in host memory."""
     if not _is_global(leaf):
         return _as_bytes(np.array(leaf, copy=True))
     if leaf.dtype.name not in _NUMBERS:
         raise TypeError(
-            f"state has {leaf.dtype} over several processes at {name!r}, expected one "
-            f"of {sorted(_NUMBERS)}."
+            f"state has {leaf.dtype} over several processes at {name!r}, expected a "
+            f"dtype among {sorted(_NUMBERS)}."
         )
     return offload(leaf)
 
 
-def digest(of: Stored) -> bytes:
-    """What must be the same in all processes: all but global arrays."""
-    total = hashlib.sha256(json.dumps(of.records).encode())
-    for array in of.arrays.values():
+def digest(state: Stored) -> bytes:
+    """The sum of all that must be the same in all processes: all but global arrays."""
+    total = hashlib.sha256(json.dumps(state.records).encode())
+    for array in state.arrays.values():
         if isinstance(array, np.ndarray):
             total.update(array.tobytes())
     return total.digest()
 
 
 def stored(state: Any) -> Stored:
-    """What files hold of a state, copied: its buffers may be donated next."""
+    """A copy of a state as files hold it; the state's buffers may be donated next."""
     records, arrays = [], {}
     leaves = _named(state)
     for leaf in leaves.values():
@@ -152,6 +163,7 @@ def stored(state: Any) -> Stored:
 
 
 def _host_type(leaf: Any) -> Any:
+    """Shape and dtype of a leaf as NumPy holds it: a key is its data."""
     if _is_key(leaf):
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return jax.eval_shape(jax.random.key_data, shape)
@@ -159,7 +171,7 @@ def _host_type(leaf: Any) -> Any:
 
 
 def placeholders(records: list[dict[str, Any]], like: Any) -> dict[str, Any]:
-    """What orbax is asked to read: an array of the right shape for each one stored."""
+    """The arrays that orbax is asked to read: one of the right shape per stored one."""
 
     def placeholder(leaf):
         host = _host_type(leaf)
@@ -174,7 +186,7 @@ def placeholders(records: list[dict[str, Any]], like: Any) -> dict[str, Any]:
 
 
 def _placed(value: Any, like: Any) -> jax.Array:
-    """On the devices of `like`; where `like` follows its neighbours, so does this."""
+    """`value` on the devices of `like`; uncommitted if `like` is uncommitted."""
     sharding = getattr(like, "sharding", None)
     if sharding is None or not getattr(like, "committed", True):
         return jnp.array(value)
@@ -182,11 +194,13 @@ def _placed(value: Any, like: Any) -> jax.Array:
 
 
 def _weak(value: Any) -> jax.Array:
+    """`value` as an array of weak type."""
     zeros = jnp.full(value.shape, value.dtype.type(0).item())
     return zeros.at[...].set(value)
 
 
 def _restored(record: dict[str, Any], arrays: dict[str, Any], like: Any) -> Any:
+    """One leaf, from its record and the arrays that were read."""
     if record["kind"] == "plain":
         return record["value"]
     if "array" in record and _is_global(like):
@@ -213,7 +227,7 @@ def _restored(record: dict[str, Any], arrays: dict[str, Any], like: Any) -> Any:
 
 
 def restored(records: list[dict[str, Any]], arrays: dict[str, Any], like: Any) -> Any:
-    """The state: structure and placement from `like`, all else as it was saved."""
+    """The saved state, with the structure and placement of `like`."""
     saved = {record["name"]: record for record in records}
     leaves = [_restored(saved[n], arrays, leaf) for n, leaf in _named(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -12,19 +12,20 @@
                 sys.exit()
 
 The state is one pytree: parameters, optimizer and continual state, buffers, PRNG keys,
-position in the data. Whatever the loop carries from step to step and is neither in it,
-in step nor in metrics, is lost. A checkpoint is a folder `step-…` that appears by one
-rename, with a checksum of every file (`_folders.py`):
+position in the data. Anything that the loop carries from step to step must be in the
+state, the step or the metrics, or it is lost. A checkpoint is a folder `step-…` that
+appears by one rename, with a checksum of every file:
 
     arrays/      array leaves, in orbax's format, by position
     state.json   everything else: step, metrics, config, versions, names of the leaves
-    SHA256SUMS   for `sha256sum -c`; without it, or if it does not hold, it is damaged
+    SHA256SUMS   for `sha256sum -c`; if it is missing or does not match, the checkpoint
+                 is damaged
 
-In several processes (`jax.distributed`) all make the same calls, and see the same
-directory. Each writes its shards of arrays that lie over all of them; everything else
-(metrics, NumPy arrays, arrays of one process) must be the same in all and is written by
-the first. Another number of devices or processes reads it, too: arrays go where `like`
-has them.
+In several processes (`jax.distributed`) all make the same calls and see the same
+directory. Each writes its shards of the arrays that lie over all of them; everything
+else (metrics, NumPy arrays, arrays of one process) must be the same in all and is
+written by the first. A checkpoint can be read with another number of devices or
+processes: arrays get the placement that they have in `like`.
 
 Needs orbax (`pip install 'adamr-jax[orbax]'`) and a POSIX file system.
 """
@@ -51,16 +52,28 @@ __all__ = ["Checkpoints", "Restored", "load"]
 
 
 def load(path: str | os.PathLike, like: Any) -> Restored:
-    """One checkpoint, whatever hyperparameters and versions it is from.
+    """Reads one checkpoint without comparing hyperparameters and versions.
 
     For evaluation, or to begin another run; `Checkpoints.restore` resumes a run.
 
     Args:
       path: the folder `step-…`.
-      like: as for `Checkpoints.restore`.
+      like: a state with the same leaves, such as the initial one, or the same tree of
+        `jax.ShapeDtypeStruct`s. Arrays get the placement that they have here; values
+        are not read.
+
+    Returns:
+      Step, state and metrics.
 
     Raises:
       ValueError: if it is damaged, or its state differs from `like`.
+
+    >>> import tempfile
+    >>> directory, state = tempfile.mkdtemp(), {"w": jax.numpy.ones(2)}
+    >>> with Checkpoints(directory, config={}, every=1) as checkpoints:
+    ...     saved = checkpoints.save(1, state)
+    >>> load(directory + "/step-000000000001", state).state["w"]
+    Array([1., 1.], dtype=float32)
     """
     reason = _folders.damage(Path(path))
     if reason:
@@ -69,29 +82,31 @@ def load(path: str | os.PathLike, like: Any) -> Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saved while it goes on, found again when it died.
+    """The checkpoints of one run: saved while it runs, restored when it starts again.
 
-    A run that is killed at any moment, and started again with the same command, ends
-    with the bits of a run that was not (`test_fifty_kills`). That needs the same
+    Guarantee: a run that is killed at any moment and started again with the same
+    command ends with the same bits as a run that was never killed. This needs the same
     hardware and a loop that is a function of its state: batches drawn by step or key.
 
     Args:
-      directory: of this run alone; made if it is not there.
-      config: hyperparameters and whatever else the run depends on, a dict that JSON can
-        hold. A checkpoint with another one is refused.
+      directory: a local directory for this run alone; made if it does not exist.
+      config: hyperparameters and everything else that the run depends on, a dict that
+        JSON can hold. A checkpoint with another config is refused.
       every: save when the step passes a multiple of this number, or when this
-        `datetime.timedelta` has gone by since the last save.
-      keep: how many undamaged checkpoints stay, the newest; None: all. Before an older
-        one is deleted, these are read again and compared with their checksums, in the
-        background. Damaged ones are not counted and never deleted.
+        `datetime.timedelta` has passed since the last save; positive.
+      keep: how many of the newest undamaged checkpoints to keep, at least 1; None: all.
+        Before an older one is deleted, these are read again and compared with their
+        checksums, in the background. Damaged ones are not counted and never deleted.
 
     Attributes:
       stopping: True once SIGTERM has come and `save` has saved: leave the loop then. A
-        SIGTERM that no save has seen is passed on at the end of the with statement.
+        SIGTERM after the last save is raised again at the end of the with statement.
 
     Raises:
+      ValueError: for a directory that is not local, or every or keep out of range.
+      TypeError: for a config that JSON cannot hold.
       OSError: on entry, if the directory cannot be written; from `save` or on exit, if
-        a checkpoint could not be. Earlier ones stay.
+        a checkpoint could not be written. Earlier ones stay.
       RuntimeError: on entry, if another process saves there.
       ImportError: on entry, without orbax.
 
@@ -142,7 +157,7 @@ class Checkpoints:
             _processes.by_first(lambda: stack.enter_context(locked))
             writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
             self._writer = stack.enter_context(writer)
-            alone = jax.process_count() == 1  # else JAX listens for the signal
+            alone = jax.process_count() == 1  # otherwise JAX handles the signal
             if alone and threading.current_thread() is threading.main_thread():
                 before = signal.signal(signal.SIGTERM, self._on_signal)
                 stack.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
@@ -156,7 +171,7 @@ class Checkpoints:
             except OSError as failure:
                 if error is None or isinstance(error, SystemExit):
                     raise
-                warnings.warn(str(failure), stacklevel=2)  # the other error is the news
+                warnings.warn(str(failure), stacklevel=2)  # `error` matters more
             finally:
                 self._writer = None
         if self._signalled and not self.stopping and error is None:
@@ -171,7 +186,7 @@ class Checkpoints:
         self._signalled = True
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest checkpoint that is not damaged, or None if there is none.
+        """Reads the newest checkpoint that is not damaged.
 
         Args:
           like: a state as the loop holds it, such as the initial one, or the same tree
@@ -179,7 +194,8 @@ class Checkpoints:
             values are not read.
 
         Returns:
-          Step, state and metrics. Damaged checkpoints are skipped with a warning each.
+          Step, state and metrics, or None if there is no such checkpoint. Damaged
+          checkpoints are skipped with a warning each.
 
         Raises:
           ValueError: if the checkpoint is from other hyperparameters, other versions of
@@ -197,6 +213,7 @@ class Checkpoints:
         return restored
 
     def _due(self, step: int) -> bool:
+        """Whether `every` or a signal asks for a save at this step."""
         if self._signalled and not self.stopping:
             return True
         if isinstance(self._every, datetime.timedelta):
@@ -207,16 +224,18 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, metrics: Any = None, *, force: bool = False
     ) -> bool:
-        """Saves if it is due, or SIGTERM has come, or with `force`.
+        """Saves if a save is due, if SIGTERM has come, or with `force`.
 
-        The state is copied before it returns, so its buffers may be donated next, and
-        is written while the loop goes on; the next save waits for that.
+        The state is copied before the call returns, so its buffers may be donated next.
+        It is written while the loop continues; the next save waits for that.
 
         Args:
-          step: how far the run is; never less than at an earlier checkpoint.
+          step: how far the run is, at least 0 and at least that of the checkpoints in
+            the directory.
           state: pytree of JAX arrays and PRNG keys, NumPy arrays and scalars, bools,
             ints, floats and strings, of the same structure and shapes every time.
-          metrics: what JSON can hold; may grow. Tuples come back as lists.
+          metrics: anything that JSON can hold; may grow. Tuples become lists.
+          force: save even if no save is due.
 
         Returns:
           Whether it saved.
@@ -224,8 +243,9 @@ class Checkpoints:
         Raises:
           OSError: if this or the save before it could not be written.
           TypeError: for a leaf, or metrics, that cannot be stored.
-          ValueError: if the directory has a later checkpoint, or the structure of the
-            state is not that of `like` in `restore`.
+          ValueError: for a negative step, if the directory has a later checkpoint, or
+            if the structure of the state is not that of `like` in `restore`.
+          RuntimeError: outside the with statement.
         """
         writer, step = self._require_open(), operator.index(step)
         if step < 0:
@@ -251,7 +271,7 @@ class Checkpoints:
             changed = _contents.differences({"state": self._expected}, here)
             if changed:
                 raise ValueError(
-                    "state could not be restored (like, state):\n  "
+                    "state differs from the `like` of restore (like, state):\n  "
                     + "\n  ".join(changed)
                 )
         text = _contents.text(step, self._config, metrics, records)
@@ -261,7 +281,11 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong with it."""
+        """Returns when the last save is on the disk.
+
+        Raises:
+          OSError: if it could not be written.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -269,6 +293,7 @@ class Checkpoints:
     def _write(
         self, path: Path, folder: Path, text: str, arrays: dict[str, Any]
     ) -> None:
+        """Writes, commits and retains, in the background."""
         try:
             _processes.made_by_first(folder.mkdir, folder)
             _contents.write(folder, text, arrays)

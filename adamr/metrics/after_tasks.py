@@ -1,22 +1,8 @@
-"""Metrics of continual learning from accuracies.
+"""Metrics from accuracies after each task: the accuracy matrix.
 
-    matrix    R[i, j]      accuracy on task j after learning task i          (T, T)
-    anytime   A[i, h, j]   accuracy on task j at evaluation h of task i   (T, H, T)
+    R[i, j]   accuracy on task j after learning task i   (T, T)
 
-The functions of the former are here, those of the latter in `adamr.metrics.anytime`.
-
-Tasks are counted from 0 and every number is a plain mean, so fractions give fractions
-and percentages give percentages; the ranges below are for fractions. Every function
-takes NumPy or JAX arrays and runs under `jax.jit`. Entries that a definition does not
-read may be NaN, such as tasks that were not evaluated before they were learnt.
-
-    after each task       average_accuracy, learning_accuracy, backward_transfer,
-                          forward_transfer, forgetting, intransigence
-    during each task      min_accuracy, worst_case_accuracy, average_anytime_accuracy,
-                          windowed_forgetting, windowed_plasticity
-
-Numbers of one name differ between papers; each docstring names the rivals. Two hold
-always: ACC = LA + (T − 1)/T · BWT, and forgetting ≥ −BWT.
+Two relations always hold: ACC = LA + (T − 1)/T · BWT, and forgetting ≥ −BWT.
 """
 
 import jax
@@ -36,6 +22,7 @@ __all__ = [
 
 
 def _matrix(matrix: ArrayLike, least: int = 1) -> jax.Array:
+    """R, checked to be square and to cover at least `least` tasks."""
     r = floating(matrix)
     if r.ndim != 2 or r.shape[0] != r.shape[1]:
         raise ValueError(
@@ -49,6 +36,7 @@ def _matrix(matrix: ArrayLike, least: int = 1) -> jax.Array:
 def _per_task(
     name: str, x: ArrayLike, tasks: int, shapes: tuple[tuple[int, ...], ...]
 ) -> jax.Array:
+    """One number per task, from an array of one of the `shapes`."""
     x = floating(x)
     if x.shape not in shapes:
         expected = " or ".join(map(str, shapes))
@@ -63,7 +51,7 @@ def average_accuracy(matrix: ArrayLike) -> jax.Array:
     this number over all prefixes of the stream, and is higher.
 
     Args:
-      matrix: R, (T, T).
+      matrix: R, float (T, T).
 
     Returns:
       A scalar.
@@ -84,11 +72,11 @@ def average_accuracy(matrix: ArrayLike) -> jax.Array:
 def learning_accuracy(matrix: ArrayLike) -> jax.Array:
     """LA: mean_j R[j, j], the accuracy on each task just after learning it. In [0, 1].
 
-    Trap: it measures plasticity alone; a learner that forgets everything may have the
-    best one.
+    Trap: it measures plasticity alone; a learner that forgets everything may score
+    best.
 
     Args:
-      matrix: R, (T, T); only the diagonal is read.
+      matrix: R, float (T, T); only the diagonal is read.
 
     Returns:
       A scalar.
@@ -113,7 +101,7 @@ def backward_transfer(matrix: ArrayLike) -> jax.Array:
     repositories report both. Avalanche's "forgetting" is −BWT, first minus last.
 
     Args:
-      matrix: R, (T, T) with T ≥ 2; the diagonal and the last row are read.
+      matrix: R, float (T, T) with T ≥ 2; the diagonal and the last row are read.
 
     Returns:
       A scalar.
@@ -135,13 +123,13 @@ def backward_transfer(matrix: ArrayLike) -> jax.Array:
 def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> jax.Array:
     """FWT: 1/(T−1) Σ_{j≥1} (R[j−1, j] − b_j), the gain before learning. In [−1, 1].
 
-    Trap: GEM's own code divides by T. With a separate head per task the head of task j
-    is untrained in row j − 1 and the number says nothing.
+    Trap: GEM's own code divides by T. With a separate head per task, the head of task j
+    is untrained in row j − 1 and the number means nothing.
 
     Args:
-      matrix: R, (T, T) with T ≥ 2; the first superdiagonal is read.
-      baseline: b, accuracy of an untrained model: (T,), or one number for all tasks;
-        b_0 is not read.
+      matrix: R, float (T, T) with T ≥ 2; the first superdiagonal is read.
+      baseline: b, accuracy of an untrained model: float (T,), or one number for all
+        tasks; b_0 is not read.
 
     Returns:
       A scalar.
@@ -165,15 +153,15 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike) -> jax.Array:
 def forgetting(matrix: ArrayLike) -> jax.Array:
     """F: 1/(T−1) Σ_{j<T−1} (max_{l<T−1} R[l, j] − R[T−1, j]). In [−1, 1].
 
-    The best accuracy that task j ever had before the last task, minus its final one;
-    negative if the last task improved on all of them. Rows before task j was learnt
-    count too; NaN entries there are left out.
+    The best accuracy on task j before the last task was learnt, minus the final one;
+    negative if the last task improved on it. The maximum includes the rows before task
+    j was learnt; NaN entries there are ignored.
 
-    Trap: Mammoth takes the maximum over all rows, the last included, and so is never
+    Trap: Mammoth takes the maximum over all rows, including the last, and so is never
     negative. Avalanche takes first minus last, which is −BWT.
 
     Args:
-      matrix: R, (T, T) with T ≥ 2.
+      matrix: R, float (T, T) with T ≥ 2.
 
     Returns:
       A scalar.
@@ -194,15 +182,15 @@ def forgetting(matrix: ArrayLike) -> jax.Array:
 
 
 def intransigence(matrix: ArrayLike, reference: ArrayLike) -> jax.Array:
-    """I_k = a*_k − R[k, k]: what a task lost by being learnt in sequence. In [−1, 1].
+    """I_k = a*_k − R[k, k]: how much a task lost by learning in sequence. In [−1, 1].
 
-    Trap: it is a number per task, and papers report the last, I_{T−1}, or the mean. It
+    Trap: it is one number per task; papers report the last, I_{T−1}, or the mean. It
     depends on the reference: the authors train it jointly on tasks 0 … k; a model
     trained on task k alone gives another number.
 
     Args:
-      matrix: R, (T, T); only the diagonal is read.
-      reference: a*, (T,), accuracy of the reference model on each task.
+      matrix: R, float (T, T); only the diagonal is read.
+      reference: a*, float (T,), accuracy of the reference model on each task.
 
     Returns:
       I, (T,), one number per task; negative where learning in sequence helped.

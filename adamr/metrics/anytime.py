@@ -1,8 +1,8 @@
-"""Metrics of continual learning while a task is learnt: the anytime tensor.
+"""Metrics from accuracies during the tasks: the anytime tensor.
 
     A[i, h, j]   accuracy on task j at evaluation h of task i   (T, H, T)
 
-Conventions are those of `adamr.metrics`, which has these functions too.
+Each task is evaluated H times while it is learnt.
 """
 
 import jax
@@ -19,11 +19,13 @@ __all__ = [
 
 
 def floating(x: ArrayLike) -> jax.Array:
+    """`x` as an array of float32, or of its own dtype where that is wider."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def check_tasks(name: str, tasks: int, least: int) -> None:
+    """Raises for fewer tasks than the metric needs."""
     if tasks < least:
         raise ValueError(
             f"{name} covers {tasks} task(s), expected at least {least}: the metric "
@@ -32,6 +34,7 @@ def check_tasks(name: str, tasks: int, least: int) -> None:
 
 
 def _anytime(anytime: ArrayLike, least: int = 1) -> jax.Array:
+    """A, checked for its shape and to cover at least `least` tasks."""
     a = floating(anytime)
     if a.ndim != 3 or a.shape[0] != a.shape[2] or a.shape[1] < 1:
         raise ValueError(
@@ -50,8 +53,8 @@ def min_accuracy(anytime: ArrayLike) -> jax.Array:
     Trap: more frequent evaluations find lower minima; report how often you evaluate.
 
     Args:
-      anytime: A, (T, H, T) with T ≥ 2; only entries with i > j are read, NaN there is
-        left out.
+      anytime: A, float (T, H, T) with T ≥ 2; only entries with i > j are read, and NaN
+        among them is ignored.
 
     Returns:
       A scalar.
@@ -76,13 +79,13 @@ def min_accuracy(anytime: ArrayLike) -> jax.Array:
 def worst_case_accuracy(anytime: ArrayLike) -> jax.Array:
     """WC-ACC: 1/T · A[T−1, H−1, T−1] + (1 − 1/T) · min-ACC. In [0, 1], at most ACC.
 
-    The accuracy on the last task as it ends, with the worst of every older one.
+    The final accuracy on the last task, averaged with the worst of every older task.
 
-    Trap: as for min-ACC, it falls as evaluations become more frequent.
+    Trap: like min-ACC, it falls as evaluations become more frequent.
 
     Args:
-      anytime: A, (T, H, T). With T = 1 there is no older task, and the accuracy on
-        the only one is returned.
+      anytime: A, float (T, H, T). With T = 1 there is no older task, and the accuracy
+        on the only one is returned.
 
     Returns:
       A scalar.
@@ -108,14 +111,14 @@ def worst_case_accuracy(anytime: ArrayLike) -> jax.Array:
 def average_anytime_accuracy(anytime: ArrayLike) -> jax.Array:
     """AAA: mean_{i, h} of mean_{j≤i} A[i, h, j]. In [0, 1].
 
-    The accuracy on all tasks seen so far, the current one included, averaged over
+    The accuracy on all tasks seen so far, including the current one, averaged over
     every evaluation of the stream.
 
     Trap: papers that evaluate only at the ends of tasks give the same name to the mean
-    over task ends: pass H = 1 for it.
+    over task ends; a tensor with H = 1 gives that number.
 
     Args:
-      anytime: A, (T, H, T); only entries with j ≤ i are read.
+      anytime: A, float (T, H, T); only entries with j ≤ i are read.
 
     Returns:
       A scalar.
@@ -141,15 +144,17 @@ def average_anytime_accuracy(anytime: ArrayLike) -> jax.Array:
 def windowed_forgetting(anytime: ArrayLike, window: int) -> jax.Array:
     """WF^Δ: mean_j of the largest drop of task j within Δ evaluations. In [0, 1].
 
-    With S_j the accuracies on task j over the whole stream, one after each other,
+    With S_j the accuracies on task j at all evaluations of the stream, in order, and Δ
+    = `window`,
 
         WF^Δ = 1/T Σ_j max_n ( max_{n−Δ < m ≤ n} S_j[m] − S_j[n] )
 
-    Trap: Δ counts evaluations, not steps, so numbers compare only at one frequency of
-    evaluation; the authors report Δ = 10 and 100. A task that never drops counts 0.
+    Trap: Δ counts evaluations, not steps, so only numbers at the same frequency of
+    evaluation can be compared; the authors report Δ = 10 and 100. A task that never
+    drops counts 0.
 
     Args:
-      anytime: A, (T, H, T), in the order in which it was measured; NaN is left out.
+      anytime: A, float (T, H, T), in the order of measurement; NaN is ignored.
       window: Δ ≥ 2, the number of consecutive evaluations, both ends included.
 
     Returns:
@@ -186,13 +191,16 @@ def windowed_forgetting(anytime: ArrayLike, window: int) -> jax.Array:
 def windowed_plasticity(anytime: ArrayLike, window: int) -> jax.Array:
     """WP^Δ: mean_j of the largest rise of task j within Δ evaluations. In [0, 1].
 
+    With S_j the accuracies on task j at all evaluations of the stream, in order, and Δ
+    = `window`,
+
         WP^Δ = 1/T Σ_j max_n ( S_j[n] − min_{n−Δ < m ≤ n} S_j[m] )
 
-    Trap: recovering what was just forgotten counts as a rise, so read it beside
-    `windowed_forgetting`, whose arguments and conventions it shares.
+    Trap: recovering what was just forgotten counts as a rise, so read it together with
+    `windowed_forgetting`.
 
     Args:
-      anytime: A, (T, H, T), in the order in which it was measured; NaN is left out.
+      anytime: A, float (T, H, T), in the order of measurement; NaN is ignored.
       window: Δ ≥ 2, the number of consecutive evaluations, both ends included.
 
     Returns:

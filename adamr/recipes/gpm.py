@@ -3,7 +3,7 @@
     recipe    step of W                                 what the task boundary does
     gpm       Adam, first moment projected, v shared    grow_subspace
               along the projected axis
-    sgp       the same, with weights λ                  grow_subspace(importance=α)
+    sgp       the same, with weights λ                  grow_subspace(scaling=α)
     gpm_si    gpm, and SI's proximal pull               grow_subspace, consolidate_si
 
 `recipes.adam_nscl` holds Adam-NSCL, `recipes.trgp` TRGP and ROGO. All start with
@@ -133,12 +133,12 @@ def sgp(
 
     Args:
       learning_rate: a number or a schedule.
-      subspace: grown with `importance`; for the first task `empty_subspace(params)`.
+      subspace: grown with `scaling`; for the first task `empty_subspace(params)`.
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
         `adamr`.
 
     Returns:
-      An optimizer; the boundary is that of `gpm` with `importance` = α (the authors
+      An optimizer; the boundary is that of `gpm` with `scaling` = α (the authors
       use 10, 3 and 25).
 
     >>> from adamr import empty_subspace, grow_subspace
@@ -146,7 +146,7 @@ def sgp(
     >>> params = {"w": jnp.zeros((3, 1))}
     >>> inputs = {"w": jnp.diag(jnp.array([10.0, 5.0, 1.0]))}
     >>> s = empty_subspace(params)
-    >>> s = grow_subspace(s, inputs, threshold=1.0, importance=10.0)
+    >>> s = grow_subspace(s, inputs, threshold=1.0, scaling=10.0)
     >>> print((1 - s.weights[0][0, 0]).round(2))
     [0.   0.08 0.45]
     >>> tx = sgp(0.1, s)

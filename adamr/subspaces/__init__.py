@@ -13,12 +13,12 @@ from adamr.subspaces.gram_schmidt import grow_directions as grow_directions
 from adamr.subspaces.gram_schmidt import principal_directions as principal_directions
 from adamr.subspaces.grow import gradient_samples as gradient_samples
 from adamr.subspaces.grow import grow_subspace as grow_subspace
-from adamr.subspaces.grow import merge_subspaces as merge_subspaces
-from adamr.subspaces.grow import truncate_subspace as truncate_subspace
 from adamr.subspaces.logits import logit_gradients as logit_gradients
 from adamr.subspaces.make import cast_bases as cast_bases
 from adamr.subspaces.make import empty_subspace as empty_subspace
 from adamr.subspaces.make import make_subspace as make_subspace
+from adamr.subspaces.merge import merge_subspaces as merge_subspaces
+from adamr.subspaces.merge import truncate_subspace as truncate_subspace
 from adamr.subspaces.null_space import null_space_complement as null_space_complement
 from adamr.subspaces.protected import Protected as Protected
 from adamr.subspaces.protected import project as project

@@ -1,8 +1,12 @@
-"""Bases as matrices of columns: the algebra of growing them.
+"""Linear algebra of bases as matrices of columns, shared by all that grows them.
 
-Everything goes through symmetric Gram matrices and `eigh`: an SVD of the samples does
-not always converge on rank-deficient activations. A Gram matrix squares the condition
-number, so outside jit the arithmetic is float64, on the host; inside it is float32.
+Everything works on symmetric Gram matrices and `eigh`: an SVD of the samples does not
+always converge on rank-deficient activations. A Gram matrix squares the condition
+number, so outside jit the arithmetic is float64 on the host (`on_host`); inside jit it
+is float32.
+
+Shapes: a basis is (*batch, fan_in, capacity) with zero columns where it is unused, its
+λ are (*batch, capacity), samples are (*batch, num_samples, fan_in).
 """
 
 from collections.abc import Callable
@@ -12,67 +16,79 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from adamr import _processes, _tree
 from adamr.subspaces.subspace import layout
 
-# Share of the energy that is rounding noise: of the Gram matrix in float32, of float32
-# samples in float64.
-FLOOR = {"float32": 1e-6, "float64": 1e-12}
-TOLERANCE = 1e-6  # of the comparison with the threshold
+# Energy shares below these are rounding noise: of a Gram matrix summed in float32, and
+# of float32 samples in float64 arithmetic.
+ENERGY_FLOOR = {"float32": 1e-6, "float64": 1e-12}
+
+# Slack in the comparison of an energy share with a threshold below 1.
+THRESHOLD_SLACK = 1e-6
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix product at the highest precision."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def transpose(a: jax.Array) -> jax.Array:
+    """The last two axes swapped."""
     return jnp.swapaxes(a, -1, -2)
 
 
-def wide(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in its own dtype where that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def to_columns(basis: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Storage shape -> (*batch, fan_in, r) and (*batch, r)."""
+    """Storage shape to columns: (*batch, fan_in, capacity) and λ (*batch, capacity)."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
-    outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
-    order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
-    columns = wide(basis).transpose(order)
+    columns = at_least_float32(basis).transpose(_column_order(basis, weights))
     columns = columns.reshape(*batch, how.fan_in, how.capacity)
-    return columns, wide(weights).reshape(*batch, how.capacity)
+    return columns, at_least_float32(weights).reshape(*batch, how.capacity)
 
 
-def to_storage(columns, lam, basis, weights) -> tuple[jax.Array, jax.Array]:
-    """Inverse of `to_columns`, with the shapes and dtypes of `basis`, `weights`."""
-    how = layout(basis, weights)
-    outputs = [d for d in range(basis.ndim - 1) if d not in how.batch + how.protected]
-    order = (*how.batch, *how.protected, *outputs, basis.ndim - 1)
+def to_storage(
+    columns: jax.Array, lam: jax.Array, basis: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `to_columns`, with the shapes and dtypes of `basis`, `weights`."""
+    order = _column_order(basis, weights)
     back = [order.index(d) for d in range(basis.ndim)]
     stored = columns.reshape([basis.shape[d] for d in order]).transpose(back)
     return stored.astype(basis.dtype), lam.reshape(weights.shape).astype(weights.dtype)
 
 
+def _column_order(basis: jax.Array, weights: jax.Array) -> tuple[int, ...]:
+    """Axes of a stored basis: batch, protected, outputs (of size 1), directions."""
+    how, directions = layout(basis, weights), basis.ndim - 1
+    outputs = [d for d in range(directions) if d not in how.batch + how.protected]
+    return (*how.batch, *how.protected, *outputs, directions)
+
+
 def used_columns(columns: jax.Array) -> jax.Array:
+    """Which columns hold a direction, bool (*batch, capacity); the others are zero."""
     return jnp.sum(jnp.square(columns), axis=-2) > 0.5
 
 
 def residual_columns(columns: jax.Array, x: jax.Array) -> jax.Array:
-    """(I − U Uᵀ) x."""
+    """(I − U Uᵀ) x, with U = `columns`."""
     return x - matmul(columns, matmul(transpose(columns), x))
 
 
-def places(size: int, batch: tuple[int, ...]) -> jax.Array:
-    """0, 1, …, size − 1 along the last axis."""
+def column_numbers(size: int, batch: tuple[int, ...]) -> jax.Array:
+    """0, 1, …, size − 1 along the last axis of an int32 array (*batch, size)."""
     return jax.lax.broadcasted_iota(jnp.int32, (*batch, size), len(batch))
 
 
-def append(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
-    """Writes the first `count` columns of `new` behind the used ones of `columns`."""
+def append_columns(columns: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
+    """`columns` with the first `count` columns of `new` after the used ones."""
     start = jnp.sum(used_columns(columns), axis=-1, keepdims=True, dtype=jnp.int32)
-    place = places(columns.shape[-1], columns.shape[:-2]) - start
+    place = column_numbers(columns.shape[-1], columns.shape[:-2]) - start
     source = jnp.clip(place, 0, new.shape[-1] - 1)
     moved = jnp.take_along_axis(new, source[..., None, :], axis=-1)
     fresh = (place >= 0) & (place < count[..., None])
@@ -85,8 +101,8 @@ def spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(energy[..., ::-1], 0.0), vectors[..., ::-1]
 
 
-def left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """σ², largest first, and the left singular vectors of x; those of σ = 0 are 0."""
+def left_singular_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """σ² of x, largest first, and its left singular vectors; those of σ = 0 are 0."""
     n, samples = x.shape[-2:]
     if n <= samples:
         return spectrum(matmul(x, transpose(x)))
@@ -95,40 +111,58 @@ def left_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return energy, matmul(x, right) * inverse[..., None, :]
 
 
-def extend(columns, samples, threshold: float, least: float = 0.0) -> jax.Array:
-    """The fewest directions that reach the energy share, appended to `columns`."""
+def extend_by_samples(
+    columns: jax.Array, samples: jax.Array, threshold: float, least: ArrayLike = 0.0
+) -> jax.Array:
+    """`columns` and the fewest directions that reach the energy share `threshold`.
+
+    `samples` have energy 1 (`normalized_samples`); energy up to `least` is noise.
+    """
     residual = residual_columns(columns, transpose(samples))
-    floor = jnp.maximum(FLOOR[str(residual.dtype)], least)
-    return extend_by(columns, *left_vectors(residual), threshold, floor)
+    floor = jnp.maximum(ENERGY_FLOOR[str(residual.dtype)], least)
+    energy, vectors = left_singular_vectors(residual)
+    return extend_by_spectrum(columns, energy, vectors, threshold, floor)
 
 
-def extend_by(columns, energy, vectors, threshold: float, floor: Any) -> jax.Array:
-    """The same from the spectrum of what `columns` leave over."""
+def extend_by_spectrum(
+    columns: jax.Array,
+    energy: jax.Array,
+    vectors: jax.Array,
+    threshold: float,
+    floor: ArrayLike,
+) -> jax.Array:
+    """The same from the spectrum of the part of the samples outside `columns`."""
     capacity = columns.shape[-1]
     have = 1.0 - jnp.sum(energy, axis=-1, keepdims=True)
     before = have + jnp.cumsum(energy, axis=-1) - energy
-    short = before < threshold - (TOLERANCE if threshold < 1 else 0.0)
+    short = before < threshold - (THRESHOLD_SLACK if threshold < 1 else 0.0)
     wanted = short & (energy > floor)
     free = capacity - jnp.sum(used_columns(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted, axis=-1, dtype=jnp.int32), free)
+    return append_columns(columns, orthonormal_new(columns, vectors, count), count)
 
-    most = min(capacity, vectors.shape[-1])
-    chosen = places(most, count.shape) < count[..., None]
-    new = jnp.where(chosen[..., None, :], vectors[..., :most], 0.0)
-    # Twice is enough; QR fills zero columns with anything: mask after it.
+
+def orthonormal_new(
+    columns: jax.Array, vectors: jax.Array, count: jax.Array
+) -> jax.Array:
+    """The first `count` of `vectors`, orthonormal and orthogonal to `columns`."""
+    vectors = vectors[..., : columns.shape[-1]]
+    chosen = column_numbers(vectors.shape[-1], count.shape) < count[..., None]
+    new = jnp.where(chosen[..., None, :], vectors, 0.0)
+    # Twice is enough. QR turns zero columns into arbitrary ones: mask after it.
     for _ in range(2):
         new = jnp.linalg.qr(residual_columns(columns, new)).Q
         new = jnp.where(chosen[..., None, :], new, 0.0)
-    return append(columns, new, count)
+    return new
 
 
-def normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Samples (…, num_samples, n) of energy 1, and (…, 1, 1) whether they are evidence.
+def normalized_samples(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Samples scaled to energy 1, and whether they are usable, bool (*batch, 1, 1).
 
-    Zeros, or what is not finite, is none and becomes zeros: NaN must not reach `eigh`,
-    which may not return.
+    Samples that are zero or not finite are not usable and become zeros: NaN must not
+    reach `eigh`, which may not return.
     """
-    samples = wide(samples)
+    samples = at_least_float32(samples)
     # First by the peak: squares of tiny or huge entries leave the range of float32.
     peak = jnp.max(jnp.abs(samples), axis=(-1, -2), keepdims=True, initial=0.0)
     samples = samples / jnp.where(peak > 0, peak, 1.0)
@@ -139,35 +173,40 @@ def normalized(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _host() -> Any:
+    """The CPU of this process, or None where JAX runs without one."""
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+    except RuntimeError:  # JAX_PLATFORMS names only an accelerator
         return None
 
 
-def whole(x: jax.Array) -> np.ndarray:
-    """All of an array, parts of which may lie on other hosts."""
+def _gathered(x: jax.Array) -> np.ndarray:
+    """The whole array, including the parts that other processes hold."""
     if not (x.is_fully_addressable or x.is_fully_replicated):
         everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # pyright: ignore
         x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
     return np.asarray(x)
 
 
-def on_host(function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-    """`function` in float64 on the host; results in dtype and place of `arrays`.
+def on_host(
+    function: Callable[..., Any], *arrays: jax.Array, **options: Any
+) -> tuple[jax.Array, ...]:
+    """`function(*arrays, **options)` in float64 on the host.
 
-    With arrays over several processes all compute it and the first one's word counts:
-    eigenvectors may differ between machines. Under a trace: `function` as it is.
+    The first results get the dtypes and the placement of the first `arrays`. With
+    arrays over several processes all of them compute, and the results of the first
+    process count: eigenvectors may differ between machines. Under a trace, or without
+    a CPU, `function` runs unchanged.
     """
     host = _host()
     if host is None or any(map(_tree.is_traced, arrays)):
         return function(*arrays, **options)
-    wide = [whole(x).astype(np.float64) for x in arrays]
+    doubles = [_gathered(x).astype(np.float64) for x in arrays]
     with jax.enable_x64(True), jax.default_device(host):
-        results = [np.asarray(x) for x in function(*wide, **options)]
-    pairs = zip(arrays, results, strict=False)
-    rounded = [new.astype(old.dtype) for old, new in pairs]
+        results = [np.asarray(x) for x in function(*doubles, **options)]
+    like = arrays[: len(results)]
+    rounded = [new.astype(old.dtype) for old, new in zip(like, results, strict=True)]
     if not all(x.is_fully_addressable for x in arrays):
         rounded = _processes.agreed_arrays(rounded)
-    pairs = zip(arrays, rounded, strict=False)
+    pairs = zip(like, rounded, strict=True)
     return tuple(_tree.placed_like(old, new) for old, new in pairs)

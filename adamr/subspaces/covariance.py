@@ -1,7 +1,8 @@
-"""Second moments of layer inputs: n × n numbers per kernel, however many were seen.
+"""Second moments of layer inputs: n × n numbers per kernel for any number of samples.
 
-All that growing a basis asks of samples (`grow_subspace`), and what Adam-NSCL protects
-by (`null_space_complement`). Devices that see parts of the samples add up their own.
+They hold all that growing a basis needs of the samples (`grow_subspace`), and Adam-NSCL
+protects by them (`null_space_complement`). Devices that see different parts of the
+samples can keep sums of their own, which are added up once (`merge_covariance`).
 """
 
 import math
@@ -25,26 +26,28 @@ _MOST = jnp.iinfo(jnp.int32).max
 
 
 class Covariance(NamedTuple):
-    """Uncentred second moments in leaf order; None where nothing is protected.
+    """Uncentred second moments in leaf order; None for an unprotected leaf.
 
     Attributes:
-      moments: X̄, float32 (*batch, n, n), n the fan-in.
-      counts: n̄, int32 (*batch), samples taken in so far; saturates.
+      moments: X̄, float32 (*batch, n, n), n the fan-in: the mean of x xᵀ.
+      counts: n̄, int32 (*batch): the number of samples so far, at most 2³¹ − 1.
     """
 
     moments: tuple[jax.Array | None, ...]
     counts: tuple[jax.Array | None, ...]
 
 
-def check_moment(moment, where: str, basis, weights) -> None:
-    """Raises unless a moment has the shape for a basis."""
+def check_moment(
+    moment: jax.Array, where: str, basis: jax.Array, weights: jax.Array
+) -> None:
+    """Raises unless the moment has the shape that fits the basis of the same leaf."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     expected = (*batch, how.fan_in, how.fan_in)
     if moment.shape != expected:
         text = f"covariance has shape {moment.shape} at {where}, expected {expected}"
         in_parts = moment.shape[1:] == expected
-        hint = ": add its parts up with merge_covariance" if in_parts else ""
+        hint = "; add its parts up with merge_covariance" if in_parts else ""
         raise ValueError(f"{text}{hint}.")
 
 
@@ -52,11 +55,15 @@ def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covaria
     """Zero moments and counts for every protected leaf.
 
     Args:
-      subspace: says which leaves and axes are protected; its bases do not matter.
-      parts: for samples that are sharded over devices, how many sums to keep apart, so
-        that taking samples in sends nothing: a leading axis of this size, to be placed
-        like the samples (`jax.device_put(covariance, NamedSharding(mesh, P("data")))`)
-        and added up once by `merge_covariance`.
+      subspace: says which leaves and axes are protected; its bases are not read.
+      parts: for samples that are sharded over devices, how many separate sums to keep,
+        so that `update_covariance` sends nothing. The sums get a leading axis of this
+        size: place them like the samples
+        (`jax.device_put(covariance, NamedSharding(mesh, P("data")))`) and add them up
+        once with `merge_covariance`. None: a single sum without this axis.
+
+    Returns:
+      A `Covariance` of zeros.
 
     Raises:
       ValueError: for parts below 1.
@@ -66,7 +73,6 @@ def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covaria
     >>> c.moments[0].shape
     (4, 4)
     """
-
     if parts is not None and parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}.")
 
@@ -83,6 +89,7 @@ def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covaria
 
 
 def _fits(samples: jax.Array, batch: list[int], fan_in: int) -> bool:
+    """Whether samples are (*batch, num_samples, n), n in one axis or several."""
     at = len(batch)
     inner = samples.shape[at + 1 :]
     same = list(samples.shape[:at]) == batch
@@ -90,13 +97,13 @@ def _fits(samples: jax.Array, batch: list[int], fan_in: int) -> bool:
 
 
 def _dealt(name: str, samples: jax.Array, batch: list[int]) -> jax.Array:
-    """Equal blocks of the rows for the parts, in order, as devices hold them."""
+    """Gives every part an equal block of the rows, in order, as devices hold them."""
     parts, at = batch[0], len(batch) - 1
     number = samples.shape[at]
     if number % parts:
         raise ValueError(
             f"samples has {number} rows at {name}, expected a multiple of {parts}, the "
-            "parts of the covariance."
+            "number of parts of the covariance."
         )
     shape = (*samples.shape[:at], parts, number // parts, *samples.shape[at + 1 :])
     return jnp.moveaxis(samples.reshape(shape), at, 0)
@@ -105,20 +112,15 @@ def _dealt(name: str, samples: jax.Array, batch: list[int]) -> jax.Array:
 def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
     """Checks samples and brings them to (*batch, num_samples, n)."""
     *batch, fan_in, _ = moment.shape
-    if (
-        batch
-        and _fits(samples, batch[1:], fan_in)
-        and not _fits(samples, batch, fan_in)
-    ):
+    undealt = batch and _fits(samples, batch[1:], fan_in)
+    if undealt and not _fits(samples, batch, fan_in):
         samples = _dealt(name, samples, batch)
-    at = len(batch)
-    inner = samples.shape[at + 1 :]
-    if list(samples.shape[:at]) != batch or not inner or math.prod(inner) != fan_in:
+    if not _fits(samples, batch, fan_in):
         raise ValueError(
             f"samples has shape {samples.shape} at {name}, expected "
             f"{(*batch, 'num_samples', fan_in)}."
         )
-    if samples.shape[at] == 0:
+    if samples.shape[len(batch)] == 0:
         raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
     if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
         raise ValueError(f"samples has NaN or infinite entries at {name}.")
@@ -127,6 +129,7 @@ def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
 
 @jax.jit
 def _averaged(moment, count, rows):
+    """Moment and count of one leaf after more rows (*batch, num_samples, n)."""
     number = rows.shape[-2]
     rows = rows.astype(jnp.float32)
     new = matmul(transpose(rows), rows) / number
@@ -139,26 +142,26 @@ def _averaged(moment, count, rows):
 
 
 def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
-    """Takes in a batch of layer inputs; one call per batch, under jit or scan.
+    """Adds a batch of layer inputs, in or outside jit and scan.
 
         X̄ <- (n̄ X̄ + XᵀX) / (n̄ + n),   n̄ <- n̄ + n
 
-    so that after any split into batches X̄ is the mean of x xᵀ over all samples
-    (`test_covariance_of_batches_equals_that_of_all`). The authors' code averages each
-    batch to one vector first and adds the products up; pass such means as samples for
-    that.
+    X holds n samples as rows. Guarantee: X̄ is the mean of x xᵀ over all samples, to
+    rounding, however they are split into batches. The authors' code (Adam-NSCL) first
+    averages each batch to one vector and adds the products up; to follow it, pass these
+    means as samples.
 
     Args:
-      covariance: so far; one in parts deals the rows to them in equal blocks.
-      samples: as for `grow_subspace`: tree like the parameters or a tuple in leaf
-        order, (num_samples, n), (layers, num_samples, n) for stacked kernels, or None.
+      covariance: the sums so far. With parts, each part gets an equal block of rows.
+      samples: tree like the parameters, or a tuple in leaf order; per leaf a float
+        array (num_samples, n), (layers, num_samples, n) for stacked kernels, or None.
 
     Returns:
-      A `Covariance` of the same shapes. Samples that are not finite, or whose squares
-      are not, raise outside jit or leave the slice as it was.
+      A `Covariance` of the same shapes. A slice is unchanged where the squares of its
+      samples are not finite (inside jit, also where the samples are not).
 
     Raises:
-      ValueError: for samples of the wrong shape, empty or not finite.
+      ValueError: for samples of the wrong shape, empty or (outside jit) not finite.
 
     >>> from adamr import empty_subspace
     >>> c = empty_covariance(empty_subspace({"w": jnp.zeros((2, 1))}))
@@ -184,6 +187,7 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
 
 @jax.jit
 def _merged(moments, counts):
+    """Moment and count of one leaf over the parts along the leading axis."""
     counts = counts.astype(jnp.float32)
     total = jnp.sum(counts, axis=0, keepdims=True)
     share = (counts / jnp.where(total > 0, total, 1.0))[..., None, None]
@@ -192,15 +196,18 @@ def _merged(moments, counts):
 
 
 def merge_covariance(covariance: Covariance) -> Covariance:
-    """That of all samples, from the parts along the leading axis.
+    """Adds up the parts along the leading axis: the covariance of all samples.
 
         X̄ = Σ n̄_i X̄_i / Σ n̄_i,   n̄ = Σ n̄_i
 
-    Where the parts lie on different devices, one sum of n × n numbers per kernel is all
-    that is ever sent (`test_bases_without_gathering`).
+    Where the parts lie on different devices, this sends one sum of n × n numbers per
+    kernel, and nothing else is sent before or after it.
 
     Args:
       covariance: from `empty_covariance(..., parts=...)`.
+
+    Returns:
+      A `Covariance` without the leading axis.
 
     >>> from adamr import empty_subspace
     >>> c = empty_covariance(empty_subspace({"w": jnp.zeros((2, 1))}), parts=2)

@@ -1,7 +1,7 @@
-"""Growing, merging and truncating subspaces at task boundaries.
+"""Growing a subspace at a task boundary, from samples of what it must protect.
 
-All functions are pure, run under jit, and keep every shape; outside jit they compute in
-float64 on the host (`_columns.py`).
+The functions are pure, run under jit, and keep every shape; outside jit they compute in
+float64 on the host.
 """
 
 import functools
@@ -12,52 +12,53 @@ import jax.numpy as jnp
 
 from adamr import _tree
 from adamr.subspaces.columns import (
-    FLOOR,
-    extend,
-    extend_by,
+    ENERGY_FLOOR,
+    at_least_float32,
+    extend_by_samples,
+    extend_by_spectrum,
     matmul,
-    normalized,
+    normalized_samples,
     on_host,
-    places,
     residual_columns,
     spectrum,
     to_columns,
     to_storage,
     transpose,
     used_columns,
-    wide,
 )
 from adamr.subspaces.covariance import Covariance, check_moment
 from adamr.subspaces.subspace import Subspace, layout
 
-__all__ = [
-    "gradient_samples",
-    "grow_subspace",
-    "merge_subspaces",
-    "truncate_subspace",
-]
+__all__ = ["gradient_samples", "grow_subspace"]
 
 
-def _importance(energy: jax.Array, alpha: float) -> jax.Array:
-    """λ_i = (α+1) σ_i / (α σ_i + σ_max), with σ_i² = `energy`."""
+def _scaled_weights(energy: jax.Array, scaling: float) -> jax.Array:
+    """(α + 1) σ_i / (α σ_i + σ_max), with α = `scaling` and σ_i² = `energy`."""
     sigma = jnp.sqrt(jnp.maximum(energy, 0.0))
-    below = alpha * sigma + jnp.max(sigma, axis=-1, keepdims=True)
-    return (alpha + 1.0) * sigma / jnp.where(below > 0, below, 1.0)
+    below = scaling * sigma + jnp.max(sigma, axis=-1, keepdims=True)
+    return (scaling + 1.0) * sigma / jnp.where(below > 0, below, 1.0)
 
 
-def _weights(columns, lam, grown, usable, energy, importance) -> jax.Array:
-    """λ of `grown`, whose directions have this energy of the samples."""
-    if importance is None:
+def _grown_weights(
+    columns: jax.Array,
+    lam: jax.Array,
+    grown: jax.Array,
+    usable: jax.Array,
+    energy: jax.Array,
+    scaling: float | None,
+) -> jax.Array:
+    """λ of the columns `grown`, along which the samples have `energy`."""
+    if scaling is None:
         return jnp.where(
             used_columns(columns), lam, used_columns(grown).astype(jnp.float32)
         )
-    new = jnp.minimum(1.0, lam + _importance(energy, importance))
+    new = jnp.minimum(1.0, lam + _scaled_weights(energy, scaling))
     return jnp.where(used_columns(grown) & usable[..., 0], new, lam)
 
 
 def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `normalized`, for the Gram matrix of samples."""
-    gram = wide(gram)
+    """Like `normalized_samples`, for the Gram matrix of the samples."""
+    gram = at_least_float32(gram)
     peak = _tree.largest(gram, (-1, -2), keepdims=True)
     usable = jnp.isfinite(peak) & (peak > 0)
     gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
@@ -65,40 +66,44 @@ def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
 
 
-@functools.partial(jax.jit, static_argnames=("threshold", "importance"))
-def _grow_leaf(basis, weights, samples, threshold, importance, rounding=0.0):
+@functools.partial(jax.jit, static_argnames=("threshold", "scaling"))
+def _grow_leaf(basis, weights, samples, threshold, scaling, rounding=0.0):
+    """One leaf grown by its samples; energy up to `rounding` is noise of the basis."""
     columns, lam = to_columns(basis, weights)
-    samples, usable = normalized(samples)
-    grown = extend(columns, samples, threshold, rounding)
+    samples, usable = normalized_samples(samples)
+    grown = extend_by_samples(columns, samples, threshold, rounding)
     grown = jnp.where(usable, grown, columns)
     energy = jnp.sum(jnp.square(matmul(samples, grown)), axis=-2)
-    lam = _weights(columns, lam, grown, usable, energy, importance)
+    lam = _grown_weights(columns, lam, grown, usable, energy, scaling)
     return to_storage(grown, lam, basis, weights)
 
 
-@functools.partial(jax.jit, static_argnames=("threshold", "importance"))
-def _grow_leaf_by(basis, weights, gram, threshold, importance, rounding=0.0):
+@functools.partial(jax.jit, static_argnames=("threshold", "scaling"))
+def _grow_leaf_by_gram(basis, weights, gram, threshold, scaling, rounding=0.0):
+    """The same from the samples' Gram matrix over the fan-in, (*batch, n, n)."""
     columns, lam = to_columns(basis, weights)
     gram, usable = _unit_trace(gram)
     rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
     rest = (rest + transpose(rest)) / 2
-    floor = jnp.maximum(FLOOR["float32"], rounding)
-    grown = extend_by(columns, *spectrum(rest), threshold, floor)
+    floor = jnp.maximum(ENERGY_FLOOR["float32"], rounding)
+    grown = extend_by_spectrum(columns, *spectrum(rest), threshold, floor)
     grown = jnp.where(usable, grown, columns)
     energy = jnp.sum(grown * matmul(gram, grown), axis=-2)
-    lam = _weights(columns, lam, grown, usable, energy, importance)
+    lam = _grown_weights(columns, lam, grown, usable, energy, scaling)
     return to_storage(grown, lam, basis, weights)
 
 
 @jax.jit
 def _gram(rows):
-    """RᵀR of rows of energy 1: where they are sharded, one sum over devices."""
-    rows, _ = normalized(rows)
+    """RᵀR of rows R of energy 1: one sum over devices where they are sharded."""
+    rows, _ = normalized_samples(rows)
     return matmul(transpose(rows), rows)
 
 
-def sample_rows(name, samples, basis, weights) -> jax.Array:
-    """Checks samples and brings them to (*batch, num_samples, fan_in)."""
+def sample_rows(
+    name: str, samples: jax.Array, basis: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Checks the samples of leaf `name` and shapes them (*batch, num_samples, n)."""
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     fan_in = tuple(basis.shape[d] for d in how.protected)
@@ -121,7 +126,7 @@ def grow_subspace(
     samples: Any,
     *,
     threshold: float = 0.97,
-    importance: float | None = None,
+    scaling: float | None = None,
 ) -> Subspace:
     """Adds the fewest directions that reach the energy share `threshold`.
 
@@ -130,41 +135,42 @@ def grow_subspace(
 
         ‖R‖² − ‖R̂‖² + Σ_{i≤k} σ̂_i²  ≥  threshold · ‖R‖²        (GPM, eq. 5 and 9)
 
-    and, with `importance` = α (Scaled Gradient Projection), σ_i the singular value of
-    the samples along direction i and σ_max the largest of them,
+    New directions get λ = 1. With `scaling` = α (Scaled Gradient Projection), σ_i the
+    singular value of the samples along direction i and σ_max the largest of them, every
+    direction gets
 
         λ_i ← min(1, λ_i + (α + 1) σ_i / (α σ_i + σ_max)).
 
-    A full basis stays full: when room ends, the strongest directions are in. Samples
-    that are zero change nothing; NaN raises outside jit and changes nothing inside.
-    Directions with less than 1e-12 of the energy (1e-6 inside jit) count as noise. With
-    threshold = 1 what was sampled is protected to 1e-6 of ‖R‖ however badly it is
-    conditioned (`test_threshold_one_spans_badly_conditioned_samples`); inside jit, to
-    1e-6 times the condition number.
+    A full basis stays full: where there is too little room, the strongest directions
+    are added. Samples that are zero change nothing. Directions with less than 1e-12 of
+    the energy (1e-6 inside jit) count as noise. With threshold = 1 all samples are
+    protected to 1e-6 of ‖R‖, however badly they are conditioned; inside jit, to 1e-6
+    times their condition number.
 
-    A `Covariance` stands for all the samples it has seen, G = RᵀR being all that is
-    asked of them: (I − UUᵀ) G (I − UUᵀ) replaces R̂ᵀR̂. It is n × n however many they
-    were, and devices that saw parts of them need one sum (`merge_covariance`), no
-    gather. Its float32 sums leave 1e-6 of the energy as noise. Samples over several
-    processes take this way by themselves; sharded samples inside jit cost one sum, too
-    (fewer than n: the samples are gathered).
+    A `Covariance` replaces all the samples it has seen, because growing needs only
+    their Gram matrix G = R Rᵀ: (I − UUᵀ) G (I − UUᵀ) replaces R̂ R̂ᵀ. Its size is n × n
+    for any number of samples, and devices that saw different parts of them add their
+    matrices (`merge_covariance`) instead of gathering the samples. Its float32 sums
+    leave 1e-6 of the energy as noise. Samples that lie on several processes are reduced
+    to a Gram matrix in the same way. Samples that are sharded inside jit cost one sum
+    over devices, or a gather where there are fewer than n of them.
 
     Args:
       subspace: what is protected so far.
-      samples: a `Covariance`, or a tree like the parameters (or a tuple in leaf order):
-        an array (num_samples, n) of layer inputs or of gradient columns, (layers,
-        num_samples, n) for stacked kernels, or None where nothing is to be learnt;
-        samples of an unprotected leaf are ignored, so that `capture_inputs` fits any
-        subspace.
+      samples: a `Covariance`, or a tree like the parameters (or a tuple in leaf order).
+        Per leaf: a float array (num_samples, n) of layer inputs or of gradient columns,
+        n the fan-in; (layers, num_samples, n) for stacked kernels; or None to leave the
+        leaf unchanged. Samples of an unprotected leaf are ignored.
       threshold: energy share in [0, 1].
-      importance: α > 0 of Scaled Gradient Projection; None gives λ = 1.
+      scaling: α > 0 of Scaled Gradient Projection, or None for λ = 1.
 
     Returns:
-      A `Subspace` of the same shapes.
+      A `Subspace` of the same shapes. Inside jit, a leaf whose samples are not finite
+      is unchanged.
 
     Raises:
-      ValueError: for samples of the wrong shape, empty or not finite, or a threshold
-        outside [0, 1].
+      ValueError: for samples of the wrong shape, empty or (outside jit) not finite, a
+        threshold outside [0, 1], or a scaling that is not positive.
 
     >>> from adamr import empty_subspace
     >>> params = {"w": jnp.zeros((3, 2))}
@@ -180,8 +186,8 @@ def grow_subspace(
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
-    if importance is not None and importance <= 0:
-        raise ValueError(f"importance must be positive, got {importance}.")
+    if scaling is not None and scaling <= 0:
+        raise ValueError(f"scaling must be positive or None, got {scaling}.")
     by_gram = isinstance(samples, Covariance)
     entries = samples.moments if by_gram else samples
     names, leaves = _tree.flatten_with_names(entries)
@@ -192,13 +198,13 @@ def grow_subspace(
         )
     grown = []
     for name, x, basis, weights in zip(names, leaves, *subspace, strict=True):
-        if basis is None or _tree.is_hole(x):
+        if basis is None or weights is None or _tree.is_hole(x):
             grown.append((basis, weights))
             continue
-        # Energy that rounded bases leave over of what they span.
+        # Energy that a rounded basis leaves outside its span of what lies inside.
         rounding = float(jnp.finfo(basis.dtype).eps) ** 2
-        options = dict(threshold=threshold, importance=importance, rounding=rounding)
-        evidence, grow = jnp.asarray(x), _grow_leaf_by
+        options = dict(threshold=threshold, scaling=scaling, rounding=rounding)
+        evidence, grow = jnp.asarray(x), _grow_leaf_by_gram
         if by_gram:
             check_moment(evidence, name, basis, weights)
         else:
@@ -211,11 +217,24 @@ def grow_subspace(
     return Subspace(*zip(*grown, strict=True))
 
 
-def gradient_samples(subspace: Subspace, gradient: Any) -> tuple:
-    """The columns of a gradient as samples of the fan-in space, in leaf order.
+def gradient_samples(subspace: Subspace, gradient: Any) -> tuple[jax.Array | None, ...]:
+    """The columns of a gradient as samples of the fan-in space.
 
-    A gradient of shape (in, out) is `out` samples of length `in`. Pass the result to
+    A gradient of shape (in, out) gives `out` samples of length `in`. Pass the result to
     `grow_subspace` or, step by step, to `update_sketch`.
+
+    Args:
+      subspace: says which axes of each leaf are protected; its bases are not read.
+      gradient: tree like the parameters.
+
+    Returns:
+      A tuple in leaf order: (*batch, num_samples, fan_in) in the gradient's dtype, or
+      None where a leaf is unprotected or missing.
+
+    >>> from adamr import empty_subspace
+    >>> g = {"w": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])}
+    >>> gradient_samples(empty_subspace(g), g)[0].shape
+    (3, 2)
     """
 
     def leaf(g, basis, weights):
@@ -227,70 +246,3 @@ def gradient_samples(subspace: Subspace, gradient: Any) -> tuple:
         return rows.reshape(*(g.shape[d] for d in how.batch), -1, how.fan_in)
 
     return tuple(map(leaf, _tree.flatten(gradient)[0], *subspace))
-
-
-@jax.jit
-def _merge_leaf(basis, weights, other, other_weights):
-    columns, lam = to_columns(basis, weights)
-    guest, guest_lam = to_columns(other, other_weights)
-    guests = jnp.maximum(jnp.sum(used_columns(guest), axis=-1)[..., None, None], 1)
-    merged = extend(columns, transpose(guest) / jnp.sqrt(guests), 1.0)
-    overlap = jnp.square(matmul(transpose(merged), guest))
-    wanted = jnp.sum(overlap * guest_lam[..., None, :], axis=-1)
-    lam = jnp.where(
-        used_columns(merged), jnp.clip(jnp.maximum(lam, wanted), 0.0, 1.0), 0.0
-    )
-    return to_storage(merged, lam, basis, weights)
-
-
-def merge_subspaces(subspace: Subspace, other: Subspace) -> Subspace:
-    """The span of both, in the shapes of the first.
-
-    Directions of `other` outside `subspace` are appended while there is room; a
-    direction u gets λ = max(its own, uᵀ U' diag(λ') U'ᵀ u), primes for `other`.
-
-    Raises:
-      ValueError: if the two were made for different leaves or axes.
-    """
-    if len(subspace.bases) != len(other.bases):
-        raise ValueError(
-            f"other has {len(other.bases)} leaves, expected {len(subspace.bases)}."
-        )
-
-    def leaf(position, basis, weights, guest, guest_weights):
-        if guest is None:
-            return basis, weights
-        if basis is None or basis.shape[:-1] != guest.shape[:-1]:
-            mine = None if basis is None else basis.shape
-            raise ValueError(
-                f"other has a basis of shape {guest.shape} at leaf {position}, "
-                f"expected {mine} up to the rank."
-            )
-        return on_host(_merge_leaf, basis, weights, guest, guest_weights)
-
-    positions = range(len(subspace.bases))
-    return Subspace(*zip(*map(leaf, positions, *subspace, *other), strict=True))
-
-
-def truncate_subspace(subspace: Subspace, max_rank: int) -> Subspace:
-    """Keeps the `max_rank` directions of largest λ per leaf, older ones first.
-
-    The room stays as it was; what is freed can be used by the next task.
-    """
-    if max_rank < 0:
-        raise ValueError(f"max_rank must be at least 0, got {max_rank}.")
-
-    def leaf(basis, weights):
-        if basis is None:
-            return None, None
-        columns, lam = to_columns(basis, weights)
-        order = jnp.argsort(
-            -jnp.where(used_columns(columns), lam, -1.0), axis=-1, stable=True
-        )
-        keep = places(lam.shape[-1], lam.shape[:-1]) < max_rank
-        columns = jnp.take_along_axis(columns, order[..., None, :], axis=-1)
-        columns = jnp.where(keep[..., None, :], columns, 0.0)
-        lam = jnp.where(keep, jnp.take_along_axis(lam, order, axis=-1), 0.0)
-        return to_storage(columns, lam, basis, weights)
-
-    return Subspace(*zip(*map(leaf, *subspace), strict=True))

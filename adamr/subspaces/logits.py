@@ -1,4 +1,4 @@
-"""Gradients of a network's outputs, one per sample: what OGD protects.
+"""Gradients of a network's outputs, one per sample, which OGD protects.
 
 The gradient of the loss vanishes where the loss is fitted; that of a logit does not.
 """
@@ -15,14 +15,16 @@ __all__ = ["logit_gradients"]
 
 
 def _lengths(tree: Any) -> set[int]:
+    """Sizes of the leading axes; 0 for a scalar."""
     return {x.shape[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(tree)}
 
 
 def _check_labels(labels: Any, count: int, classes: int) -> jax.Array:
+    """The labels as an array, if they are integers (count,) in [0, classes)."""
     if labels is None:
         raise ValueError(
-            "labels is None: variant='ground_truth' needs the class of every input; "
-            "'average' and 'all' need none."
+            "labels is None, expected the class of every input: variant='ground_truth' "
+            "needs them, 'average' and 'all' do not."
         )
     labels = jnp.asarray(labels)
     if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -56,29 +58,31 @@ def logit_gradients(
         "all" (OGD-ALL)            ∇ f_c, every c    one row per class
 
     Args:
-      logits_fn: (params, one input) -> logits (classes,), without a batch axis and as
-        in evaluation: no dropout, fixed statistics.
-      params: θ, as they are when a task is done.
-      inputs: pytree of arrays with a leading axis of num_inputs.
-      labels: (num_inputs,) integers in [0, classes), for "ground_truth". Under jit,
-        where values are not checked, one outside gives a zero row.
-      variant: which logits.
-      chunk_size: how many inputs are differentiated at a time; None: all at once.
+      logits_fn: (params, one input) -> logits, a float array (classes,), without a
+        batch axis and in evaluation mode: no dropout, fixed statistics.
+      params: θ at the end of a task.
+      inputs: x, a pytree of arrays with a leading axis of num_inputs ≥ 1.
+      labels: y, (num_inputs,) integers in [0, classes); read for "ground_truth" only.
+        Under jit values are not checked, and a label outside gives a zero row.
+      variant: which logits: "ground_truth", "average" or "all".
+      chunk_size: how many inputs are differentiated at a time, at least 1; None: all.
 
     Returns:
-      A tree like `params`, arrays (num_inputs, *leaf.shape), or for "all"
-      (num_inputs · classes, *leaf.shape), classes of one input side by side.
+      A tree like `params` of arrays (num_inputs, *leaf.shape), or for "all"
+      (num_inputs · classes, *leaf.shape), in which the classes of one input are
+      neighbours.
 
     Raises:
       ValueError: for an unknown variant, missing or bad labels, logits that are not a
-        vector, or inputs of different lengths.
+        vector, inputs of different lengths, or a chunk_size below 1.
 
     >>> f = lambda w, x: w @ x
     >>> logit_gradients(f, jnp.ones((2, 3)), jnp.ones((4, 3)), jnp.zeros(4, int)).shape
     (4, 2, 3)
 
-    References: Farajtabar, Azizan, Mott, Li, Orthogonal Gradient Descent for Continual
-      Learning, arXiv:1910.07104.
+    References:
+      Farajtabar, Azizan, Mott, Li, Orthogonal Gradient Descent for Continual Learning,
+      arXiv:1910.07104.
     """
     if variant not in ("ground_truth", "all", "average"):
         raise ValueError(
@@ -87,8 +91,8 @@ def logit_gradients(
     lengths = _lengths(inputs)
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
-            "inputs must be arrays with one leading axis of the same length, at least "
-            f"1: got lengths {sorted(lengths)}."
+            "inputs must be arrays with a leading axis of the same length, at least 1, "
+            f"got lengths {sorted(lengths)}."
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -96,13 +100,13 @@ def logit_gradients(
     shape = jax.eval_shape(logits_fn, params, first).shape
     if len(shape) != 1:
         raise ValueError(
-            f"logits_fn gave an array of shape {shape} for one input, expected "
-            "(classes,): it takes one input, without a batch axis."
+            f"logits_fn returned an array of shape {shape} for one input, expected "
+            "(classes,): it takes a single input, without a batch axis."
         )
     (count,) = lengths
     if variant == "ground_truth":
         labels = _check_labels(labels, count, shape[0])
-        # A product, not an index: a label outside picks nothing.
+        # One-hot rows rather than indices: a label outside then picks nothing.
         picks: Any = jax.nn.one_hot(labels, shape[0])
     else:
         picks = jnp.zeros((count, 0))

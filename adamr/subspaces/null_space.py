@@ -1,8 +1,8 @@
-"""What lies outside the null space of the feature covariance: what Adam-NSCL protects.
+"""The complement of the null space of the feature covariance, which Adam-NSCL protects.
 
-Where GPM grows a basis from a sample of layer inputs, Adam-NSCL keeps the second moment
-X̄ of all inputs so far (n × n per kernel, no rank to choose) and lets a kernel move only
-where the inputs have hardly any energy.
+GPM grows a basis from a sample of layer inputs. Adam-NSCL keeps the second moment X̄ of
+all inputs so far (n × n per kernel, no rank to choose) and lets a kernel move only
+along directions in which the inputs have hardly any energy.
 """
 
 import jax
@@ -18,6 +18,7 @@ __all__ = ["null_space_complement"]
 
 @jax.jit
 def _complement(basis, weights, moment, ratio, floor):
+    """The basis and weights of one leaf, from its second moment."""
     columns, lam = to_columns(basis, weights)
     moment = moment.astype(columns.dtype)
     peak = _tree.largest(moment, (-1, -2), keepdims=True)
@@ -41,32 +42,32 @@ def null_space_complement(
     ratio: float = 10.0,
     floor: float = 1e-6,
 ) -> Subspace:
-    """What lies outside the approximate null space of the feature covariance.
+    """Protects all but the approximate null space of the feature covariance.
 
-    With λ_i, u_i the eigenpairs of X̄, protects every u_i with
+    With e_i, u_i the eigenvalues and eigenvectors of X̄ (`covariance`), protects every
+    u_i with
 
-        λ_i > ratio · max(λ_min, floor · λ_max)
+        e_i > ratio · max(e_min, floor · e_max)
 
-    so that projecting it out is P = U2 U2ᵀ, U2 the eigenvectors up to this bound.
-    Guarantee: for a step Δ = P Δ' of a kernel, the mean of ‖xᵀΔ‖² over all samples is
-    at most ratio · max(λ_min, floor · λ_max) · ‖Δ‖², the approximation that the method
-    makes (`test_mean_response_changes_by_at_most_the_bound`). At least one direction
-    stays free.
+    and leaves the others free, at least one. Guarantee: for a step Δ of a kernel that
+    is projected off the protected directions, the mean of ‖xᵀΔ‖² over all samples is at
+    most ratio · max(e_min, floor · e_max) · ‖Δ‖². This is the approximation that the
+    method makes.
 
-    Without a floor (the paper: 0) an input that never fires makes λ_min = 0, and then
+    With floor = 0, as in the paper, an input that never fires makes e_min = 0, and then
     only exact zeros are free; the eigenvalues of a float32 matrix are noise below
-    ~1e-7 λ_max. A larger floor leaves more room to learn and protects less.
+    ~1e-7 e_max. A larger floor leaves more room to learn and protects less.
 
     Args:
-      covariance: of all tasks so far.
-      subspace_like: gives shapes and dtypes; what it protects is replaced. Its capacity
+      covariance: X̄, of all tasks so far.
+      subspace_like: gives shapes and dtypes; its directions are replaced. Its capacity
         must be the fan-in (`max_rank=None`).
-      ratio: a ≥ 1; the authors use 10 for ten tasks and 30 for twenty.
-      floor: smallest λ_min believed, as a share of λ_max.
+      ratio: at least 1; the authors use 10 for ten tasks and 30 for twenty.
+      floor: at least 0: the smallest e_min that counts, as a share of e_max.
 
     Returns:
-      A `Subspace` with λ = 1, strongest direction first. Where no sample has been seen
-      nothing is protected; a moment that is not finite leaves the leaf as it was.
+      A `Subspace` with λ = 1, the direction of most energy first. A leaf that has seen
+      no samples is unprotected; one whose moment is not finite is unchanged.
 
     Raises:
       ValueError: for ratio < 1, a negative floor, a capacity below the fan-in, or a

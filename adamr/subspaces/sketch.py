@@ -4,40 +4,55 @@ Frequent Directions keeps B (size × n) such that for all rows A seen so far
 
     0 ≤ ‖A x‖² − ‖B x‖² ≤ ‖A − A_k‖_F² / (size − k)     for every unit x and k < size,
 
-so the basis that `grow_subspace(subspace, sketch.rows)` builds is that of the stream up
-to this error.
+so up to this error, `grow_subspace(subspace, sketch.rows)` builds the basis of all rows
+of the stream.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adamr import _tree
+from adamr.subspaces.columns import matmul
 from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = ["Sketch", "empty_sketch", "update_sketch"]
 
 
 class Sketch(NamedTuple):
-    """Rows in leaf order: arrays (*batch, size, n) float32, or None if unprotected."""
+    """A sketch of the samples of every protected leaf.
+
+    Attributes:
+      rows: in leaf order: float32 (*batch, size, n), n the fan-in, or None for an
+        unprotected leaf.
+    """
 
     rows: tuple[jax.Array | None, ...]
 
 
 def empty_sketch(subspace: Subspace, size: int) -> Sketch:
-    """A sketch of `size` rows for every protected leaf.
+    """A sketch of `size` rows of zeros for every protected leaf.
 
     Args:
-      subspace: says which leaves and axes are protected.
-      size: rows kept per leaf (at most the fan-in is of use); twice the rank that is
-        to be learnt is a good choice.
+      subspace: says which leaves and axes are protected; its bases are not read.
+      size: rows kept per leaf, at least 1; no more than the fan-in are kept. Twice the
+        rank to be learnt is a good choice.
+
+    Returns:
+      A `Sketch` that has seen nothing.
+
+    Raises:
+      ValueError: for a size below 1.
 
     >>> from adamr import empty_subspace
     >>> s = empty_subspace({"w": jnp.zeros((4, 2))})
     >>> empty_sketch(s, 3).rows[0].shape
     (3, 4)
+
+    References:
+      Ghashami, Liberty, Phillips, Woodruff, Frequent Directions: Simple and
+      Deterministic Matrix Sketching, arXiv:1501.01711.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
@@ -55,14 +70,13 @@ def empty_sketch(subspace: Subspace, size: int) -> Sketch:
 def _shrink(rows: jax.Array, new: jax.Array) -> jax.Array:
     """One Frequent Directions step on (size, n) and (num_samples, n)."""
     size, fan_in = rows.shape
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     stacked = jnp.concatenate([rows, new.astype(jnp.float32)])
     usable = jnp.all(jnp.isfinite(stacked))
     stacked = jnp.where(usable, stacked, 0.0)
     if stacked.shape[0] > fan_in:
         energy, vectors = jnp.linalg.eigh(matmul(stacked.T, stacked))
         directions = vectors.T
-    else:  # the small side's Gram matrix
+    else:  # the smaller Gram matrix
         energy, vectors = jnp.linalg.eigh(matmul(stacked, stacked.T))
         length = jnp.sqrt(jnp.maximum(energy, 0.0))
         directions = (
@@ -75,21 +89,33 @@ def _shrink(rows: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def update_sketch(sketch: Sketch, samples: Any) -> Sketch:
-    """Takes in a batch of samples; one call per step, under jit or scan.
+    """Adds a batch of samples, in or outside jit and scan.
 
     Args:
       sketch: the sketch so far.
-      samples: in leaf order or a tree like the parameters, (*batch, num_samples, n) or
-        None; `gradient_samples(subspace, gradient)` gives them for a gradient.
+      samples: a tuple in leaf order or a tree like the parameters; per leaf a float
+        array (*batch, num_samples, n), or None. `gradient_samples(subspace, gradient)`
+        makes them from a gradient.
 
     Returns:
-      A `Sketch` of the same shapes. Samples that are not finite leave a leaf as it was.
+      A `Sketch` of the same shapes. A leaf, or a slice of a stacked one, is unchanged
+      where its samples are not finite.
+
+    Raises:
+      ValueError: if samples does not have one entry per leaf.
+
+    >>> from adamr import empty_subspace
+    >>> s = empty_sketch(empty_subspace({"w": jnp.zeros((3, 2))}), 2)
+    >>> s = update_sketch(s, {"w": jnp.array([[0.0, 2.0, 0.0]])})
+    >>> print(jnp.abs(s.rows[0]))
+    [[0. 2. 0.]
+     [0. 0. 0.]]
     """
-    leaves = _tree.flatten(samples)[0]
+    names, leaves = _tree.flatten_with_names(samples)
     if len(leaves) != len(sketch.rows):
         raise ValueError(
-            f"samples must have one entry per parameter leaf: got {len(leaves)}, "
-            f"expected {len(sketch.rows)}."
+            f"samples must have one entry (an array or None) per parameter leaf: got "
+            f"{len(leaves)} {names}, expected {len(sketch.rows)}."
         )
 
     def leaf(rows, new):

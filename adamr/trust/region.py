@@ -1,4 +1,4 @@
-"""Trust regions: old tasks whose space the new gradient shares, and scaled weights.
+"""Trust regions: the old tasks whose inputs the gradient of a new task shares.
 
 Trust Region Gradient Projection keeps GPM's frozen space M and a basis B_j per task.
 When the gradient of a new task lies largely in B_j, task j is trusted: its weights are
@@ -6,10 +6,10 @@ reused through a small learnable matrix Q instead of being blocked,
 
     W_eff = W + Σ_j B_j (Q_j − I) B_jᵀ W        (Flax layout: fan-in first)
 
-while the step of W stays projected off M. Old tasks keep their own Q, and so their
-function: the steps of W are orthogonal to every B_j (`test_old_tasks_are_unchanged`).
+while the step of W stays projected off M. Old tasks keep their own Q, and the steps of
+W are orthogonal to every B_j, so the function of an old task does not change.
 
-The weights are scaled by `adamr.scales`.
+`adamr.trust.scaled_weights` computes W_eff.
 """
 
 import functools
@@ -21,14 +21,15 @@ import jax.numpy as jnp
 
 from adamr import _tree
 from adamr.subspaces.columns import (
-    FLOOR,
-    TOLERANCE,
-    append,
+    ENERGY_FLOOR,
+    THRESHOLD_SLACK,
+    append_columns,
     matmul,
-    normalized,
+    normalized_samples,
     on_host,
-    places,
+    orthonormal_new,
     residual_columns,
+    spectrum,
     to_columns,
     to_storage,
     transpose,
@@ -44,10 +45,13 @@ class TrustRegion(NamedTuple):
     """The trusted tasks of every layer.
 
     Attributes:
-      subspaces: their bases, the most trusted first, one `Subspace` per rank of trust;
-        empty where fewer tasks are trusted.
-      tasks: in leaf order, int32 (count, *batch): which task it is, −1 for none.
-      scores: in leaf order, float32 (T, *batch): ‖Proj_B(G)‖ / ‖G‖ of every task.
+      subspaces: `count` subspaces: for every layer, the basis of its most trusted task
+        in the first, of the next in the second, and so on. A layer that trusts fewer
+        tasks has an empty basis in the rest.
+      tasks: in leaf order, int32 (count, *batch): the numbers of the trusted tasks, −1
+        for none; None for an unprotected leaf.
+      scores: in leaf order, float32 (tasks, *batch): s_j = ‖B_j B_jᵀ G‖ / ‖G‖ of every
+        task; None for an unprotected leaf.
     """
 
     subspaces: tuple[Subspace, ...]
@@ -55,7 +59,7 @@ class TrustRegion(NamedTuple):
     scores: tuple[jax.Array | None, ...]
 
 
-def _score(basis, weights, g) -> jax.Array:
+def _score(basis: jax.Array, weights: jax.Array, g: jax.Array) -> jax.Array:
     """‖Bᵀ G‖ / ‖G‖ per batch slice; 0 where G is zero or not finite."""
     how = layout(basis, weights)
     each = tuple(d for d in range(g.ndim) if d not in how.batch)
@@ -70,6 +74,14 @@ def _score(basis, weights, g) -> jax.Array:
     return jnp.where(usable, jnp.sqrt(inside / jnp.where(usable, total, 1.0)), 0.0)
 
 
+def _of_task(
+    stored: Sequence[jax.Array], task: jax.Array, trusted: jax.Array
+) -> jax.Array:
+    """The array of one task, chosen per batch slice; 0 where that is not trusted."""
+    taken = jnp.take_along_axis(jnp.stack(stored), task, axis=0)
+    return jnp.where(trusted, taken, 0.0)[0]
+
+
 def trust_region(
     bases_per_task: Sequence[Subspace],
     gradients: Any,
@@ -77,26 +89,28 @@ def trust_region(
     threshold: float = 0.5,
     count: int = 2,
 ) -> TrustRegion:
-    """Per layer, the `count` tasks that share most of the gradient, above `threshold`.
+    """Chooses, per layer, at most `count` tasks whose space holds most of the gradient.
 
         s_j = ‖B_j B_jᵀ G‖ / ‖G‖,   trusted: the largest s_j with s_j > threshold
 
+    The function runs under jit.
+
     Args:
-      bases_per_task: one `Subspace` per task, all of the same shapes, from
+      bases_per_task: B_j, one `Subspace` per task, all of the same shapes, from
         `grow_task_subspace`. A list of fixed length with empty subspaces for the tasks
         to come keeps one compiled program: an empty one is never trusted.
       gradients: G, tree like the parameters: gradient of the new task's loss at the
         start, on a batch of its samples, before any projection.
-      threshold: ε1; the authors use 0.5 (0.2 on permuted MNIST).
-      count: K, how many tasks to trust at most.
+      threshold: ε1 in [0, 1]; the authors use 0.5 (0.2 on permuted MNIST).
+      count: K ≥ 1, how many tasks a layer may trust.
 
     Returns:
-      A `TrustRegion`; jittable, shapes depend on `count` and the number of tasks only.
-      A gradient that is zero or not finite trusts nobody.
+      A `TrustRegion` whose shapes depend only on `count`, the number of tasks and the
+      shapes of the subspaces. A layer whose gradient is zero or not finite trusts none.
 
     Raises:
-      ValueError: for no task, subspaces of different shapes, gradients they were not
-        made for, or count < 1.
+      ValueError: for no task, subspaces of different shapes, gradients of other leaves,
+        or count < 1.
 
     >>> from adamr import make_subspace
     >>> g = jnp.array([[3.0], [4.0]])
@@ -112,7 +126,7 @@ def trust_region(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
     if not bases_per_task:
-        raise ValueError("bases_per_task must hold at least one task.")
+        raise ValueError("bases_per_task is empty, expected at least one task.")
     shapes = [jax.tree.map(jnp.shape, s) for s in bases_per_task]
     for task, s in enumerate(bases_per_task):
         s.check(gradients, f"bases_per_task[{task}]")
@@ -131,20 +145,15 @@ def trust_region(
             scores = jnp.zeros((len(pairs), *batch))
         else:
             scores = jnp.stack([_score(b, w, g) for b, w in pairs])
+        small = (1, *weights[0].shape[:-1], 1)
         left = jnp.where(scores > threshold, scores, -1.0)
         chosen, tasks = [], []
         for _ in range(count):
             best = jnp.argmax(left, axis=0, keepdims=True).astype(jnp.int32)
             trusted = jnp.take_along_axis(left, best, axis=0) >= 0
             tasks.append(jnp.where(trusted, best, -1)[0])
-            small = (1, *weights[0].shape[:-1], 1)
-
-            def pick(stored, best=best, trusted=trusted, small=small):
-                stacked = jnp.stack(stored)
-                taken = jnp.take_along_axis(stacked, best.reshape(small), axis=0)
-                return jnp.where(trusted.reshape(small), taken, 0.0)[0]
-
-            chosen.append((pick(bases), pick(weights)))
+            which = best.reshape(small), trusted.reshape(small)
+            chosen.append((_of_task(bases, *which), _of_task(weights, *which)))
             place = jax.lax.broadcasted_iota(jnp.int32, left.shape, 0)
             left = jnp.where(place == best, -1.0, left)
         return chosen, jnp.stack(tasks), scores
@@ -154,39 +163,31 @@ def trust_region(
     weights = zip(*(s.weights for s in bases_per_task), strict=True)
     found = [leaf(*each) for each in zip(leaves, bases, weights, strict=True)]
     chosen, tasks, scores = zip(*found, strict=True)
-    subspaces = tuple(
-        Subspace(*zip(*(one[k] for one in chosen), strict=True)) for k in range(count)
-    )
+    by_rank = zip(*chosen, strict=True)
+    subspaces = tuple(Subspace(*zip(*pairs, strict=True)) for pairs in by_rank)
     return TrustRegion(subspaces, tasks, scores)
 
 
 @functools.partial(jax.jit, static_argnames="threshold")
 def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
+    """The basis and weights of the task, then those of the memory."""
     columns, lam = to_columns(basis, weights)
-    samples, usable = normalized(samples)
+    samples, usable = normalized_samples(samples)
     capacity = columns.shape[-1]
     old = jnp.sum(jnp.square(matmul(samples, columns)), axis=-2)
     residual = residual_columns(columns, transpose(samples))
-    new, vectors = jnp.linalg.eigh(matmul(residual, transpose(residual)))
-    new, vectors = jnp.maximum(new[..., ::-1], 0.0), vectors[..., ::-1]
+    new, vectors = spectrum(matmul(residual, transpose(residual)))
     energy = jnp.concatenate([old, new], axis=-1)
     order = jnp.argsort(-energy, axis=-1, stable=True)
     ranked = jnp.take_along_axis(energy, order, axis=-1)
     before = jnp.cumsum(ranked, axis=-1) - ranked
-    short = before < threshold - (TOLERANCE if threshold < 1 else 0.0)
-    wanted = short & (ranked > FLOOR[str(ranked.dtype)])
+    short = before < threshold - (THRESHOLD_SLACK if threshold < 1 else 0.0)
+    wanted = short & (ranked > ENERGY_FLOOR[str(ranked.dtype)])
     wanted = jnp.take_along_axis(wanted, jnp.argsort(order, axis=-1), axis=-1)
 
     free = capacity - jnp.sum(used_columns(columns), axis=-1, dtype=jnp.int32)
     count = jnp.minimum(jnp.sum(wanted[..., capacity:], axis=-1, dtype=jnp.int32), free)
-    vectors = vectors[..., :capacity]
-    fresh = (places(vectors.shape[-1], count.shape) < count[..., None])[..., None, :]
-    vectors = jnp.where(fresh, vectors, 0.0)
-    # Twice is enough; QR fills zero columns with anything: mask after it.
-    for _ in range(2):
-        vectors = jnp.linalg.qr(residual_columns(columns, vectors)).Q
-        vectors = jnp.where(fresh, vectors, 0.0)
-    grown = append(columns, vectors, count)
+    grown = append_columns(columns, orthonormal_new(columns, vectors, count), count)
     added = used_columns(grown) & ~used_columns(columns)
     lam = jnp.where(added, 1.0, lam)
 
@@ -202,29 +203,31 @@ def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
 def grow_task_subspace(
     memory: Subspace, samples: Any, *, threshold: float = 0.97
 ) -> tuple[Subspace, Subspace]:
-    """The task's own subspace, and the frozen one grown by what is new in it.
+    """The task's own subspace, and the frozen space grown by its new directions.
 
     With M the basis of `memory`, R the samples as columns and R̂ = R − M Mᵀ R, ranks
     the old directions by ‖m_iᵀ R‖² and the singular directions of R̂ by σ̂_i², all in
     one list, and takes the fewest, largest first, whose sum reaches threshold · ‖R‖².
     These are the task's basis; the new ones among them are appended to M.
 
-    The authors' code drops the strongest new direction when it appends (an index
-    compared with > instead of ≥); here it is in, so span B_t ⊆ span M always
-    (`test_task_subspace_keeps_the_strongest_new_direction`).
+    Guarantee: span B_t ⊆ span M. The authors' code drops the strongest new direction
+    when it appends (an index compared with > instead of ≥); this function appends it.
 
     Args:
       memory: the frozen space M of all tasks so far; empty at first.
-      samples: as for `grow_subspace`.
+      samples: tree like the parameters, or a tuple in leaf order; per leaf a float
+        array (num_samples, n), n the fan-in, (layers, num_samples, n) for stacked
+        kernels, or None.
       threshold: energy share in [0, 1].
 
     Returns:
-      (task, memory), both of the shapes of `memory`. Where room ends the strongest new
-      directions are in. Samples that are zero or (under jit) not finite give an empty
-      task subspace and leave the memory as it was.
+      (task, memory), both of the shapes of `memory`. Where there is too little room,
+      the strongest new directions are added. Samples that are zero or (under jit) not
+      finite give an empty task subspace and leave the memory unchanged.
 
     Raises:
-      ValueError: as `grow_subspace`.
+      ValueError: for samples of the wrong shape, empty or (outside jit) not finite, or
+        a threshold outside [0, 1].
 
     >>> from adamr import empty_subspace
     >>> from adamr.subspaces import rank
@@ -234,7 +237,9 @@ def grow_task_subspace(
     >>> [int(rank(s)[0]) for s in (first, second, memory)]
     [1, 1, 2]
 
-    References: Lin, Yang, Fan, Zhang, TRGP, arXiv:2202.02931.
+    References:
+      Lin, Yang, Fan, Zhang, TRGP: Trust Region Gradient Projection for Continual
+      Learning, arXiv:2202.02931.
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
@@ -246,14 +251,12 @@ def grow_task_subspace(
         )
     task, grown = [], []
     for name, x, basis, weights in zip(names, leaves, *memory, strict=True):
-        found: Any = basis, weights
-        own: Any = jax.tree.map(jnp.zeros_like, found)
+        own, own_weights = jax.tree.map(jnp.zeros_like, (basis, weights))
         if basis is not None and weights is not None and not _tree.is_hole(x):
             rows = sample_rows(name, jnp.asarray(x), basis, weights)
-            results = on_host(
-                _grow_leaf, *own, basis, weights, rows, threshold=threshold
+            own, own_weights, basis, weights = on_host(
+                _grow_leaf, own, own_weights, basis, weights, rows, threshold=threshold
             )
-            own, found = results[:2], results[2:]
-        task.append(own)
-        grown.append(found)
+        task.append((own, own_weights))
+        grown.append((basis, weights))
     return Subspace(*zip(*task, strict=True)), Subspace(*zip(*grown, strict=True))

@@ -1,12 +1,13 @@
-"""Relaxing a frozen space without storing more: Restricted Orthogonal Gradient (ROGO).
+"""Relaxing a frozen space without storing more: restricted orthogonal gradients (ROGO).
 
-Part of the frozen space M that the new task needs most, the *relaxing* space B ⊆ M, is
-opened through a penalised scaling and folded into the weights when the task ends:
+The part of the frozen space M that the new task needs most, the *relaxing* space B ⊆ M,
+is opened through a penalised scaling Q, which is folded into the weights when the task
+ends:
 
     W_eff = W + B (Q − I) Bᵀ W,   loss + β ‖Q − I‖²,   then W <- W_eff
 
-The scaling is that of `adamr.scales`; the step of W stays projected off all of M. With
-an empty B this is GPM (`test_t7_above_threshold_1_nothing_is_relaxed`).
+`adamr.trust.scaled_weights` computes W_eff; the step of W stays projected off all of M.
+With an empty B this is GPM.
 """
 
 import functools
@@ -16,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from adamr.subspaces.columns import (
-    FLOOR,
-    append,
-    extend,
+    ENERGY_FLOOR,
+    append_columns,
+    extend_by_samples,
     matmul,
-    normalized,
+    normalized_samples,
     on_host,
     spectrum,
     to_columns,
@@ -36,21 +37,23 @@ __all__ = ["relaxing_subspace"]
 
 @functools.partial(jax.jit, static_argnames="energy")
 def _search(start, start_weights, basis, weights, rows, energy, threshold):
+    """The basis and weights `start`, with one leaf's new relaxing directions added."""
     columns, _ = to_columns(basis, weights)
     opened, _ = to_columns(start, start_weights)
     fan_in = columns.shape[-2]
-    rows, usable = normalized(rows)
+    rows, usable = normalized_samples(rows)
     empty = jnp.zeros((*columns.shape[:-1], fan_in), columns.dtype)
-    gradient = extend(empty, rows, energy)
+    gradient = extend_by_samples(empty, rows, energy)
     inside = matmul(transpose(columns), gradient)
     done = matmul(transpose(columns), opened)
     inside = inside - matmul(done, matmul(transpose(done), inside))
     square, vectors = spectrum(matmul(inside, transpose(inside)))
     # Squared cosines: at most 1, so that a threshold above 1 relaxes nothing.
     square = jnp.minimum(square, 1.0)
-    wanted = (jnp.sqrt(square) >= threshold) & (square > FLOOR[str(square.dtype)])
+    floor = ENERGY_FLOOR[str(square.dtype)]
+    wanted = (jnp.sqrt(square) >= threshold) & (square > floor)
     new = jnp.where(wanted[..., None, :], matmul(columns, vectors), 0.0)
-    grown = append(opened, new, jnp.sum(wanted, axis=-1, dtype=jnp.int32))
+    grown = append_columns(opened, new, jnp.sum(wanted, axis=-1, dtype=jnp.int32))
     lam = used_columns(grown).astype(columns.dtype)
     return to_storage(grown, lam, start, start_weights)
 
@@ -72,23 +75,25 @@ def relaxing_subspace(
         u = argmax ‖Uᵀ u‖ over unit u,   while ‖Uᵀ u‖ ≥ threshold
 
     These are the principal vectors of M towards U, so one eigendecomposition of
-    MᵀUUᵀM gives them all: the authors' loop of QR deflations, without the loop
-    (`test_relaxing_subspace_equals_the_greedy_search`).
+    MᵀUUᵀM finds all the directions that the authors' greedy loop finds one by one.
 
     Args:
       memory: the frozen space M.
-      gradients: tree like the parameters: G, unprojected, on a batch of this task.
-      energy: the authors use 0.97 to 0.99, growing with depth.
-      threshold: cosine; the authors use 0.9 to 0.95. Above 1 relaxes nothing.
-      start: what is relaxed already (the authors search twice per task); the new
-        directions come behind it, so that its Q stays valid.
+      gradients: G, tree like the parameters: the gradient before any projection, on a
+        batch of this task.
+      energy: share in [0, 1]; the authors use 0.97 to 0.99, growing with depth.
+      threshold: a cosine; the authors use 0.9 to 0.95. Above 1 relaxes nothing.
+      start: a `Subspace` in the shapes of `memory`, the directions that are relaxed
+        already (the authors search twice per task), or None. The new directions are
+        added after them, so their Q stays valid.
 
     Returns:
-      A `Subspace` in the shapes of `memory` with span inside it. Gradients that are
-      zero, missing or not finite add nothing.
+      A `Subspace` in the shapes of `memory`, whose span lies inside that of `memory`.
+      Gradients that are zero, missing or not finite add nothing.
 
     Raises:
-      ValueError: for gradients or a start that do not fit, or energy outside [0, 1].
+      ValueError: for gradients or a start that do not fit `memory`, or an energy
+        outside [0, 1].
 
     >>> from adamr import make_subspace
     >>> from adamr.subspaces import rank
@@ -110,12 +115,13 @@ def relaxing_subspace(
     if shapes[0] != shapes[1]:
         raise ValueError(f"start has shapes {shapes[1]}, expected {shapes[0]}.")
 
-    def leaf(rows, basis, weights, *before):
+    options = dict(energy=energy, threshold=threshold)
+
+    def leaf(rows, basis, weights, open_basis, open_weights):
         if basis is None or rows is None:
-            return before
-        return on_host(
-            _search, *before, basis, weights, rows, energy=energy, threshold=threshold
-        )
+            return open_basis, open_weights
+        arrays = (open_basis, open_weights, basis, weights, rows)
+        return on_host(_search, *arrays, **options)
 
     rows = gradient_samples(memory, gradients)
     return Subspace(*zip(*map(leaf, rows, *memory, *opened), strict=True))

@@ -1,13 +1,14 @@
-"""Scaled weights: what is learnt inside a protected space without moving the weights.
+"""Scaled weights: learning inside a protected space without moving the weights.
 
     W_eff = W + Σ_j B_j (Q_j − I) B_jᵀ W        (Flax layout: fan-in first)
 
-with B_j a basis inside the frozen space and Q_j a small trainable matrix, I to begin
-with. Q is stored like the weights of a subspace, with one axis more: (*small, r, r),
-`small` being 1 except along batch axes, so that shapes alone still give the layout.
-Where a basis has zero columns Q has no effect and gets no gradient.
+B_j is a basis inside the frozen space and Q_j a small trainable matrix that starts as
+I. Q is stored like the weights of a subspace, with one axis more: (*small, r, r), where
+`small` is 1 except along batch axes, so that the shapes alone still give the layout.
+Where a basis has zero columns, Q has no effect and gets no gradient.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def _several(subspaces: Subspace | Sequence[Subspace]) -> tuple[Subspace, ...]:
-    # A Subspace is a tuple too.
+    # Tested by type: a Subspace is itself a tuple.
     return (subspaces,) if isinstance(subspaces, Subspace) else tuple(subspaces)
 
 
@@ -41,17 +42,19 @@ def _identity_like(scale: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(scale.shape[-1]), scale.shape)
 
 
-def init_scales(subspaces: Subspace | Sequence[Subspace]) -> tuple:
-    """Q = I for every basis: trainable, and without effect to begin with.
+def init_scales(
+    subspaces: Subspace | Sequence[Subspace],
+) -> tuple[tuple[jax.Array | None, ...], ...]:
+    """Q = I for every basis: trainable, and without effect until it is trained.
 
     Args:
-      subspaces: one or several; r in Q (r, r) is their capacity, so make them with a
+      subspaces: one or several. r in Q (r, r) is their capacity, so make them with a
         `max_rank`.
 
     Returns:
-      A tuple with one entry per subspace: in leaf order, float32 (*small, r, r), such
-      as (1, 1, r, r) for a dense kernel, (layers, 1, 1, r, r) for stacked ones; or
-      None.
+      One tuple per subspace, in leaf order: float32 (*small, r, r), such as
+      (1, 1, r, r) for a dense kernel and (layers, 1, 1, r, r) for stacked ones, or None
+      for an unprotected leaf.
 
     >>> from adamr import empty_subspace
     >>> s = empty_subspace({"w": jnp.zeros((6, 2))}, max_rank=3)
@@ -67,7 +70,7 @@ def init_scales(subspaces: Subspace | Sequence[Subspace]) -> tuple:
     return tuple(tuple(map(leaf, s.weights)) for s in _several(subspaces))
 
 
-def _change(kernel, basis, scale) -> jax.Array:
+def _change(kernel: jax.Array, basis: jax.Array, scale: jax.Array) -> jax.Array:
     """B (Q − I) Bᵀ W in float32."""
     weights = scale[..., 0]
     fits = (
@@ -79,8 +82,8 @@ def _change(kernel, basis, scale) -> jax.Array:
     if not fits:
         raise ValueError(
             f"scale has shape {scale.shape}, basis {basis.shape} and kernel "
-            f"{kernel.shape}: expected a basis of a Subspace made for this kernel and "
-            "its entry of init_scales."
+            f"{kernel.shape}, expected an entry of Subspace.bases made for this kernel "
+            "and the matching entry of init_scales."
         )
     batch = [basis.shape[d] for d in layout(basis, weights).batch]
     q = scale.astype(jnp.float32) - _identity_like(scale)
@@ -99,13 +102,17 @@ def scaled_weight(kernel: jax.Array, basis: jax.Array, scale: jax.Array) -> jax.
     """W_eff = W − B Bᵀ W + B Q Bᵀ W for one kernel.
 
     Args:
-      kernel: W, in any layout that a `Subspace` knows.
-      basis: B, an entry of `Subspace.bases`.
-      scale: Q, the entry of `init_scales` beside it. The authors' Q, for kernels
-        (out, in), is the transpose of this one.
+      kernel: W, a float array in any layout for which a `Subspace` can be made.
+      basis: B, the entry of `Subspace.bases` for this kernel.
+      scale: Q, the matching entry of `init_scales`. The authors' kernels are (out, in),
+        so their Q is the transpose of this one.
 
     Returns:
-      An array like `kernel`, computed in float32; exactly W where Q = I.
+      An array of the shape and dtype of `kernel`, computed in float32; exactly W where
+      Q = I.
+
+    Raises:
+      ValueError: if the shapes of the three do not fit.
 
     >>> from adamr import make_subspace
     >>> kernel = jnp.array([[1.0], [2.0]])
@@ -121,20 +128,20 @@ def scaled_weight(kernel: jax.Array, basis: jax.Array, scale: jax.Array) -> jax.
 def scaled_params(
     params: Any, subspaces: Subspace | Sequence[Subspace], scales: Sequence[Any]
 ) -> Any:
-    """W + Σ_j B_j (Q_j − I) B_jᵀ W on every protected leaf: call it in the loss.
+    """W + Σ_j B_j (Q_j − I) B_jᵀ W on every protected leaf.
 
-    Differentiable in `params` and `scales`.
+    Call it in the loss: it is differentiable in `params` and `scales`.
 
     Args:
-      params: W.
-      subspaces: one or several, such as `trust_region(...).subspaces`.
-      scales: one tuple per subspace, from `init_scales(subspaces)`.
+      params: W, a tree of float arrays.
+      subspaces: B_j, one or several, such as `trust_region(...).subspaces`.
+      scales: Q_j, one tuple per subspace, from `init_scales(subspaces)`.
 
     Returns:
       A tree like `params`, same dtypes; bit for bit `params` where every Q = I.
 
     Raises:
-      ValueError: if the three do not fit.
+      ValueError: if the leaves or shapes of the three do not fit.
 
     >>> from adamr import make_subspace
     >>> params = {"w": jnp.array([[1.0], [2.0]]), "b": jnp.ones(1)}
@@ -150,34 +157,40 @@ def scaled_params(
             f"scales has entries for {len(scales)} subspaces, expected "
             f"{len(subspaces)}: make them with init_scales(subspaces)."
         )
-    total: list[Any] = [None] * len(_tree.flatten(params)[0])
     for subspace, each in zip(subspaces, scales, strict=True):
         subspace.check(params, "subspaces")
         if len(each) != len(subspace.bases):
             raise ValueError(
                 f"scales has {len(each)} leaves, expected {len(subspace.bases)}."
             )
-        for i, leaf in enumerate(_tree.flatten(params)[0]):
-            basis, scale = subspace.bases[i], each[i]
-            if basis is None or scale is None or _tree.is_hole(leaf):
-                continue
-            change = _change(leaf, basis, scale)
-            total[i] = change if total[i] is None else total[i] + change
+    bases = zip(*(subspace.bases for subspace in subspaces), strict=True)
 
-    def leaf(w, change):
-        if change is None:
+    def leaf(w, bases, scales):
+        pairs = zip(bases, scales, strict=True)
+        changes = [
+            _change(w, basis, scale)
+            for basis, scale in pairs
+            if basis is not None and scale is not None
+        ]
+        if not changes:
             return w
+        change = functools.reduce(jnp.add, changes)
         return (w.astype(jnp.float32) + change).astype(w.dtype)
 
-    return _tree.map_positions(leaf, params, total)
+    if not subspaces:
+        return params
+    return _tree.map_positions(leaf, params, bases, zip(*scales, strict=True))
 
 
 def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
     """β Σ ‖Q − I‖²: add it to the loss, so that old tasks keep most of their function.
 
     Args:
-      scales: from `init_scales`, any nesting.
-      beta: β; the authors use 1.
+      scales: Q, from `init_scales`: any tree of arrays (*small, r, r).
+      beta: β ≥ 0; the authors use 1.
+
+    Returns:
+      A float32 scalar.
 
     >>> from adamr import make_subspace
     >>> s = make_subspace(jnp.zeros((3, 2)), jnp.eye(3)[:, :1], max_rank=1)
@@ -193,19 +206,23 @@ def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
 
 def fold_scales(
     params: Any, subspace: Subspace | Sequence[Subspace], scales: Sequence[Any]
-) -> tuple[Any, tuple]:
-    """Makes the scaling permanent: (W_eff, Q = I), the same network function.
+) -> tuple[Any, tuple[tuple[jax.Array | None, ...], ...]]:
+    """Makes the scaling permanent: returns W_eff and Q = I.
 
-    `scaled_params` of the result equals `scaled_params` of the arguments bit for bit
-    (`test_t7_folding_leaves_the_function_unchanged`). Nothing more needs to be kept.
+    Guarantee: `scaled_params` of the result equals `scaled_params` of the arguments bit
+    for bit, so the network's function does not change, and neither `subspace` nor the
+    trained Q needs to be kept.
 
     Args:
-      params: W.
-      subspace: the relaxing subspace.
-      scales: from `init_scales(subspace)`, trained.
+      params: W, a tree of float arrays.
+      subspace: B, the relaxing subspace, or several.
+      scales: Q, from `init_scales(subspace)`, trained.
 
     Returns:
       (params, scales) of the same shapes and dtypes.
+
+    Raises:
+      ValueError: if the leaves or shapes of the three do not fit.
 
     >>> from adamr import make_subspace
     >>> w = jnp.array([[1.0], [2.0]])

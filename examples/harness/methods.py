@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
     "sgp": Method(
         "Scaled Gradient Projection",
         lambda rate, _, s: adamr.sgp(rate, s.subspace),
-        boundary=functools.partial(task_ends.grow, importance=10.0),
+        boundary=functools.partial(task_ends.grow, scaling=10.0),
     ),
     "gpm_si": Method(
         "GPM, and SI's proximal pull on what it leaves open",

@@ -32,13 +32,13 @@ def _some(data: Data, key: jax.Array, count: int) -> Data:
     return Data(data.inputs[chosen], data.labels[chosen], data.classes)
 
 
-def grow(problem, setting, params, opt_state, data, key, *, importance=None):
+def grow(problem, setting, params, opt_state, data, key, *, scaling=None):
     inputs = _some(data, key, setting.samples).inputs
     subspace = adamr.grow_subspace(
         adamr.get_subspace(opt_state),
         problem.capture(params, inputs),
         threshold=setting.threshold,
-        importance=importance,
+        scaling=scaling,
     )
     return adamr.set_subspace(opt_state, subspace)
 

@@ -165,7 +165,7 @@ def test_parity_pcgrad():
 # Subspaces ---------------------------------------------------------------------------
 
 
-def grown_through_tasks(method, importance=None):
+def grown_through_tasks(method, scaling=None):
     """Per layer: the boundaries of all tasks against theirs; the last subspaces."""
     given, theirs = case(method, "boundaries")
     last = []
@@ -176,7 +176,7 @@ def grown_through_tasks(method, importance=None):
 
         def grow(x, threshold, subspace=subspace):
             return adamr.grow_subspace(
-                subspace, x, threshold=threshold, importance=importance
+                subspace, x, threshold=threshold, scaling=scaling
             )
 
         # At their first boundary they take one direction fewer than their eq. 5.
@@ -186,9 +186,9 @@ def grown_through_tasks(method, importance=None):
             threshold = same_rank if t == 0 else thresholds[t]
             subspace = grow(x, threshold, subspace)
             assert int(adamr.subspaces.rank(subspace)[0]) == theirs[t]["ranks"][i]
-            kind = "projectors" if importance is None else "scaled_projectors"
+            kind = "projectors" if scaling is None else "scaled_projectors"
             close(scaled_projector(subspace), theirs[t][kind][i], 1e-5)
-            if importance is not None:
+            if scaling is not None:
                 lam = np.sort(np.asarray(subspace.weights[0]).ravel())[::-1]
                 close(lam[lam > 0], theirs[t]["importances_sorted"][i], 1e-5)
         last.append(subspace)
@@ -213,7 +213,7 @@ def test_parity_gpm():
 
 
 def test_parity_sgp():
-    projected_like_theirs("sgp", grown_through_tasks("sgp", importance=10.0))
+    projected_like_theirs("sgp", grown_through_tasks("sgp", scaling=10.0))
 
 
 def test_parity_gpm_rl():

@@ -278,7 +278,7 @@ def test_t5_step_is_scaled_by_importance():
     p = {"w": jnp.zeros((3, 2))}
     x = {"w": np.diag([10.0, 5.0, 1.0]).astype(np.float32)}
     free = adamr.gpm(RATE, adamr.empty_subspace(p))
-    s = adamr.grow_subspace(adamr.empty_subspace(p), x, threshold=1.0, importance=10.0)
+    s = adamr.grow_subspace(adamr.empty_subspace(p), x, threshold=1.0, scaling=10.0)
     np.testing.assert_allclose(s.weights[0][0, 0], [1, 0.91667, 0.55], atol=1e-5)
     tx = adamr.sgp(RATE, s)
     state, free_state = tx.init(p), free.init(p)

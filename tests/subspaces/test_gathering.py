@@ -56,9 +56,9 @@ def test_growth_from_a_covariance_equals_the_twin_on_samples(threshold, scale):
     np.testing.assert_allclose(projector(grown), expected @ expected.T, atol=1e-4)
 
 
-def test_importance_from_a_covariance_equals_that_from_samples():
+def test_scaling_from_a_covariance_equals_that_from_samples():
     x = samples(2)
-    options = dict(threshold=0.9, importance=5.0)
+    options = dict(threshold=0.9, scaling=5.0)
     by_rows = adamr.grow_subspace(empty(), (x,), **options)
     by_gram = adamr.grow_subspace(empty(), covariance_of(empty(), x), **options)
     np.testing.assert_allclose(by_gram.weights[0], by_rows.weights[0], atol=1e-5)

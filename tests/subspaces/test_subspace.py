@@ -130,14 +130,14 @@ def test_t5_scaled_gradient_projection():
     p = {"w": jnp.zeros((3, 1))}
     samples = {"w": np.diag([10.0, 5.0, 1.0]).astype(np.float32)}
     s = adamr.grow_subspace(
-        adamr.empty_subspace(p), samples, threshold=1.0, importance=10.0
+        adamr.empty_subspace(p), samples, threshold=1.0, scaling=10.0
     )
     lam = np.asarray(s.weights[0]).reshape(3)
     np.testing.assert_allclose(lam, [1.0, 0.916667, 0.55], rtol=1e-5)
     g = {"w": jnp.array([[0.0], [0.0], [1.0]])}
     np.testing.assert_allclose(adamr.subspaces.project(s, g)["w"][2], 0.45, rtol=1e-5)
     # The second task sees direction 3 at full strength: λ accumulates, up to 1.
-    s = adamr.grow_subspace(s, {"w": np.eye(3, dtype=np.float32)[2:]}, importance=10.0)
+    s = adamr.grow_subspace(s, {"w": np.eye(3, dtype=np.float32)[2:]}, scaling=10.0)
     np.testing.assert_allclose(s.weights[0].reshape(3), [1, 0.916667, 1], rtol=1e-5)
 
 
@@ -406,7 +406,7 @@ def test_errors_name_the_argument_the_leaf_and_both_sides():
     s, grow = adamr.empty_subspace(p), adamr.grow_subspace
     x = {"w": np.ones((3, 4), np.float32), "b": None}
     fails("threshold must lie", s, x, call=grow, threshold=1.5)
-    fails("importance must be positive", s, x, call=grow, importance=0.0)
+    fails("scaling must be positive", s, x, call=grow, scaling=0.0)
     fails(
         r"samples has shape \(3, 5\) at w",
         s,
