@@ -7,7 +7,7 @@ are compared with.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ import adamr
 from tests.contract.cases import CASES, COMPOSED, Case, gradients, params, subspace
 from tests.contract.compilations import nothing_compiles
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-each_link = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] * (case.name in COMPOSED))
-        for case in CASES
-    ],
-    ids=lambda case: case.name,
-)
+SMOKE = ("adamr_adaptive", "two_sided")
+
+
+def rows(nightly: Collection[str] = ()) -> pytest.MarkDecorator:
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        slow = [pytest.mark.slow] if name in nightly else []
+        return [pytest.mark.smoke] if name in SMOKE else slow
+
+    each = [pytest.param(c, id=c.name, marks=marks(c.name)) for c in CASES]
+    return pytest.mark.parametrize("case", each)
+
+
+each_case, each_link = rows(), rows(nightly=COMPOSED)
 Step = Callable[..., tuple[Any, Any, Any]]
 EXACT = ("project_out", "protect_update", "two_sided", "oblique_second_moment")
 

@@ -80,6 +80,7 @@ def mlp_params(seed=0):
 # OGD ---------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_t1_closed_form():
     d = adamr.grow_directions(
         adamr.empty_directions(jnp.zeros(2), 2), jnp.array([[1.0, 0.0]])
