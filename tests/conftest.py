@@ -1,36 +1,38 @@
-"""Eight CPU devices, strict promotion of ranks, and a compiler that is fast to compile.
+"""Eight CPU devices, strict promotion of ranks, and programs that compile fast.
 
-All of it is set in the environment before the backend starts, so that workers and
-subprocesses inherit it. The default tests spend their time compiling small programs:
-the compiler skips LLVM's optimizations and the newer fusion emitters and writes one
-module per program, which takes a quarter of the time, and no program is compiled twice
-by workers of one run. The slow tests compile as users do; the rest does so with
-`XLA_FLAGS=--xla_backend_optimization_level=3`. A worker drops its compiled programs now
-and then.
+The environment is set before the backend starts; workers and subprocesses inherit it.
+Default tests spend their time on compiling small programs. They leave out LLVM's
+optimizations and XLA's newer fusions and make one module of a program, which takes a
+quarter of the time, and the workers of a run share what is compiled. Slow tests compile
+as users do, and so does a test marked `as_users`, in a process of its own. With
+`XLA_FLAGS=--xla_backend_optimization_level=3` all do. A worker drops its compiled
+programs now and then.
 """
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+
+LEVEL = "--xla_backend_optimization_level="
+FAST = (
+    f"{LEVEL}0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small eigenvalue problems: threads of two workers on two cores wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
-
-def add_flags(flags, unless):
-    there = os.environ.get("XLA_FLAGS", "")
-    if unless not in there:
-        os.environ["XLA_FLAGS"] = f"{there} {flags}"
-
-
-add_flags("--xla_force_host_platform_device_count=8", unless="host_platform_device")
-
-# Made by the first process of a run; the others find the name in the environment.
-_cache = None
+# The first process of a run makes the folder; the others find it in the environment.
+_made = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.mkdtemp(prefix="adamr-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    _made = tempfile.mkdtemp(prefix="adamr-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _made
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
@@ -45,17 +47,27 @@ _finished = 0
 
 
 def pytest_configure(config):
-    if config.option.markexpr != "slow":
-        add_flags(
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-            "--xla_cpu_parallel_codegen_split_count=1",
-            unless="xla_backend_optimization_level",
-        )
+    if config.option.markexpr != "slow" and LEVEL not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {FAST}"
 
 
 def pytest_unconfigure(config):
-    if _cache:
-        shutil.rmtree(_cache, ignore_errors=True)
+    if _made:
+        shutil.rmtree(_made, ignore_errors=True)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    flags = os.environ["XLA_FLAGS"]
+    if FAST not in flags or not pyfuncitem.get_closest_marker("as_users"):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", pyfuncitem.nodeid]
+    environment = {**os.environ, "XLA_FLAGS": flags.replace(FAST, f"{LEVEL}3")}
+    root = pyfuncitem.config.rootpath
+    child = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    return True
 
 
 def pytest_runtest_teardown(item, nextitem):
