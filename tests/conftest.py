@@ -1,9 +1,25 @@
-"""Eight CPU devices, strict promotion of ranks: set before the backend starts.
+"""Eight CPU devices, strict promotion of ranks, and programs that compile fast.
 
-A worker drops its compiled programs now and then.
+The environment is set before the backend starts; workers and subprocesses inherit it.
+Default tests spend their time on compiling small programs. They leave out LLVM's
+optimizations and XLA's newer fusions and make one module of a program, which takes a
+quarter of the time, and the workers of a run share what is compiled. Slow tests compile
+as users do, and so does a test marked `as_users`, in a process of its own. With
+`XLA_FLAGS=--xla_backend_optimization_level=3` all do. A worker drops its compiled
+programs now and then.
 """
 
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+LEVEL = "--xla_backend_optimization_level="
+FAST = (
+    f"{LEVEL}0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small eigenvalue problems: threads of two workers on two cores wait for each other.
@@ -11,6 +27,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+
+# The first process of a run makes the folder; the others find it in the environment.
+_made = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _made = tempfile.mkdtemp(prefix="adamr-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _made
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -20,6 +44,30 @@ hypothesis.settings.register_profile("adamr", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("adamr")
 
 _finished = 0
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "slow" and LEVEL not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {FAST}"
+
+
+def pytest_unconfigure(config):
+    if _made:
+        shutil.rmtree(_made, ignore_errors=True)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    flags = os.environ["XLA_FLAGS"]
+    if FAST not in flags or not pyfuncitem.get_closest_marker("as_users"):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", pyfuncitem.nodeid]
+    environment = {**os.environ, "XLA_FLAGS": flags.replace(FAST, f"{LEVEL}3")}
+    root = pyfuncitem.config.rootpath
+    child = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    return True
 
 
 def pytest_runtest_teardown(item, nextitem):

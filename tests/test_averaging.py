@@ -31,6 +31,7 @@ def scales(*arguments, **keywords):
     return blocks, float(tree["embed"][0])
 
 
+@pytest.mark.smoke
 def test_scale_by_depth():
     assert scales(0.25) == ([0.25, 0.5, 0.75, 1.0], 0.25)
     blocks, outside = scales(0.5, 0.9)
@@ -70,6 +71,7 @@ def test_a_constant_is_its_own_average():
     np.testing.assert_allclose(state.weights["w"], p["w"], rtol=1e-6)
 
 
+@pytest.mark.smoke
 def test_against_the_equation_with_warmup():
     ema = averaging.ema_weights(decay=0.9, warmup_steps=3)
     values = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)

@@ -123,6 +123,7 @@ def test_a_reservoir_in_plain_python():
     assert buffer.items.tolist() == slots
 
 
+@pytest.mark.smoke
 def test_a_ring_keeps_the_newest_of_each_task():
     buffer = buffers.empty_ring(3, 4, SCALAR, KEY)
     add = jax.jit(buffers.add_to_ring)

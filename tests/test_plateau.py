@@ -27,6 +27,7 @@ def fall(steps=20):
     return np.linspace(5.0, 1.0, steps, dtype=np.float32)
 
 
+@pytest.mark.smoke
 def test_a_fall_to_a_plateau_fires_once():
     fired = firings(flat(5, 10), fall(), flat(1, 200))
     assert len(fired) == 1

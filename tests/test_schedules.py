@@ -100,6 +100,7 @@ def stretched(case, factor):
     return {k: scale(v) for k, v in arguments.items() if k.endswith(("steps", "begin"))}
 
 
+@pytest.mark.smoke
 def test_wsd_s_numbers():
     at = make("wsd_s")(jnp.array([0, 2, 4, 90, 95, 100, 102, 195, 1095]))
     close(at, [0, 0.5, 1, 1, 0.1818182, 1, 1, 0.1818182, 0.1818182])
@@ -116,6 +117,7 @@ def test_wsd_s_with_a_length_per_task_ends_decayed():
     close(at, [1, 1, 0.1818182, 1, 1, 1, 0.1818182, 1, 0.1818182, 0.1, 0.1])
 
 
+@pytest.mark.smoke
 def test_rewarm_numbers():
     at = make("rewarm")(jnp.array([0, 5, 10, 60, 110, 115, 120, 170, 220]))
     close(at, [0, 0.5, 1, 0.55, 0.1, 0.55, 1, 0.55, 0.1])

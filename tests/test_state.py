@@ -38,6 +38,7 @@ def test_a_stale_first_moment_leaks_unless_projected_or_reset():
     assert boundary_leak("reset") < 1e-6
 
 
+@pytest.mark.smoke
 def test_projecting_keeps_v_and_the_count_resetting_does_not():
     state, _ = trained(adamr.adamr(0.1, adamr.project_out(subspace())))
     s = subspace(seed=7)

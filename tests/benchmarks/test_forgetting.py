@@ -80,6 +80,7 @@ def test_rows_are_compared_on_the_seeds_that_both_have():
     assert got["difference"] == pytest.approx(0.2)
 
 
+@pytest.mark.smoke
 def test_front_keeps_what_is_not_clearly_beaten():
     rows = [
         _row("good", [0.90, 0.92, 0.93], [0.10, 0.11, 0.14]),

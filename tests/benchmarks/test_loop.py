@@ -65,6 +65,7 @@ def test_ewc_is_sgd_on_the_sum_of_the_tasks_penalties():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.smoke
 def test_what_is_compared():
     ours = [
         {"accuracy": [[0.9, 0.1], [0.7, a]], "seconds": [9.0, 1.0], "everything": 10.0}

@@ -25,6 +25,7 @@ def inflation(source, optimizer, variant, route):
     return motion[1:] / motion[0] / (1.0 - ALPHAS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("optimizer", mechanism.ESTIMATORS)
 def test_one_coordinate_inflates_by_the_closed_form(optimizer):
     source = coordinate(200, seed=1)

@@ -87,6 +87,7 @@ def written(folder, results):
     return folder
 
 
+@pytest.mark.smoke
 def test_the_page_shows_the_results_and_stands_alone(tmp_path):
     folders = (
         written(tmp_path / "vision", vision_results()),

@@ -18,6 +18,7 @@ from benchmarks import accelerator, scaling
 from benchmarks._speed import rivals, timing
 
 
+@pytest.mark.smoke
 def test_power_law_finds_the_exponent_and_its_error():
     x = np.array([1.0, 10.0, 100.0, 1000.0])
     for p in (-1.0, 0.0, 0.5, 2.0):

@@ -188,6 +188,7 @@ def test_attention_layers_and_their_axes():
     assert any(int(r) > 0 for r in adamr.subspaces.rank(s) if r is not None)
 
 
+@pytest.mark.smoke
 def test_axes_of_a_model_of_shapes_alone():
     model = nnx.eval_shape(lambda: attention()[0])
     assert jax.tree.leaves(kernel_axes(model)) == jax.tree.leaves(
@@ -234,6 +235,7 @@ def test_max_samples_are_spread_over_all_rows():
     np.testing.assert_array_equal(samples[:, 0], [0, 50, 99])
 
 
+@pytest.mark.smoke
 def test_no_hook_stays_after_an_error():
     original = nnx.Linear.__call__
     with pytest.raises(Exception, match="dot_general|shape"):

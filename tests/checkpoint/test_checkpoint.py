@@ -119,6 +119,7 @@ def test_metrics_are_those_of_the_save(tmp_path):
     assert restored(tmp_path, {"a": 0}).metrics == [1.0]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_keys_come_back(tmp_path, impl):
     key = jax.random.key(7, impl=impl)
@@ -268,6 +269,7 @@ def held_back(monkeypatch):
     return event
 
 
+@pytest.mark.smoke
 def test_a_save_is_a_copy(tmp_path, held_back):
     start = {"jax": jnp.arange(1000.0), "numpy": np.arange(1000), "plain": [1]}
     donate = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)

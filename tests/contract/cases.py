@@ -6,7 +6,7 @@ from a plain gradient tree to a plain step.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,24 @@ import optax
 
 import adamr
 
+Tree = Any
+ExtraArgs = dict[str, Tree]
 Factory = Callable[..., optax.GradientTransformation]
 Build = Callable[[adamr.Subspace], Factory]
+
+
+def no_extra_args(gradient: Tree) -> ExtraArgs:
+    return {}
 
 
 class Case(NamedTuple):
     name: str
     build: Build
     holds_subspace: bool = True
-    extra_args: Callable[[Any], dict[str, Any]] = lambda gradient: {}
+    extra_args: Callable[[Tree], ExtraArgs] = no_extra_args
 
 
-def params(dtype=jnp.float32):
+def params(dtype: Any = jnp.float32) -> Tree:
     """Every layout that matters: dense, bias, stacked, convolution, scalar."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
     shapes = {
@@ -42,7 +48,7 @@ def params(dtype=jnp.float32):
     )
 
 
-def gradients(seed, tree=None):
+def gradients(seed: int, tree: Tree = None) -> Tree:
     tree = params() if tree is None else tree
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -55,32 +61,32 @@ def gradients(seed, tree=None):
     )
 
 
-def memory_gradients(gradient):
+def memory_gradients(gradient: Tree) -> ExtraArgs:
     """Two tasks, the first of them in conflict with the gradient."""
     rows = jax.tree.map(lambda x: jnp.stack([0.5 - x, x + 1.0]), gradient)
     return {"memory_gradients": rows}
 
 
-def task_gradients(gradient):
+def task_gradients(gradient: Tree) -> ExtraArgs:
     rows = jax.tree.map(lambda x: jnp.stack([x, 0.5 - x]), gradient)
     return {"task_gradients": rows}
 
 
-def memory_gradient(gradient):
+def memory_gradient(gradient: Tree) -> ExtraArgs:
     """Agrees in sign with some coordinates only."""
     return {"memory_gradient": jax.tree.map(lambda x: 1 - x, gradient)}
 
 
-def retain_gradient(gradient):
+def retain_gradient(gradient: Tree) -> ExtraArgs:
     return {"retain_gradient": memory_gradient(gradient)["memory_gradient"]}
 
 
-def orthonormal(seed, *shape):
+def orthonormal(seed: int, *shape: int) -> np.ndarray:
     q = np.linalg.qr(np.random.default_rng(seed).normal(size=shape))[0]
     return q.astype(np.float32)
 
 
-def bases(seed=0):
+def bases(seed: int = 0) -> Tree:
     return {
         "dense": {"bias": None, "kernel": orthonormal(seed, 6, 2)},
         "conv": orthonormal(seed + 1, 12, 3),
@@ -89,11 +95,11 @@ def bases(seed=0):
     }
 
 
-def subspace(seed=0, max_rank=4):
+def subspace(seed: int = 0, max_rank: int = 4) -> adamr.Subspace:
     return adamr.make_subspace(params(), bases(seed), max_rank=max_rank)
 
 
-def directions(s):
+def directions(s: adamr.Subspace) -> adamr.Directions:
     """Of the whole vector, for the tree of `params` or, by its leaves, of nnx."""
     small = {"bias": jnp.zeros(8), "kernel": jnp.zeros((6, 8))}
     tree = params() if len(s.bases) == 5 else small
@@ -102,18 +108,20 @@ def directions(s):
     return adamr.grow_directions(d, jax.tree.map(lambda *x: jnp.stack(x), *samples))
 
 
-def _merged(route: Factory, *strength: optax.GradientTransformation) -> Build:
+def _merged(route: Factory) -> Build:
     """A full chain around a route, with the modifier that every case shares."""
     return lambda s: (
         lambda b1=0.9, b2=0.99, eps=1e-8: optax.chain(
             route(adamr.project_out(s)),
-            *strength,
             adamr.faithful_second_moment(b1, b2, eps),
         )
     )
 
 
-def _estimator(name: Any, share: Any = None) -> Build:
+def _estimator(
+    name: Literal["adam", "amsgrad", "rmsprop", "adagrad", "yogi", "adafactor"],
+    share: Literal["fan_in"] | None = None,
+) -> Build:
     return lambda s: (
         lambda b1=0.9, b2=0.99, eps=1e-8: optax.chain(
             adamr.route_first_moment(adamr.project_out(s)),
@@ -122,7 +130,7 @@ def _estimator(name: Any, share: Any = None) -> Build:
     )
 
 
-def _overlap(aggregate: Any, **kwargs: Any) -> Build:
+def _overlap(aggregate: Literal["global", "mean", "leaf"], **kwargs: Any) -> Build:
     return lambda s: (
         lambda alpha_max=0.5, decay=0.9: optax.chain(
             adamr.route_first_moment(adamr.project_out(s)),

@@ -232,6 +232,7 @@ def test_what_a_step_sends(name, explicit):
             assert sent(make(adamr.empty_subspace(p, max_rank=RANK)), p) == expected
 
 
+@pytest.mark.smoke
 def test_what_a_step_sends_on_two_axes():
     """Each group of fan-in shards reduces its own columns, all kernels at once."""
     mesh = mesh_of({"fsdp": 2, "tensor": 4})

@@ -30,6 +30,7 @@ def test_every_main_cell_has_been_measured(stream):
         assert seeds[cell.name] >= forgetting.HEADLINE_SEEDS
 
 
+@pytest.mark.smoke
 def test_pictures_exist():
     for line in evidence.PAGE.read_text().splitlines():
         if line.startswith("!["):

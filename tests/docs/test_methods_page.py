@@ -18,6 +18,7 @@ def written():
     return rows
 
 
+@pytest.mark.smoke
 def test_every_method_has_its_row():
     assert list(written()) == list(methods.METHODS)
 

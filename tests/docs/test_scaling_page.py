@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / memory.PAGE).read_text()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("make", [memory.recipes, memory.sizes])
 def test_tables_from_shapes(make):
     assert memory.written(PAGE, make.__name__, make()) == PAGE

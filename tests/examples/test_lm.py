@@ -149,6 +149,7 @@ def test_unknown_preset_exits_with_2(folder, tmp_path):
     assert stopped.value.code == 2
 
 
+@pytest.mark.smoke
 def test_plain_file_is_split_by_position(tmp_path):
     text = bytes(range(200)) * 5
     (tmp_path / "a.txt").write_bytes(text)

@@ -20,6 +20,7 @@ def log_all(name, out):
             log(*record)
 
 
+@pytest.mark.smoke
 def test_nothing_is_logged_to_nowhere(tmp_path):
     log_all("none", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -116,6 +116,7 @@ def test_a_stopped_run_goes_on_here_and_on_another_mesh(whole, tmp_path):
     np.testing.assert_allclose(other["losses"], whole["losses"], rtol=1e-4)
 
 
+@pytest.mark.smoke
 def test_command_line(whole, tmp_path, capsys, monkeypatch):
     ready = {}
 

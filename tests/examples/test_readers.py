@@ -171,6 +171,7 @@ def fails(source, *parts, **options):
 # .npz
 
 
+@pytest.mark.smoke
 def test_npz(tmp_path):
     path = write_npz(tmp_path / "a.npz", class_names=np.array(list("abcdefghij")))
     found = sources.read_images(path)

@@ -253,6 +253,7 @@ def test_resize_keeps_constants_and_agrees_with_pillow():
     np.testing.assert_allclose(pixels.resize(np.ones_like(x), 5), 1)
 
 
+@pytest.mark.smoke
 def test_split_partitions_classes_and_images():
     data = tiny(classes=6)
     for shuffle in (False, True):

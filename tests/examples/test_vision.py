@@ -120,6 +120,7 @@ def test_replay_takes_adams_steps_while_the_memory_is_empty():
     np.testing.assert_allclose(step["kernel"], expected["kernel"], rtol=1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("convolves", [False, True])  # one by one, or side by side
 def test_memory_gradients_are_those_of_the_tasks_seen(convolves, parts):

@@ -34,6 +34,7 @@ def close(x, expected, atol=1e-6):
     np.testing.assert_allclose(x, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("wrap", [list, np.asarray, jnp.asarray])
 def test_t21(wrap):
     r = wrap(T21)
@@ -55,6 +56,7 @@ def test_t21_rival_definitions_give_other_numbers():
     assert np.mean(improved.max(axis=0) - improved[-1]) == 0
 
 
+@pytest.mark.smoke
 def test_t22():
     close(metrics.min_accuracy(T22), 0.5)
     close(metrics.worst_case_accuracy(T22), 0.7)

@@ -49,8 +49,8 @@ def draw(seed, tasks, size=SIZE):
 
 
 def apply(tx, g, **evidence):
-    step, state = tx.update(g, tx.init(g), **evidence)
-    return step, state
+    once = jax.jit(lambda g, evidence: tx.update(g, tx.init(g), **evidence))
+    return once(g, evidence)
 
 
 def gem_of(g, rows, *args, **kwargs):
@@ -92,6 +92,7 @@ def test_t10_gem(rows, g, strength, expected):
     assert state.violated == int(np.sum(np.asarray(rows) @ g < 0))
 
 
+@pytest.mark.smoke
 def test_t10_dual():
     usable = jnp.ones(2, bool)
     b = jnp.array([1.0, -2.0])
@@ -120,6 +121,7 @@ def test_remaining_violation_does_not_depend_on_the_norm(norm):
     np.testing.assert_allclose(step[1] / g[1], 1e-3 / 1.001, rtol=1e-3)
 
 
+@pytest.mark.smoke
 def test_t11_agem():
     g = jnp.array([1.0, -2.0])
     step, _ = apply(agem_constraint(), g, memory_gradient=jnp.array([0.0, 1.0]))
@@ -202,6 +204,7 @@ def test_t12_blocks_by_a_function():
     assert state.violated == 1
 
 
+@pytest.mark.smoke
 def test_t13_pcgrad():
     tasks = jnp.array([[1.0, 0.0], [-1.0, 1.0]])
     step, _ = apply(pcgrad(), tasks.sum(axis=0), task_gradients=tasks)
@@ -328,13 +331,14 @@ def test_constrained_steps_equal_the_float64_twin(strength, share):
     )
     state = tx.init(vector_tree(np.zeros(SIZE)))
     plain_state = plain.init(vector_tree(np.zeros(SIZE)))
+    update, plain_update = jax.jit(tx.update), jax.jit(plain.update)
     m, nonzero = 0.0, 0
     for t in range(1, 6):
         g, rows = draw(t, 4)
         m = 0.9 * m + 0.1 * np.float64(g)
         g, memory = vector_tree(g), vector_tree(rows, (4,))
-        step, state = tx.update(g, state, memory_gradients=memory)
-        adam, plain_state = plain.update(g, plain_state)
+        step, state = update(g, state, memory_gradients=memory)
+        adam, plain_state = plain_update(g, plain_state)
         m_hat = m / (1 - 0.9**t)
         d = flat(adam) / m_hat  # the diagonal that Adam used
         expected = reference.in_metric(d, m_hat, np.float64(rows), strength)
@@ -421,6 +425,7 @@ def test_the_step_that_adam_takes_is_feasible(seed, exponent, kind):
             assert np.all(inner >= -3e-5 * np.abs(rows[:, part]).sum(axis=1))
 
 
+@functools.cache
 def feasible_chain(guard, partition):
     tx = optax.chain(
         route_first_moment(optax.identity()),
@@ -428,9 +433,10 @@ def feasible_chain(guard, partition):
             gem_constraint(0.0, partition=partition), b2=0.99, guard=guard
         ),
     )
-    return tx.init(vector_tree(np.zeros(SIZE))), tx.update
+    return tx.init(vector_tree(np.zeros(SIZE))), jax.jit(tx.update)
 
 
+@functools.cache
 def gram_based():
     chains = [
         (gem_constraint(0.5), "memory_gradients"),
@@ -442,7 +448,7 @@ def gram_based():
     def once(tx, name, g, rows):
         return tx.update(g, tx.init(g), **{name: rows})[0]
 
-    return [functools.partial(once, *each) for each in chains]
+    return [jax.jit(functools.partial(once, *each)) for each in chains]
 
 
 @settings(max_examples=15)
@@ -538,12 +544,11 @@ def test_degenerate_memory_gradients_are_no_constraints(solver, partition, bad):
     value = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "huge": 1e25}[bad]
     rows[0] = -g
     tx = gem_constraint(0.2, solver=solver, partition=partition)
+    update, state = jax.jit(tx.update), tx.init(vector_tree(g))
 
     def run(rows, mask):
-        tree = vector_tree(rows, (4,))
-        state = tx.init(vector_tree(g))
-        evidence = {"memory_gradients": tree, "memory_mask": mask}
-        return flat(tx.update(vector_tree(g), state, **evidence)[0])
+        evidence = {"memory_gradients": vector_tree(rows, (4,)), "memory_mask": mask}
+        return flat(update(vector_tree(g), state, **evidence)[0])
 
     expected = run(rows, jnp.array([True, False, True, True]))
     assert np.abs(expected - g).max() > 0.1

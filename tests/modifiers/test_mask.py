@@ -32,6 +32,7 @@ def bits(tree):
 # Disruption mask ---------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_t20_disruption_mask():
     g, r = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 1.0, -1.0])
     step = apply(adamr.modifiers.disruption_mask(), g, retain_gradient=r)

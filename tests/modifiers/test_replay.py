@@ -38,6 +38,7 @@ def test_weight_zero_is_plain_bit_for_bit(weight, memory):
             np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.smoke
 @given(st.floats(0, 1, width=32), st.integers(0, 99))
 def test_identical_gradients_give_the_gradient(weight, seed):
     g = jnp.asarray(normal(seed, 7))

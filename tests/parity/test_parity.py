@@ -661,6 +661,7 @@ def test_parity_derpp():
     close(x[0] @ params["0"] + params["1"][None], theirs["logits_to_store"])
 
 
+@pytest.mark.smoke
 def test_parity_lines():
     def block(name):
         parts = name.split(".")

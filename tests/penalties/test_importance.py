@@ -25,6 +25,7 @@ def draw(seed=0, n=7, features=4, classes=3):
     return w, x, rng.integers(0, classes, n)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["true", "sampled", "empirical", "predicted"])
 def test_t14_fisher(kind):
     """At w = 0 every label has a gradient of ±½; their mean is 0, its square no F."""

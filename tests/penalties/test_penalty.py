@@ -242,6 +242,7 @@ def test_t14_merged_form_is_the_sum(seed, tasks):
     np.testing.assert_allclose(pulled, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_t15_online_ewc():
     tx = adamr.quadratic_penalty()
     state = tx.init(jnp.zeros(1))
@@ -284,6 +285,7 @@ def quadratic_gradient(theta, t):
     return jax.grad(quadratic)(theta)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_t16_path_integral(name):
     base = {"sgd": optax.sgd, "adam": optax.adam}[name](1e-3)

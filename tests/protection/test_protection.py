@@ -99,6 +99,7 @@ def first_step(tx, g, nu):
     return tx.update(g, state)[0]["w"][:, 0]
 
 
+@pytest.mark.smoke
 def test_t0d_closed_form():
     """U = (1,1)/√2, g = (3,2), D = diag(.1, 10): ⟨g, Δ⟩ of the four protections."""
     g = {"w": jnp.array([[3.0], [2.0]])}
@@ -277,6 +278,7 @@ def test_alias_with_an_element_wise_modifier_is_element_wise_and_guarded():
     assert jnp.all(jnp.abs(step["w"]) < 0.11)
 
 
+@pytest.mark.smoke
 def test_alias_weight_decay_stays_out_of_the_protected_space():
     s, p = subspace(), params()
     tx = adamr.adamr(0.1, adamr.project_out(s), weight_decay=0.5)

@@ -273,6 +273,7 @@ def test_t4_the_paper_s_rank_not_the_code_s():
     )
 
 
+@pytest.mark.smoke
 def test_t5_step_is_scaled_by_importance():
     """α = 10, σ = (10, 5, 1): the step along direction i is 1 − λ_i of the free one."""
     p = {"w": jnp.zeros((3, 2))}

@@ -229,6 +229,7 @@ def test_zero_weights_and_gradients_are_no_trouble():
 # CLASSP ------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_classp_closed_form():
     """g = 1, p = 2: S from 0 to 1, step η / √(1 + ε)."""
     tx = adamr.classp(0.2, power=2.0, eps=0.21)

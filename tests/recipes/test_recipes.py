@@ -138,6 +138,7 @@ def test_every_option_reaches_its_link(name, links):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.smoke
 def test_unknown_parameters_are_refused_by_name():
     with pytest.raises(TypeError, match="b3"):
         adamr.gpm(0.1, adamr.empty_subspace(PARAMS), b3=0.5)

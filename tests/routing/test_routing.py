@@ -316,6 +316,7 @@ def test_a_modifier_that_adds_energy_cannot_make_the_strength_negative():
     np.testing.assert_array_equal(moved.first, g)
 
 
+@pytest.mark.smoke
 def test_constant_scale_takes_a_schedule():
     g = jnp.ones(1)
     tx = adamr.constant_scale(lambda count: 0.25 * count)
@@ -326,6 +327,7 @@ def test_constant_scale_takes_a_schedule():
         np.testing.assert_allclose(state.strength, 1 - expected)
 
 
+@pytest.mark.smoke
 @settings(max_examples=25)
 @given(
     alpha=st.floats(0.0, 1.0, width=32),

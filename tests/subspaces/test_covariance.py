@@ -102,6 +102,7 @@ def diagonal(*variances):
     return np.diag(np.sqrt(np.float32(len(variances)) * np.float32(variances)))
 
 
+@pytest.mark.smoke
 def test_t8_projector_of_a_diagonal_covariance():
     s = adamr.empty_subspace(kernel(4))
     c = learnt(s, diagonal(4, 1, 0, 0))

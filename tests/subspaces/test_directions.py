@@ -80,6 +80,7 @@ def mlp_params(seed=0):
 # OGD ---------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_t1_closed_form():
     d = adamr.grow_directions(
         adamr.empty_directions(jnp.zeros(2), 2), jnp.array([[1.0, 0.0]])
@@ -715,6 +716,7 @@ def test_nnx_optimizer_boundaries():
         assert np.linalg.norm(flat(nnx.state(model, nnx.Param)) - before) < 1e-5
 
 
+@pytest.mark.as_users
 @pytest.mark.parametrize("explicit", [True, False])
 def test_directions_lie_as_their_leaves_lie(explicit):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto

@@ -125,6 +125,7 @@ def test_t3_gpm_keeps_the_response_to_a_rank_one_input():
     np.testing.assert_allclose(a @ w, before, atol=2e-6)
 
 
+@pytest.mark.smoke
 def test_t5_scaled_gradient_projection():
     """α = 10, σ = (10, 5, 1): λ = (1, .91667, .55); g along direction 3 keeps .45."""
     p = {"w": jnp.zeros((3, 1))}

@@ -34,6 +34,7 @@ def unit_subspace(p, *which, **kwargs):
 # Trust ------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_t6_trust_is_one_inside_the_span_and_zero_outside():
     p = dense(4)
     tasks = [unit_subspace(p, 0, 1), unit_subspace(p, 2), adamr.empty_subspace(p)]
@@ -221,6 +222,7 @@ def test_growing_under_jit_equals_growing_outside():
 # Scaled weights ---------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_t6_closed_form():
     w = jnp.array([[1.0], [2.0]])
     s = unit_subspace(w, 0, max_rank=1)
