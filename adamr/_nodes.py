@@ -1,5 +1,6 @@
 """Finding the nodes of given types inside any optimizer state, and replacing them."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,20 +10,28 @@ from adamr._tree import placed_like
 
 
 def map_nodes(function: Callable[[Any], Any], tree: Any, *types: type) -> Any:
-    """Maps `function` over the nodes of the given types; the rest is unchanged."""
+    """Maps `function` over the nodes of the given types; the rest is unchanged.
+
+    `function` sees plain arrays and returns a node of the same structure. What
+    `nnx.Optimizer` had wrapped in Variables is wrapped again.
+    """
 
     def found(node: Any) -> bool:
         return isinstance(node, types)
 
-    return jax.tree.map(
-        lambda node: function(node) if found(node) else node, tree, is_leaf=found
-    )
+    def replace(node: Any) -> Any:
+        if not found(node):
+            return node
+        arrays = jax.tree.leaves(function(without_variables(node)))
+        return jax.tree.unflatten(jax.tree.structure(node), arrays)
+
+    return jax.tree.map(replace, tree, is_leaf=found)
 
 
 def find_nodes(tree: Any, *types: type) -> list[Any]:
-    """All nodes of the given types, in the order of the tree."""
+    """All nodes of the given types, in the order of the tree, with plain arrays."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types))
-    return [node for node in leaves if isinstance(node, types)]
+    return [without_variables(node) for node in leaves if isinstance(node, types)]
 
 
 def replace_arrays(node: Any, arrays: list[jax.Array]) -> Any:
@@ -33,9 +42,15 @@ def replace_arrays(node: Any, arrays: list[jax.Array]) -> Any:
 
 
 def without_variables(node: Any) -> Any:
-    """Nested tuples of arrays or None without the Variables that nnx.Optimizer adds."""
-    return jax.tree.map(
-        lambda x: None if x is None else jax.tree.leaves(x)[0],
-        node,
-        is_leaf=lambda x: not isinstance(x, tuple),
-    )
+    """The node with plain arrays where `nnx.Optimizer` has put Variables."""
+    nnx = sys.modules.get("flax.nnx")  # without it there are none
+    if nnx is None:
+        return node
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    def plain(x: Any) -> Any:
+        return jax.tree.leaves(x)[0] if is_variable(x) else x
+
+    return jax.tree.map(plain, node, is_leaf=is_variable)

@@ -47,19 +47,8 @@ def align(updates: Any, tree: Any, argument: str) -> list[Any]:
 
     `optax.masked` puts holes into the updates but not into extra arguments.
     """
-    here, there = _tree.flatten(updates)[0], _tree.flatten(tree)[0]
-    if len(here) != len(there):  # a hole may replace a whole subtree
-        try:
-            whole = jax.tree.map(
-                lambda u, x: None if _tree.is_hole(u) else x,
-                updates,
-                tree,
-                is_leaf=_tree.is_hole,
-            )
-        except ValueError:
-            whole = None
-        there = [] if whole is None else _tree.flatten(whole)[0]
-    if len(here) != len(there):
+    here, there = _tree.flatten(updates)[0], _tree.positions_like(tree, updates)
+    if there is None:
         names = [_tree.flatten_with_names(x)[0] for x in (tree, updates)]
         raise ValueError(
             f"{argument} must be a tree like the gradient, got leaves {names[0]}, "

@@ -46,16 +46,88 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any]]:
     return names, [leaf for _, leaf in paths]
 
 
+def positions_like(tree: Any, like: Any) -> list[Any] | None:
+    """The leaves of `tree` at the positions of `like`, or None if it does not fit.
+
+    A hole in `like` may stand for a whole subtree, as under `optax.partition` with
+    prefix labels: whatever `tree` has there is one position.
+    """
+    positions, treedef = flatten(like)
+    leaves = flatten(tree)[0]
+    if len(leaves) == len(positions):
+        return leaves
+    try:
+        found = treedef.flatten_up_to(tree)
+    except ValueError:
+        return None
+    pairs = zip(positions, found, strict=True)
+    return [None if is_hole(x) else leaf for x, leaf in pairs]
+
+
 def flatten_like(tree: Any, argument: str, params: Any) -> list[Any]:
     """Leaves of `tree` in the order of `params`, holes included."""
-    leaves, wanted = flatten(tree)[0], flatten_with_names(params)[0]
-    if len(leaves) != len(wanted):
-        names = flatten_with_names(tree)[0]
+    leaves = positions_like(tree, params)
+    if leaves is None:
+        wanted, names = flatten_with_names(params)[0], flatten_with_names(tree)[0]
         raise ValueError(
             f"{argument} must be a tree like params with one entry (an array or None) "
-            f"per leaf: got {len(leaves)} entries {names}, expected {len(wanted)} "
+            f"per leaf: got {len(names)} entries {names}, expected {len(wanted)} "
             f"{wanted}."
         )
+    return leaves
+
+
+def matches(
+    positions: Sequence[Any],
+    count: int,
+    fits: Callable[[Any, int], bool],
+    may_hide: Callable[[int], bool] = lambda entry: True,
+) -> list[int | None] | None:
+    """Which of `count` entries in leaf order belongs to each position.
+
+    With as many entries as positions each has its own. With more entries, some holes
+    stand for several leaves; the answer is then the only one in which every leaf fits
+    its entry and every other entry may be hidden.
+
+    Returns:
+      An index per position (None for a hole), or None if there is no answer or more
+      than one.
+    """
+    if len(positions) == count:
+        return list(range(count))
+    # ways[i][j]: how many answers positions[i:] have in entries[j:]; 2: several.
+    ways = [[0] * (count + 1) for _ in range(len(positions))] + [[0] * count + [1]]
+    for i in reversed(range(len(positions))):
+        hole = is_hole(positions[i])
+        # Of several holes in a row only the last stands for more than one leaf.
+        long = hole and not (i + 1 < len(positions) and is_hole(positions[i + 1]))
+        for j in reversed(range(count)):
+            if may_hide(j) if hole else fits(positions[i], j):
+                more = ways[i][j + 1] if long else 0
+                ways[i][j] = min(ways[i + 1][j + 1] + more, 2)
+    if ways[0][0] != 1:
+        return None
+    found: list[int | None] = []
+    j = 0
+    for i, x in enumerate(positions):
+        if is_hole(x):
+            found.append(None)
+            while not ways[i + 1][j + 1]:
+                j += 1
+        else:
+            found.append(j)
+        j += 1
+    return found
+
+
+def per_entry(
+    positions: Sequence[Any], places: Sequence[int | None] | None, count: int
+) -> list[Any]:
+    """The leaf of each entry, from the places that `matches` found; else None."""
+    leaves: list[Any] = [None] * count
+    for x, place in zip(positions, places or (), strict=False):
+        if place is not None:
+            leaves[place] = x
     return leaves
 
 

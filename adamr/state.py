@@ -11,8 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adamr import _tree
-from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
+from adamr._nodes import find_nodes, map_nodes, replace_arrays
 from adamr._tree import placed_like
 from adamr.modifiers.natural import FopngState, renew_basis
 from adamr.protection.eigenbasis import EigenbasisState
@@ -41,7 +40,7 @@ def _shapes(subspace: Protected) -> list[tuple[int, ...] | None]:
 
 def _held(opt_state: Any) -> Protected:
     """The subspace that the links of the state hold, all of them the same."""
-    found = [without_variables(x) for x in find_nodes(opt_state, Subspace, Directions)]
+    found = find_nodes(opt_state, Subspace, Directions)
     if not found:
         raise ValueError(
             "opt_state holds no Subspace and no Directions: build the optimizer with "
@@ -199,10 +198,11 @@ def project_moments(opt_state: Any) -> Any:
     def leaf(node):
         if isinstance(node, EigenbasisState):
             return reset_moments(node)
-        if len(_tree.flatten(node.mu)[0]) != len(subspace[0]):
+        try:
+            projected = subspace.project(node.mu)
+        except ValueError:  # moments of other leaves, as in another part of a partition
             return node
-        mu = jax.tree.map(placed_like, node.mu, subspace.project(node.mu))
-        return node._replace(mu=mu)
+        return node._replace(mu=jax.tree.map(placed_like, node.mu, projected))
 
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
 

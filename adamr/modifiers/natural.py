@@ -26,7 +26,7 @@ import optax
 
 from adamr import _rows as matrix
 from adamr import _tree
-from adamr._nodes import find_nodes, map_nodes, replace_arrays, without_variables
+from adamr._nodes import find_nodes, map_nodes, replace_arrays
 from adamr.routing.carrier import require_plain
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.vectors import norm, orthonormalize, residual
@@ -44,7 +44,7 @@ class FopngState(NamedTuple):
       directions: the span of the stored task gradients G.
       fisher_old: F, a float32 tree like the parameters.
       fisher_new: F' with its damping, a float32 tree like the parameters.
-      basis: Q, in leaf order, shaped like `directions.rows`.
+      basis: Q, one entry per position of the parameters, shaped like the rows there.
     """
 
     directions: Directions
@@ -57,20 +57,19 @@ def _constraint_basis(
     directions: Directions, fisher_old: Any, fisher_new: Any
 ) -> tuple[jax.Array | None, ...]:
     """Q: an orthonormal basis of the span of F'^{−1/2} F G."""
+    here = directions.at(fisher_old).rows
     fishers = (_tree.flatten(fisher)[0] for fisher in (fisher_old, fisher_new))
-    leaves = list(zip(directions.rows, *fishers, strict=True))
-    covered = [i for i, (rows, _, _) in enumerate(leaves) if rows is not None]
-    if not covered:
-        return directions.rows
     samples = [
         rows * (old * jax.lax.rsqrt(new))[None]
-        for rows, old, new in (leaves[i] for i in covered)
+        for rows, old, new in zip(here, *fishers, strict=True)
+        if rows is not None
     ]
+    if not samples:
+        return here
     zeros = [jnp.zeros_like(x) for x in samples]
     none, room = jnp.zeros([], jnp.int32), samples[0].shape[0]
     basis = orthonormalize(zeros, none, samples, room, 1e-5)[0]
-    placed = dict(zip(covered, basis, strict=True))
-    return tuple(placed.get(i) for i in range(len(leaves)))
+    return tuple(_tree.spread(basis, here))
 
 
 def fopng(
@@ -161,8 +160,7 @@ def fopng(
 
 def renew_basis(node: FopngState) -> FopngState:
     """The state with the basis that its directions and Fisher matrices ask for."""
-    directions = without_variables(node.directions)
-    basis = _constraint_basis(directions, node.fisher_old, node.fisher_new)
+    basis = _constraint_basis(node.directions, node.fisher_old, node.fisher_new)
     return node._replace(basis=replace_arrays(node.basis, jax.tree.leaves(basis)))
 
 

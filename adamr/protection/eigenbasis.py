@@ -42,7 +42,7 @@ def rotate(subspace: Subspace, tree: Any) -> tuple:
         rest = x.astype(jnp.float32) - reconstruct(basis, weights, along)
         return Rotated(along.astype(x.dtype), rest.astype(x.dtype))
 
-    return tuple(map(leaf, _tree.flatten(tree)[0], *subspace))
+    return tuple(map(leaf, _tree.flatten(tree)[0], *subspace.at(tree)))
 
 
 def in_eigenbasis(
@@ -104,7 +104,7 @@ def in_eigenbasis(
             back = back + without(basis, used(basis, weights), rest, inside)
             return back.astype(like.dtype)
 
-        steps = _tree.map_positions(leaf, plain, steps, *basis)
+        steps = _tree.map_positions(leaf, plain, steps, *basis.at(plain))
         return steps, EigenbasisState(basis, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

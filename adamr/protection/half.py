@@ -162,15 +162,10 @@ def redraw_half(opt_state: Any) -> Any:
         )
 
     def redraw(node):
-        # nnx.Optimizer wraps every array of the state in a Variable.
-        key, groups = (jax.tree.leaves(x)[0] for x in (node.key, node.groups))
-        following, now = jax.random.split(key)
-        trained = _draw(now, groups)
+        following, now = jax.random.split(node.key)
         return node._replace(
-            key=jax.tree.map(lambda old: _tree.placed_like(old, following), node.key),
-            trained=jax.tree.map(
-                lambda old: _tree.placed_like(old, trained), node.trained
-            ),
+            key=_tree.placed_like(node.key, following),
+            trained=_tree.placed_like(node.trained, _draw(now, node.groups)),
         )
 
     return map_nodes(redraw, opt_state, HalfFineTuningState)

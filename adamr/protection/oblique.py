@@ -114,8 +114,9 @@ def oblique_second_moment(
             return step.astype(raw.dtype)
 
         positions = _tree.flatten(updates.raw)[0]
+        here = state.subspace.at(updates.raw)
         moments = (_tree.spread(x, positions) for x in (mu_hat, root))
-        steps = _tree.map_positions(leaf, updates.raw, *moments, *state.subspace)
+        steps = _tree.map_positions(leaf, updates.raw, *moments, *here)
         return steps, ObliqueState(state.subspace, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

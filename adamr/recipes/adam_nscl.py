@@ -41,12 +41,12 @@ def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtra
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_plain(updates, "adam_nscl")
-        state.subspace.check(updates, "adam_nscl(subspace)")
+        here = state.subspace.at(updates, "adam_nscl(subspace)")
 
         def leaf(step, basis, weights):
             return step if basis is None else _normalized_leaf(basis, weights, step)
 
-        return _tree.map_positions(leaf, updates, *state.subspace), state
+        return _tree.map_positions(leaf, updates, *here), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

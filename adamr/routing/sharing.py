@@ -73,9 +73,8 @@ def _shared_axes(params: Any, share: Share | None) -> list[tuple[int, ...]]:
         return [()] * len(leaves)
     subspaces = _subspaces(share)
     if subspaces is not None:
-        for subspace in subspaces if leaves else ():
-            subspace.check(params, "share")
-        return [_contracted(subspaces, i) for i in range(len(leaves))]
+        here = [s.at(params, "share") for s in subspaces] if leaves else []
+        return [_contracted(here, i) for i in range(len(leaves))]
     rule: Any = fan_in if share == "fan_in" else share
     pairs = zip(names, leaves, strict=True)
     return [() if _tree.is_hole(x) else rule(name, x.shape) for name, x in pairs]

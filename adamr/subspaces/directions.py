@@ -45,12 +45,12 @@ class Directions(NamedTuple):
         Exactly 0 where the directions span the whole space: Adam would scale rounding
         up.
         """
-        self.check(tree, "directions")
-        rows = held(self.rows)
+        here = self.at(tree)
+        rows = held(here.rows)
         if not rows:
             return tree
         full = self.used >= sum(r[0].size for r in rows)
-        kept = _tree.spread(residual(rows, _covered(self, tree)), self.rows)
+        kept = _tree.spread(residual(rows, _covered(here, tree)), here.rows)
 
         def leaf(g, rest):
             return g if rest is None else jnp.where(full, 0.0, rest).astype(g.dtype)
@@ -59,13 +59,28 @@ class Directions(NamedTuple):
 
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""
+        self.at(tree, argument)
+
+    def at(self, tree: Any, argument: str = "directions") -> "Directions":
+        """The rows at the positions of `tree`, where one hole may hide several leaves.
+
+        Raises:
+          ValueError: if `tree` lacks a leaf with rows, or has others.
+        """
         names, leaves = _tree.flatten_with_names(tree)
         if len(leaves) != len(self.rows):
-            raise ValueError(
-                f"{argument} was made for {len(self.rows)} parameter leaves, but the "
-                f"tree it meets has {len(leaves)}: {names}."
-            )
-        for name, leaf, rows in zip(names, leaves, self.rows, strict=True):
+            places = _tree.matches(leaves, len(self.rows), self._fits, self._is_free)
+            if places is None:
+                raise ValueError(
+                    f"{argument} was made for {len(self.rows)} parameter leaves, but "
+                    f"the tree it meets has {len(leaves)}: {names}. If a mask or "
+                    "labels hide whole subtrees, give every leaf its own entry: "
+                    "jax.tree.map(lambda _: label, subtree)."
+                )
+            found = (None if i is None else self.rows[i] for i in places)
+            return Directions(tuple(found), self.used)
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+            rows = self.rows[i]
             if rows is None:
                 continue
             if _tree.is_hole(leaf):
@@ -79,6 +94,15 @@ class Directions(NamedTuple):
                     f"{argument} has directions of shape {rows.shape[1:]} at {name}, "
                     f"which do not fit a leaf of shape {leaf.shape}."
                 )
+        return self
+
+    def _is_free(self, i: int) -> bool:
+        """Whether the i-th leaf is left out."""
+        return self.rows[i] is None
+
+    def _fits(self, leaf: jax.Array, i: int) -> bool:
+        rows = self.rows[i]
+        return rows is None or rows.shape[1:] == leaf.shape
 
     def restrict(self, tree: Any) -> "Directions":
         """The directions over fewer leaves: those that are not holes in `tree`.
@@ -86,9 +110,11 @@ class Directions(NamedTuple):
         What remains is made orthonormal again, so that projecting it alone, as under
         `optax.masked`, is a projection. A tree with other leaves changes nothing.
         """
-        leaves = _tree.flatten(tree)[0]
-        if len(leaves) != len(self.rows):
+        positions = _tree.flatten(tree)[0]
+        places = _tree.matches(positions, len(self.rows), self._fits)
+        if places is None:
             return self
+        leaves = _tree.per_entry(positions, places, len(self.rows))
         pairs = zip(self.rows, leaves, strict=True)
         rows = tuple(None if _tree.is_hole(x) else r for r, x in pairs)
         left = held(rows)
@@ -109,7 +135,10 @@ class Directions(NamedTuple):
         """
         if not jax.tree.leaves(params):
             return jnp.zeros([])
-        rows = copied_beside(params, self.rows, lead=1)
+        positions = _tree.flatten(params)[0]
+        places = _tree.matches(positions, len(self.rows), self._fits, self._is_free)
+        leaves = _tree.per_entry(positions, places, len(self.rows))
+        rows = copied_beside(leaves, self.rows, lead=1)
         return Directions(rows, jnp.array(self.used, copy=True))
 
     def ranks(self) -> tuple[jax.Array, ...]:
@@ -128,9 +157,9 @@ def coordinates(directions: Directions, tree: Any) -> jax.Array:
 
     Its norm over that of a step is the step's leak.
     """
-    directions.check(tree, "directions")
-    rows = held(directions.rows)
-    return inner(rows, _covered(directions, tree)) if rows else jnp.zeros([0])
+    here = directions.at(tree)
+    rows = held(here.rows)
+    return inner(rows, _covered(here, tree)) if rows else jnp.zeros([0])
 
 
 def empty_directions(

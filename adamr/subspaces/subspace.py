@@ -38,33 +38,57 @@ class Subspace(NamedTuple):
 
     def project(self, tree: Any) -> Any:
         """g − U diag(λ) Uᵀ g on every protected leaf, the others unchanged."""
-        self.check(tree, "subspace")
 
         def leaf(g, basis, weights):
             return g if basis is None else project_leaf(basis, weights, g)
 
-        return _tree.map_positions(leaf, tree, *self)
+        return _tree.map_positions(leaf, tree, *self.at(tree))
 
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves it was made for; a hole fits any."""
+        self.at(tree, argument)
+
+    def at(self, tree: Any, argument: str = "subspace") -> "Subspace":
+        """The bases at the positions of `tree`.
+
+        Under `optax.masked` and `optax.partition` with prefix labels one hole stands
+        for a whole subtree, and the bases of its leaves have no position.
+
+        Raises:
+          ValueError: if `tree` has other leaves than it was made for.
+        """
         names, leaves = _tree.flatten_with_names(tree)
         if len(leaves) != len(self.bases):
-            raise ValueError(
-                f"{argument} was made for {len(self.bases)} parameter leaves, but the "
-                f"tree it meets has {len(leaves)}: {names}."
-            )
-        for name, leaf, basis in zip(names, leaves, self.bases, strict=True):
-            if basis is None or _tree.is_hole(leaf):
-                continue
-            fits = basis.ndim == leaf.ndim + 1 and all(
-                b in (1, n) for b, n in zip(basis.shape, leaf.shape, strict=False)
-            )
-            if not fits:
+            places = _tree.matches(leaves, len(self.bases), self._fits)
+            if places is None:
                 raise ValueError(
-                    f"{argument} has a basis of shape {basis.shape[:-1]} (1 = free "
-                    f"axis) at {name}, which does not fit a leaf of shape "
-                    f"{leaf.shape}."
+                    f"{argument} was made for {len(self.bases)} parameter leaves, but "
+                    f"the tree it meets has {len(leaves)}: {names}. If a mask or "
+                    "labels hide whole subtrees, give every leaf its own entry: "
+                    "jax.tree.map(lambda _: label, subtree)."
                 )
+            found = [(None, None) if i is None else self._entry(i) for i in places]
+            return Subspace(*zip(*found, strict=True))
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+            basis = self.bases[i]
+            if basis is None or _tree.is_hole(leaf) or self._fits(leaf, i):
+                continue
+            raise ValueError(
+                f"{argument} has a basis of shape {basis.shape[:-1]} (1 = free axis) "
+                f"at {name}, which does not fit a leaf of shape {leaf.shape}."
+            )
+        return self
+
+    def _entry(self, i: int) -> tuple[jax.Array | None, jax.Array | None]:
+        return self.bases[i], self.weights[i]
+
+    def _fits(self, leaf: jax.Array, i: int) -> bool:
+        """Whether the i-th basis fits a leaf; an unprotected one fits any."""
+        basis = self.bases[i]
+        return basis is None or (
+            basis.ndim == leaf.ndim + 1
+            and all(b in (1, n) for b, n in zip(basis.shape, leaf.shape, strict=False))
+        )
 
     def restrict(self, tree: Any) -> "Subspace":
         """Itself: the bases of leaves that `tree` leaves out do no harm."""
@@ -73,7 +97,10 @@ class Subspace(NamedTuple):
 
     def beside(self, params: Any) -> "Subspace":
         """Fresh buffers, each placed beside its parameter."""
-        return Subspace(*(copied_beside(params, field) for field in self))
+        positions = _tree.flatten(params)[0]
+        places = _tree.matches(positions, len(self.bases), self._fits)
+        leaves = _tree.per_entry(positions, places, len(self.bases))
+        return Subspace(*(copied_beside(leaves, field) for field in self))
 
     def ranks(self) -> tuple[jax.Array, ...]:
         """The number of directions of every protected leaf."""
