@@ -181,6 +181,27 @@ def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
     return jax.device_put(new, old.sharding, may_alias=False)
 
 
+def require_real(tree: Any, where: str) -> None:
+    """Raises for a complex leaf: squares and projections here are those of reals."""
+    for name, x in zip(*flatten_with_names(tree), strict=True):
+        if not is_hole(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{where}: the leaf {name!r} is {x.dtype}, expected real numbers. Keep "
+                "its real and imaginary parts as two leaves, or leave it out with "
+                "optax.masked or optax.partition."
+            )
+
+
+def widened(tree: Any, like: Any) -> Any:
+    """`tree` in dtypes at least as wide as those of `like`."""
+
+    def cast(x: Any, wide: Any) -> Any:
+        dtype = jnp.promote_types(x.dtype, wide.dtype)
+        return x if x.dtype == dtype else x.astype(dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
 def largest(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
     """max |x|, and NaN if an entry is: on a CPU, XLA's maximum may skip NaN."""
     top = jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims, initial=0.0)

@@ -44,5 +44,5 @@ def measure(
     reduce = functools.partial(functools.reduce, combine)
     per_leaf = [reduce(map(function, parts)) if parts else None for parts in leaves]
     there = [x for x in per_leaf if x is not None]
-    total = finish(reduce(there)) if there else jnp.zeros([])
+    total = finish(reduce(there)) if there else jnp.zeros([], jnp.float32)
     return Measured(total, tuple(None if x is None else finish(x) for x in per_leaf))

@@ -25,7 +25,7 @@ import optax
 from adamr import _rows as evidence
 from adamr import _tree
 from adamr.modifiers.dual import solve_diagonal, solve_exact
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = ["ConstraintState", "agem_constraint", "gem_constraint"]
 
@@ -178,8 +178,8 @@ def gem_constraint(
         memory_mask=None,
         **extra_args,
     ):
+        updates = plain_gradient(updates, "gem_constraint", params)
         del state, params, extra_args
-        require_plain(updates, "gem_constraint")
         rows = evidence.read_rows(
             updates,
             memory_gradients,
@@ -228,8 +228,8 @@ def agem_constraint(
     _check_options("diagonal", partition)
 
     def update_fn(updates, state, params=None, *, memory_gradient=None, **extra_args):
+        updates = plain_gradient(updates, "agem_constraint", params)
         del state, params, extra_args
-        require_plain(updates, "agem_constraint")
         if memory_gradient is None:
             raise ValueError(
                 "agem_constraint needs memory_gradient: pass update(gradient, state, "

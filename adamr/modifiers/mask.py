@@ -17,7 +17,7 @@ import optax
 
 from adamr import _tree
 from adamr.modifiers.replay import read_gradient
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 from adamr.routing.strength import check_unit
 
 __all__ = ["DisruptionState", "disruption_mask"]
@@ -72,8 +72,8 @@ def disruption_mask(
         return DisruptionState(optax.tree.zeros_like(params, dtype=jnp.float32))
 
     def update_fn(updates, state, params=None, *, retain_gradient=None, **extra_args):
+        updates = plain_gradient(updates, "disruption_mask", params)
         del params, extra_args
-        require_plain(updates, "disruption_mask")
         new = read_gradient(
             updates,
             retain_gradient,
@@ -88,8 +88,14 @@ def disruption_mask(
             return jnp.where(jnp.isfinite(x), moved, r).astype(r.dtype)
 
         retain = list(map(average, jax.tree.leaves(state.retain), new))
-        norm = jnp.sqrt(sum(map(_tree.squared_norm, leaves), jnp.zeros([])))
-        scale = 1.0 / jnp.where(norm == 0, 1.0, norm) if normalize else jnp.ones([])
+        norm = jnp.sqrt(
+            sum(map(_tree.squared_norm, leaves), jnp.zeros([], jnp.float32))
+        )
+        scale = (
+            1.0 / jnp.where(norm == 0, 1.0, norm)
+            if normalize
+            else jnp.ones([], jnp.float32)
+        )
 
         def masked(g, r):
             scaled = (g.astype(jnp.float32) * scale).astype(g.dtype)

@@ -27,7 +27,7 @@ import optax
 from adamr import _rows as matrix
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.vectors import norm, orthonormalize, residual
 
@@ -126,8 +126,8 @@ def fopng(
         return FopngState(here, old, new, _constraint_basis(here, old, new))
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "fopng", params)
         del params, extra_args
-        require_plain(updates, "fopng")
         state.directions.check(updates, "fopng(directions)")
         leaves, treedef = jax.tree.flatten(updates)
         g = [x.astype(jnp.float32) for x in leaves]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = [
     "Anchor",
@@ -138,8 +138,8 @@ def quadratic_penalty(
         return PenaltyState(anchor_at(params, importance))
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "quadratic_penalty", params)
         del extra_args
-        require_plain(updates, "quadratic_penalty")
         need_params(params, "quadratic_penalty")
 
         def add(g, p, omega, anchor):

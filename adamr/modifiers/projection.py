@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 from adamr.subspaces.protected import Protected, require_protected
 
 __all__ = ["ProjectOutState", "project_out"]
@@ -28,8 +28,8 @@ def projection(
         return state_type(here.beside(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, link, params)
         del params, extra_args
-        require_plain(updates, link)
         return state.subspace.project(updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

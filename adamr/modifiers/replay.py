@@ -26,7 +26,7 @@ import optax
 
 from adamr import _rows as evidence
 from adamr import _tree
-from adamr.routing.carrier import Routed, require_plain
+from adamr.routing.carrier import Routed, plain_gradient
 from adamr.routing.strength import check_unit
 
 __all__ = ["MixState", "dark_experience_loss", "mix_gradients", "replay_routing"]
@@ -91,8 +91,8 @@ def _with_memory(
         return MixState(jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, *, memory_gradient=None, **extra_args):
+        updates = plain_gradient(updates, link, params)
         del params, extra_args
-        require_plain(updates, link)
         memory = read_gradient(
             updates,
             memory_gradient,

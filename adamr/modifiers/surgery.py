@@ -16,7 +16,7 @@ import optax
 
 from adamr import _rows as evidence
 from adamr.modifiers.dual import box_program, unit_rows
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = ["PCGradState", "cagrad", "pcgrad"]
 
@@ -29,7 +29,6 @@ class PCGradState(NamedTuple):
 
 def _combined(updates, task_gradients, task_mask, link, coefficients):
     """Σ_i w_i g_i with w = `coefficients(G, mask)`, like `updates`."""
-    require_plain(updates, link)
     rows = evidence.read_rows(
         updates,
         task_gradients,
@@ -124,6 +123,7 @@ def pcgrad(
         task_mask=None,
         **extra_args,
     ):
+        updates = plain_gradient(updates, "pcgrad", params)
         del params, extra_args
         following, now = state.key, None
         if state.key is not None:
@@ -236,6 +236,7 @@ def cagrad(
         task_mask=None,
         **extra_args,
     ):
+        updates = plain_gradient(updates, "cagrad", params)
         del params, extra_args
 
         def coefficients(gram, mask):

@@ -21,7 +21,7 @@ from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
 from adamr._tree import placed_like
 from adamr.modifiers.penalty import need_params, widen
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 
 class Observed(NamedTuple):
@@ -78,7 +78,7 @@ def observe(
     **extra_args: Any,
 ) -> Observed:
     """Takes a step of `optimizer` and measures it along the task's gradient."""
-    require_plain(updates, link)
+    updates = plain_gradient(updates, link, params)
     need_params(params, link)
     steps, inner = optimizer.update(updates, inner, params, **extra_args)
     moved = jax.tree.map(_stored, optax.apply_updates(params, steps))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.routing.carrier import Routed
+from adamr.routing.carrier import Routed, plain_gradient
 from adamr.subspaces.protected import require_subspace
 from adamr.subspaces.subspace import (
     Subspace,
@@ -90,7 +90,8 @@ def in_eigenbasis(
             once = {id(tree): rotate(basis, tree) for tree in updates}
             plain, rotated = updates.raw, Routed(*(once[id(t)] for t in updates))
         else:
-            plain, rotated = updates, rotate(basis, updates)
+            plain = plain_gradient(updates, "in_eigenbasis", params)
+            rotated = rotate(basis, plain)
         if params is not None:
             params = rotate(basis, params)
         steps, inner_state = inner.update(rotated, state.inner, params, **extra_args)

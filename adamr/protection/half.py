@@ -10,7 +10,7 @@ import optax
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
 from adamr.protection.frozen import update_where
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = ["HalfFineTuningState", "default_groups", "half_fine_tuning", "redraw_half"]
 
@@ -125,7 +125,7 @@ def half_fine_tuning(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        require_plain(updates, "half_fine_tuning")
+        updates = plain_gradient(updates, "half_fine_tuning", params)
         treedef = jax.tree.structure(updates)
         keep = jax.tree.unflatten(treedef, list(state.trained))
         updates = jax.tree.map(

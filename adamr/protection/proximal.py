@@ -19,7 +19,7 @@ from adamr.modifiers.penalty import (
     need_params,
     widen,
 )
-from adamr.routing.carrier import require_plain, require_routed
+from adamr.routing.carrier import plain_gradient, require_routed
 from adamr.routing.estimators import Estimators
 from adamr.routing.merge import (
     FaithfulSecondMomentState,
@@ -204,8 +204,8 @@ def proximal_penalty(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "proximal_penalty", params)
         del extra_args
-        require_plain(updates, "proximal_penalty")
         need_params(params, "proximal_penalty")
         rate = _rate(learning_rate, state.count)
 

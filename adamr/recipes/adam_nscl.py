@@ -8,7 +8,7 @@ import optax
 
 from adamr import _tree
 from adamr.protection.update import protect_update
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 from adamr.subspaces.protected import require_subspace
 from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
@@ -39,8 +39,8 @@ def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtra
         return NormalizedProtectionState(subspace.beside(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "adam_nscl", params)
         del params, extra_args
-        require_plain(updates, "adam_nscl")
         here = state.subspace.at(updates, "adam_nscl(subspace)")
 
         def leaf(step, basis, weights):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = ["ClasspState", "classp"]
 
@@ -74,8 +74,8 @@ def classp(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "classp", params)
         del params, extra_args
-        require_plain(updates, "classp")
         rate, tau, divide = (
             jnp.asarray(at(value, state.count))
             for value in (learning_rate, threshold, suppress)

@@ -17,7 +17,7 @@ import optax
 
 from adamr import _tree
 from adamr.modifiers.penalty import need_params
-from adamr.routing.carrier import require_plain
+from adamr.routing.carrier import plain_gradient
 
 __all__ = [
     "NormalizeAndProjectState",
@@ -74,8 +74,8 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
         return NormalizeAndProjectState(jnp.zeros([], jnp.int32), norms)
 
     def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "normalize_and_project", params)
         del extra_args
-        require_plain(updates, "normalize_and_project")
         need_params(params, "normalize_and_project")
         count = optax.safe_increment(state.count)
         due = jnp.asarray(count) % every == 0
@@ -172,7 +172,7 @@ def remove_radial(
         return RemoveRadialState(inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        require_plain(updates, "remove_radial")
+        updates = plain_gradient(updates, "remove_radial", params)
         need_params(params, "remove_radial")
         u, new = inner.update(updates, state.inner, params, **extra_args)
 

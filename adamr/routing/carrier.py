@@ -13,9 +13,10 @@ towards the raw gradient. The *merging* link ends the carrier and applies the mo
         optax.scale_by_learning_rate(1e-3),
     )
 
-A modifier knows nothing of moments, a route nothing of any method, and what happens
+A modifier knows nothing of moments, a route nothing of any method. What happens
 between two tasks is a pure function on the optimizer state (`adamr.state`,
-`adamr.penalties`), outside the step. The rooms:
+`adamr.penalties`), outside the step. The step is computed in the precision of the
+parameters: a route widens gradients of a narrower dtype. The rooms:
 
     routing       this file; strength, merge, estimators of v, sharing of v
     modifiers     g -> g̃, one family a file
@@ -31,6 +32,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
+
+from adamr import _tree
 
 __all__ = [
     "RouteState",
@@ -59,15 +62,23 @@ class RouteState(NamedTuple):
     modifier: Any
 
 
-def require_plain(updates: Any, link: str) -> None:
+def plain_gradient(updates: Any, link: str, params: Any = None) -> Any:
+    """The gradient, in a precision no less than that of the parameters.
+
+    Raises:
+      TypeError: for a `Routed`, or a complex leaf.
+    """
     if isinstance(updates, Routed):
         raise TypeError(
             f"{link} takes a plain gradient tree, got Routed: put it inside the route, "
             f"as in route_first_moment({link}(...)), or after faithful_second_moment."
         )
+    _tree.require_real(updates, link)
+    return updates if params is None else _tree.widened(updates, params)
 
 
 def require_routed(updates: Any, link: str) -> None:
+    """Raises unless a route came before the link."""
     if not isinstance(updates, Routed):
         raise TypeError(
             f"{link} takes a Routed, got {type(updates).__name__}: put a route before "
@@ -76,14 +87,19 @@ def require_routed(updates: Any, link: str) -> None:
         )
 
 
-def _route(link: str, modifier: optax.GradientTransformation, carry: Callable):
+def _route(
+    link: str,
+    modifier: optax.GradientTransformation,
+    carry: Callable[[Any, Any], Routed],
+) -> optax.GradientTransformationExtraArgs:
+    """A link that runs `modifier` and returns `carry(g, g̃)`."""
     modifier = optax.with_extra_args_support(modifier)
 
     def init_fn(params):
         return RouteState(modifier.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        require_plain(updates, link)
+        updates = plain_gradient(updates, link, params)
         modified, inner = modifier.update(updates, state.modifier, params, **extra_args)
         return carry(updates, modified), RouteState(inner)
 

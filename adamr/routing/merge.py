@@ -137,7 +137,8 @@ def faithful_second_moment(
       nu_dtype: dtype of v; None: the parameter's.
 
     Returns:
-      A link from `Routed` to a plain tree in the dtype of `raw`. Zero gradients give
+      A link from `Routed` to a plain tree in the dtype of `raw`, or of the parameters
+      where that is wider. Zero gradients give
       zero steps. NaN in a gradient goes into the moments, as in optax.adam; wrap the
       chain in `optax.apply_if_finite` where that can happen.
 
@@ -171,7 +172,9 @@ def faithful_second_moment(
         def step(m, d, raw):
             # One division per shared number instead of one per parameter.
             ratio = m / d if d.shape == m.shape else m * (1.0 / d)
-            return ratio.astype(raw.dtype)
+            # m has the parameters' dtype, which a gradient may fall short of.
+            wide = jnp.promote_types(raw.dtype, m.dtype)
+            return ratio.astype(wide if mu_dtype is None else raw.dtype)
 
         raw, treedef = jax.tree.flatten(updates.raw)
         steps = list(map(step, mu_hat, root, raw))

@@ -137,7 +137,7 @@ def _squared_distances(routed: Routed) -> jax.Array:
 
     def distance(x, g):
         if x is g:
-            return jnp.zeros([])
+            return jnp.zeros([], jnp.float32)
         return _tree.squared_norm(g.astype(jnp.float32) - x.astype(jnp.float32))
 
     def changed(field):
@@ -152,7 +152,7 @@ def _squared_distances(routed: Routed) -> jax.Array:
 def _energies(routed: Routed) -> tuple[jax.Array, jax.Array]:
     """‖raw − x‖² and ‖raw‖² per leaf."""
     if not jax.tree.leaves(routed.raw):
-        return jnp.zeros([0]), jnp.zeros([0])
+        return jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32)
     return _squared_distances(routed), _squared_norms(routed)
 
 

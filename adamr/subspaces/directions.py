@@ -159,7 +159,7 @@ def coordinates(directions: Directions, tree: Any) -> jax.Array:
     """
     here = directions.at(tree)
     rows = held(here.rows)
-    return inner(rows, _covered(here, tree)) if rows else jnp.zeros([0])
+    return inner(rows, _covered(here, tree)) if rows else jnp.zeros([0], jnp.float32)
 
 
 def empty_directions(

@@ -39,7 +39,7 @@ def combine(rows: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
 
 def norm(vector: list[jax.Array]) -> jax.Array:
     """‖x‖ in float32."""
-    return jnp.sqrt(sum(map(_tree.squared_norm, vector), jnp.zeros([])))
+    return jnp.sqrt(sum(map(_tree.squared_norm, vector), jnp.zeros([], jnp.float32)))
 
 
 def residual(rows: list[jax.Array], vector: list[jax.Array]) -> list[jax.Array]:

@@ -201,7 +201,7 @@ def scale_penalty(scales: Any, beta: float = 1.0) -> jax.Array:
     def leaf(q):
         return _tree.squared_norm(q.astype(jnp.float32) - _identity_like(q))
 
-    return beta * sum(map(leaf, jax.tree.leaves(scales)), jnp.zeros([]))
+    return beta * sum(map(leaf, jax.tree.leaves(scales)), jnp.zeros([], jnp.float32))
 
 
 def fold_scales(
