@@ -3,17 +3,14 @@
 The environment is set before the backend starts; workers and subprocesses inherit it.
 Default tests spend their time on compiling small programs. They leave out LLVM's
 optimizations and XLA's newer fusions and make one module of a program, which takes a
-quarter of the time, and the workers of a run share what is compiled. Slow tests compile
-as users do, and so does a test marked `as_users`, in a process of its own. With
-`XLA_FLAGS=--xla_backend_optimization_level=3` all do. A worker drops its compiled
-programs now and then.
+quarter of the time. Slow tests compile as users do, and so does a test marked
+`as_users`, in a process of its own; with `XLA_FLAGS=--xla_backend_optimization_level=3`
+all do. A worker drops its compiled programs now and then.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 LEVEL = "--xla_backend_optimization_level="
 FAST = (
@@ -28,14 +25,6 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
-# The first process of a run makes the folder; the others find it in the environment.
-_made = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _made = tempfile.mkdtemp(prefix="adamr-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _made
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
@@ -49,11 +38,6 @@ _finished = 0
 def pytest_configure(config):
     if config.option.markexpr != "slow" and LEVEL not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" {FAST}"
-
-
-def pytest_unconfigure(config):
-    if _made:
-        shutil.rmtree(_made, ignore_errors=True)
 
 
 def pytest_pyfunc_call(pyfuncitem):

@@ -1,4 +1,4 @@
-"""Whether a program was compiled, as JAX reports it; one found in a cache counts."""
+"""Whether a program was compiled, as JAX reports it."""
 
 import contextlib
 from collections.abc import Iterator
