@@ -10,6 +10,7 @@ work under jit; call them with dropout off and normalisation statistics fixed.
 `consolidate` adds what they return to the penalty.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from adamr.modifiers.penalty import widen
 __all__ = ["fisher_information", "memory_aware_importance"]
 
 _KINDS = ("true", "sampled", "empirical", "predicted")
+_MOST_PASSES = 100_000
 
 
 def _num_samples(inputs: Any) -> int:
@@ -67,15 +69,23 @@ def _sum_valid(per_sample: Any, valid: jax.Array) -> Any:
     return jax.tree.map(total, per_sample)
 
 
-def _check_labels(logits_fn, params, inputs, labels) -> None:
-    logits = jax.eval_shape(jax.vmap(logits_fn, (None, 0)), params, inputs)
-    if jnp.shape(labels) != logits.shape[:-1]:
+def _class_logits(logits: jax.Array) -> jax.Array:
+    """Logits of at least two classes: one logit z alone is a sigmoid's, of (0, z)."""
+    logits = widen(jnp.atleast_1d(logits))
+    if logits.shape[-1] > 1:
+        return logits
+    return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+
+
+def _check_labels(labels: jax.Array, logits: jax.ShapeDtypeStruct) -> None:
+    """Raises unless they are classes of the logits (num_samples, ..., classes)."""
+    if labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"labels have shape {jnp.shape(labels)}, expected {logits.shape[:-1]} for "
+            f"labels have shape {labels.shape}, expected {logits.shape[:-1]} for "
             f"logits {logits.shape}."
         )
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise ValueError(f"labels must be integers, got {jnp.result_type(labels)}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
     if not _tree.is_traced(labels):
         low, high = int(jnp.min(labels)), int(jnp.max(labels))
         if low < 0 or high >= logits.shape[-1]:
@@ -97,7 +107,7 @@ def fisher_information(
     """Diagonal Fisher information: F = mean over x of E_y (∂ log p(y|x) / ∂θ)².
 
         kind          y                                    backward passes per sample
-        "true"        all classes, weighted by p(y|x)      number of classes
+        "true"        all classes, weighted by p(y|x)      positions · classes
         "sampled"     one draw from p(y|x)                 1
         "empirical"   `labels`                             1
         "predicted"   argmax p(y|x)                        1
@@ -108,10 +118,12 @@ def fisher_information(
     Args:
       logits_fn: (params, one input) -> (classes,), or (..., classes) for a sample of
         several positions: its log-likelihood is then the sum over the positions, which
-        count as independent given the input.
+        count as independent given the input. One logit, (1,) or a scalar, is that of a
+        sigmoid: two classes, of which it is the logit of class 1.
       params: tree of arrays.
       inputs: arrays (num_samples, ...), or a tree of them.
-      labels: (num_samples, ...) integers, for kind="empirical" only.
+      labels: (num_samples, ...) integers, an array or a list, for kind="empirical"
+        only.
       kind: which y, see above.
       key: of `jax.random`, for kind="sampled" only.
       chunk_size: samples at a time; memory holds that many copies of the parameters.
@@ -123,7 +135,8 @@ def fisher_information(
 
     Raises:
       ValueError: for an unknown kind, missing or superfluous labels or key, labels of
-        the wrong shape or range, no samples, a chunk_size below 1.
+        the wrong shape or range, no samples, a chunk_size below 1; for kind="true"
+        with more than 100 000 backward passes per sample.
 
     >>> logits = lambda w, x: jnp.array([0.0, 1.0]) * w * x
     >>> print(fisher_information(logits, jnp.zeros([]), jnp.ones([2])))
@@ -147,15 +160,24 @@ def fisher_information(
             "key=jax.random.key(...) for kind='sampled' and for no other."
         )
     n = _num_samples(inputs)
-    evidence: Any = labels
-    if labels is not None:
-        _check_labels(logits_fn, params, inputs, labels)
-        evidence = jnp.asarray(labels)
-    elif key is not None:
-        evidence = jax.random.split(key, n)
 
     def log_probabilities(p, x):
-        return jax.nn.log_softmax(widen(logits_fn(p, x)))
+        return jax.nn.log_softmax(_class_logits(logits_fn(p, x)))
+
+    shape = jax.eval_shape(jax.vmap(log_probabilities, (None, 0)), params, inputs)
+    passes = math.prod(shape.shape[1:])
+    if kind == "true" and passes > _MOST_PASSES:
+        raise ValueError(
+            f"kind='true' takes {passes} backward passes per sample, one for each "
+            f"position and class of logits {shape.shape[1:]}, and at most "
+            f"{_MOST_PASSES} are allowed: kind='sampled' estimates the same with one."
+        )
+    evidence: Any = None
+    if labels is not None:
+        evidence = jnp.asarray(labels)
+        _check_labels(evidence, shape)
+    elif key is not None:
+        evidence = jax.random.split(key, n)
 
     def expected_square(sample):
         x, _ = sample

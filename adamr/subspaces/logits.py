@@ -59,7 +59,8 @@ def logit_gradients(
 
     Args:
       logits_fn: (params, one input) -> logits, a float array (classes,), without a
-        batch axis and in evaluation mode: no dropout, fixed statistics.
+        batch axis and in evaluation mode: no dropout, fixed statistics. One logit,
+        (1,) or a scalar, is that of a sigmoid, with classes 0 and 1.
       params: θ at the end of a task.
       inputs: x, a pytree of arrays with a leading axis of num_inputs ≥ 1.
       labels: y, (num_inputs,) integers in [0, classes); read for "ground_truth" only.
@@ -97,7 +98,11 @@ def logit_gradients(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     first = jax.tree.map(lambda x: x[0], inputs)
-    shape = jax.eval_shape(logits_fn, params, first).shape
+
+    def logits_of(params, x):
+        return jnp.atleast_1d(logits_fn(params, x))
+
+    shape = jax.eval_shape(logits_of, params, first).shape
     if len(shape) != 1:
         raise ValueError(
             f"logits_fn returned an array of shape {shape} for one input, expected "
@@ -105,19 +110,21 @@ def logit_gradients(
         )
     (count,) = lengths
     if variant == "ground_truth":
-        labels = _check_labels(labels, count, shape[0])
-        # One-hot rows rather than indices: a label outside then picks nothing.
+        labels = _check_labels(labels, count, max(shape[0], 2))
+        # One-hot rows rather than indices: a label outside then picks nothing. A
+        # sigmoid's two classes differ in the sign of their one logit.
         picks: Any = jax.nn.one_hot(labels, shape[0])
+        picks = jnp.ones((count, 1)) if shape[0] == 1 else picks
     else:
         picks = jnp.zeros((count, 0))
 
     def one(example):
         x, pick = example
         if variant == "all":
-            return jax.jacrev(logits_fn)(params, x)
+            return jax.jacrev(logits_of)(params, x)
 
         def value(params):
-            logits = logits_fn(params, x)
+            logits = logits_of(params, x)
             if variant == "average":
                 return jnp.mean(logits)
             return jnp.sum(logits * pick.astype(logits.dtype))

@@ -181,3 +181,37 @@ def test_errors_say_what_was_expected():
             fisher_information(linear, params, inputs)
         with pytest.raises(ValueError, match="one leading axis"):
             memory_aware_importance(linear, params, inputs)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("kind", ["true", "sampled", "empirical", "predicted"])
+def test_one_logit_is_that_of_a_sigmoid(shape, kind):
+    """F of one logit z equals F of the two logits (0, z), for every kind."""
+    w, x = jnp.array([0.3, -0.2]), jnp.array([[1.0, 2.0], [0.5, -1.0], [2.0, 0.1]])
+    options = {
+        "sampled": {"key": jax.random.key(1)},
+        "empirical": {"labels": [0, 1, 1]},
+    }.get(kind, {})
+
+    def two(w, x):
+        return jnp.stack([0.0, x @ w])
+
+    one = fisher_information(
+        lambda w, x: (x @ w).reshape(shape), w, x, kind=kind, **options
+    )
+    np.testing.assert_allclose(
+        one, fisher_information(two, w, x, kind=kind, **options), rtol=1e-6
+    )
+    assert (one > 0).all()
+    if kind == "true":
+        p = 1 / (1 + np.exp(-np.asarray(x @ w, np.float64)))
+        by_hand = np.mean((p * (1 - p))[:, None] * np.asarray(x) ** 2, axis=0)
+        np.testing.assert_allclose(one, by_hand, rtol=1e-5)
+
+
+def test_millions_of_passes_are_refused():
+    def logits(w, x):
+        return w * jnp.ones((100, 50_000))
+
+    with pytest.raises(ValueError, match="5000000 backward passes.*kind='sampled'"):
+        fisher_information(logits, jnp.ones([]), jnp.ones(2))

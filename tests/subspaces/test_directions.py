@@ -843,3 +843,15 @@ def test_errors():
         adamr.modifiers.set_fisher(tx.init(g), new=g, damping=0.0)
     with pytest.raises(ValueError, match="new has shape"):
         adamr.modifiers.set_fisher(tx.init(g), new=jax.tree.map(lambda v: v[None], g))
+
+
+def test_logit_gradients_of_a_sigmoid_head():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    for head in (lambda w, x: x @ w, lambda w, x: (x @ w)[None]):
+        for variant in ("ground_truth", "average", "all"):
+            rows = adamr.subspaces.logit_gradients(
+                head, jnp.ones(2), x, jnp.array([0, 1]), variant=variant
+            )
+            np.testing.assert_array_equal(rows, x)
+    with pytest.raises(ValueError, match=r"\[0, 2\)"):
+        adamr.subspaces.logit_gradients(head, jnp.ones(2), x, jnp.array([0, 2]))
