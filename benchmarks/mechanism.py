@@ -41,7 +41,7 @@ from benchmarks._evidence.inflation import (
 )
 from benchmarks._evidence.pictures import draw_mechanism, draw_over_time
 from benchmarks._speed import timing
-from examples.harness import results
+from examples.harness import report
 from examples.lm.model import Preset
 from examples.streams.text import read_domains
 
@@ -209,7 +209,7 @@ def run(config: Config) -> dict[str, Any]:
         print(_line(name, row), flush=True)
     return {
         "machine": timing.machine(),
-        "versions": results.versions(),
+        "versions": report.versions(),
         "config": {
             "quick": config.quick,
             "seed": config.seed,
@@ -226,7 +226,7 @@ def run(config: Config) -> dict[str, Any]:
 def main(config: Config) -> None:
     content = run(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    results.write(config.out / "mechanism.json", content)
+    report.write(config.out / "mechanism.json", content)
     draw_mechanism(content, config.out / "mechanism.png")
     draw_over_time(content, config.out / "mechanism_over_time.png")
 

@@ -31,7 +31,7 @@ from benchmarks.step_time import (
     optimizers_by_rank,
     random_bases,
 )
-from examples.harness.results import write
+from examples.harness.report import write
 from examples.pod import placement
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import adamr
-from examples.harness.results import commit
+from examples.harness.report import commit
 
 __all__ = [
     "Compiled",

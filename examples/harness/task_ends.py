@@ -98,7 +98,7 @@ def anchor_here(problem, setting, params, opt_state, data, key):
 
 def consolidate_si(problem, setting, params, opt_state, data, key):
     del problem, setting, data, key
-    return adamr.consolidate_si(opt_state, params, damping=1e-3)
+    return adamr.consolidate_si(opt_state, params)
 
 
 def grow_and_consolidate_si(problem, setting, params, opt_state, data, key):

@@ -27,7 +27,7 @@ def test_every_method_has_its_row():
 def test_what_a_row_claims_is_backed_by_tests_that_exist(name):
     row, method = written()[name], methods.METHODS[name]
     kinds, backing = methods.verified(method, set(methods.all_tests()))
-    assert row["verified against"] == kinds, "run python -m docs.methods"
+    assert row["verified against"] == kinds, "run benchmarks._pages.methods"
     assert re.findall(r"test_\w+", row["tests"]) == backing
     assert row["keeps"] == methods.kept(method.recipe())
     for boundary in method.boundary:
