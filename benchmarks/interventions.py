@@ -3,10 +3,10 @@
     python -m benchmarks.interventions [--quick] [--data FOLDER]
 
 Two streams (permuted digits and an MLP, text domains and a byte transformer), three
-ways to keep v, and the arms of `_interventions.ARMS`. Each arm has its own learning
-rate from an equal sweep on the first tasks' validation data, with seeds of its own, and
-is also run at the rate that all arms have in common. An interrupted run goes on where
-it was, if the settings are the same; remove `--work` after a change of code.
+ways to keep v, and the arms of `_evidence/arms.py`. Each arm has its own learning rate
+from an equal sweep on the first tasks' validation data, with seeds of its own, and is
+also run at the rate that all arms have in common. An interrupted run continues where it
+stopped if the settings are the same; remove `--work` after a change of code.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def coordinate(
 ) -> Source:
     """Gradients of constant mean and variance; one coordinate is old.
 
-    The mean has orthogonal rows, so that coordinates are singular directions, too.
+    The mean has orthogonal rows, so that coordinates are also singular directions.
     """
     rng = np.random.default_rng(seed)
     mean = np.sqrt(outputs) * np.linalg.qr(rng.normal(size=(outputs, inputs)))[0].T

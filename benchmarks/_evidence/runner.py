@@ -41,8 +41,8 @@ DEFINITIONS = {
     "(of the loss: the last minus the lowest)",
     "measure": "accuracy, or loss in nats per symbol, on test data",
     "sweep": "[learning rate, coefficient, score] on the validation data of the first "
-    "three tasks with seed 1000; score: accuracy, or minus the loss; it goes on beside "
-    "the best, and those that tie for it, beyond the grid at its edges",
+    "three tasks with seed 1000; score: accuracy, or minus the loss; it continues "
+    "next to the best, and those that tie for it, beyond the grid at its edges",
     "pareto_front": "cells for which no other is better in both `learned` and "
     "`forgetting` by more than the 95 % interval of the paired difference",
 }
@@ -247,7 +247,7 @@ def run_cells(
       data: folder of the data sets.
       work: (name of the cell, (made, earlier row, seeds) -> row) in the order to run
         them.
-      out: folder of the results; the picture goes there, too.
+      out: folder of the results; the picture goes there as well.
       seeds: of cells that have more than the bench gives every one.
 
     Returns:

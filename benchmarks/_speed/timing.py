@@ -159,7 +159,7 @@ def _cpu_model() -> str:
 
 
 def _command() -> str:
-    """As typed, but for where folders lie, which means nothing elsewhere."""
+    """As typed, except for the places of folders, which mean nothing elsewhere."""
     given = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
 
