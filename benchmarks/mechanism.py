@@ -4,13 +4,13 @@
 
 A gradient's part along old directions U is attenuated, f = g − α U Uᵀ g. Shared routing
 computes v from f, decoupled routing from g. Three streams: one coordinate, a rotated
-anisotropic quadratic, a byte transformer that moves from one text to another. Three ways
-to keep v: element by element, shared along the fan-in, in the eigenbasis of U. Five
-estimators of v, and two optimizers that normalize without one (Lion, Muon).
+anisotropic quadratic, a byte transformer that moves from one text to another. Three
+ways to keep v: element by element, shared along the fan-in, in the eigenbasis of U.
+Five estimators of v, and two optimizers that normalize without one (Lion, Muon).
 
 Next to 1 / (1 − α) are the prediction from second moments of g where U is not made of
-coordinates (`predict` in `_evidence/inflation.py`), and what D mixes into U from outside
-it (`with_mixing`, from one more run at α = 1).
+coordinates (`predict` in `_evidence/inflation.py`), and what D mixes into U from
+outside it (`with_mixing`, from one more run at α = 1).
 """
 
 import dataclasses

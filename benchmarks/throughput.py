@@ -12,8 +12,9 @@ per task. All take turns, a task each:
 
 Targets, for the widths of the digits' MLP (256, 256): loop >= 5 x plain in steps per
 second; seeds <= 2 x the time of loop. What a loop in Python costs in addition to the
-step is about the same for all widths, so the ratio is bounded by the arithmetic of the step:
-`products` is the time of its matrix products at the speed of large ones on one core.
+step is about the same for all widths, so the ratio is bounded by the arithmetic of the
+step: `products` is the time of its matrix products at the speed of large ones on one
+core.
 
 NPROC=1 keeps XLA from handing parts of a small step to other threads, which costs more
 than it gains; but several seeds then wait for each other.
