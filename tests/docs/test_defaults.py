@@ -152,6 +152,7 @@ def test_every_coefficient_is_compared():
 def test_thresholds():
     """One for images, the default of `grow_subspace`, and one for text."""
     assert setting.THRESHOLD == own(adamr.grow_subspace, "threshold") == 0.97
+    assert setting.THRESHOLD == own(adamr.protect_inputs, "threshold")
     assert VisionConfig().threshold == setting.THRESHOLD
     assert LmConfig().threshold == PodConfig().threshold == lm_problem.THRESHOLD
     page = evidence.PAGE.read_text()
