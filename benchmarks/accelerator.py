@@ -75,7 +75,7 @@ class Config:
     rounds: int = 100
     """Per group, at most."""
     at_least: int = 11
-    """Rounds per group that are run whatever they take."""
+    """Rounds per group that run however long they take."""
     copied: int = 2**28
     """Numbers that are copied to measure the bandwidth."""
     matmul: int = 8192

@@ -43,13 +43,13 @@ class Config:
 
     data: Path | None = None
     """Folder of text, one <domain>.txt or <domain>.train.txt and .valid.txt for each
-    domain; the installed text unless told."""
+    domain; the installed text by default."""
     quick: bool = False
     """The arms of the 2 x 2 and of the denominator, fewer tasks and steps."""
     seeds: int = 4
     """Runs of each arm, side by side."""
     only: tuple[str, ...] = ()
-    """Arms to run; all unless told."""
+    """Arms to run; all by default."""
     out: Path = Path("benchmarks/results")
     work: Path = Path("runs/interventions.json")
     """What is done so far."""

@@ -62,11 +62,11 @@ class Config:
 
     data: Path | None = None
     """Folder of text, one <domain>.txt or <domain>.train.txt and .valid.txt for each
-    domain; the installed text unless told. The first two domains are taken."""
+    domain; the installed text by default. The first two domains are used."""
     quick: bool = False
     """Fewer steps and estimators, smaller matrices."""
     steps: int | None = None
-    """Steps on each stream; by stream unless told."""
+    """Steps on each stream; each has its own default."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
 

@@ -34,7 +34,7 @@ class Source(NamedTuple):
       given: what each step brings, leading axis of steps.
       gradient: (params, what the step brings) -> gradient.
       learning_rate: of every optimizer on it.
-      old: gradients of the old task, as many steps as they are; None: there is none.
+      old: gradients of the old task, one per step; None if there is no old task.
     """
 
     params: Any

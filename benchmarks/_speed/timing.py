@@ -120,7 +120,7 @@ def time_rounds(
       rounds: how many at most.
       seconds: budget, after which no further round starts.
       seed: of the order within each round.
-      at_least: rounds that are run whatever they take.
+      at_least: rounds that run however long they take.
     """
     for run in rivals.values():  # warm caches, first touch of donated buffers
         run(gradients[0])

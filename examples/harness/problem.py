@@ -57,8 +57,8 @@ class Problem(NamedTuple):
       capture: (params, inputs) -> layer inputs, a tree like params; runs eagerly.
       observe: (gradient, updates, opt_state, setting) -> scalars of a step by name.
       observed: the names of these scalars.
-      convolves: XLA's CPU compiler is ten times slower with gradients of convolutions
-        inside a loop than outside, so there each step becomes a call of its own.
+      convolves: whether it has convolutions. XLA's CPU compiler is ten times slower
+        with their gradients inside a loop than outside, so there each step is a call.
     """
 
     init: Callable[[jax.Array], Any]

@@ -114,7 +114,9 @@ def prepare(config: Config, console: Console) -> Example:
 
     return Example(
         methods=METHODS,
-        problem=problem(PRESETS[config.preset]),  # whatever the steps: compiled once
+        problem=problem(
+            PRESETS[config.preset]
+        ),  # for any number of steps: compiled once
         feed=feed(domains, preset),
         tuning=tuning,
         union=lambda tasks: feed(domains, preset, [tasks]),
