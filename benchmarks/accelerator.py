@@ -34,7 +34,7 @@ from benchmarks._speed import timing
 from benchmarks._speed.limits import measure_limits, seconds_per_call
 from benchmarks._speed.rivals import moved_bytes, rivals, torch_adam
 from benchmarks.step_time import gradients_like
-from examples.harness.results import write
+from examples.harness.report import write
 from examples.lm.model import BYTES, Preset, Transformer
 
 UNPROTECTED = ("embedding", "norm", "head")
@@ -75,7 +75,7 @@ class Config:
     rounds: int = 100
     """Per group, at most."""
     at_least: int = 11
-    """Rounds per group that are run whatever they take."""
+    """Rounds per group that run however long they take."""
     copied: int = 2**28
     """Numbers that are copied to measure the bandwidth."""
     matmul: int = 8192

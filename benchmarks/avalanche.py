@@ -40,14 +40,14 @@ import tyro
 import adamr
 from benchmarks._speed import timing
 from examples import streams
-from examples.harness import loop, results
+from examples.harness import loop, report, statistics
 from examples.harness.methods import METHODS
 from examples.harness.problem import Data, loss_of
 from examples.harness.replay import memory_gradient
 from examples.harness.setting import setting_for
 from examples.vision.problem import feed, problem
 
-# Without the paths of the machine; the settings stand beside it.
+# Without the paths of the machine; the settings are written next to it.
 COMMAND = "NPROC=1 python -m benchmarks.avalanche --data mnist.npz --python PYTHON"
 RIVAL = Path(__file__).parent / "_speed" / "avalanche_rival.py"
 
@@ -130,7 +130,7 @@ def learn(made, axes, method, stream, config: Config, seeds: list[int]) -> dict:
     chunks = loop.learn(
         made, method, setting_for(params, axes, tasks=config.tasks),
         feed(stream, config.batch), rates=[config.rate] * len(seeds),
-        strengths=[config.strength] * len(seeds), seeds=seeds, steps=config.steps,
+        coefficients=[config.strength] * len(seeds), seeds=seeds, steps=config.steps,
         memory_size=config.memory,
     )  # fmt: skip
     seconds, history = [], None
@@ -190,9 +190,11 @@ def compared(ours: list[dict], theirs: list[dict], steps: int) -> dict:
     }
     total = steps * sum(len(run["seconds"]) for run in ours)
     return {
-        "accuracy": {side: results.interval(values) for side, values in final.items()},
+        "accuracy": {
+            side: statistics.interval(values) for side, values in final.items()
+        },
         "accuracy per seed": final,
-        "accuracy, ours - avalanche": results.paired(*final.values()),
+        "accuracy, ours - avalanche": statistics.paired(*final.values()),
         "steps per second": {side: steps / s for side, s in seconds.items()},
         "ratio": seconds["avalanche"] / seconds["ours"],
         "steps per second, everything": {s: total / x for s, x in everything.items()},
@@ -232,7 +234,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": timing.machine() | {"command": COMMAND},
-        "versions": {**results.versions(), **theirs["versions"]},
+        "versions": {**report.versions(), **theirs["versions"]},
         "config": settings,
         "threads": {
             "ours": os.environ.get("NPROC", os.cpu_count()),
@@ -240,7 +242,7 @@ def main(config: Config) -> None:
         },
         "methods": found,
     }
-    results.write(config.out / "avalanche.json", content)
+    report.write(config.out / "avalanche.json", content)
 
 
 if __name__ == "__main__":

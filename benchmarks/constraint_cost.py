@@ -1,4 +1,4 @@
-"""Cost of gradient constraints beside one gradient: one line of JSON.
+"""Cost of gradient constraints relative to one gradient: one line of JSON.
 
     python -m benchmarks.constraint_cost [--tasks 20] [--blocks 50] [--seconds 10]
 
@@ -10,8 +10,8 @@ constraint violated about as often as not. All rivals run once per round:
     qp_blocks          one program per leaf (p-mGEM), `blocks` leaves  target <= 0.10
     qp_blocks_diagonal the approximate solver in its place             target <= 0.10
     gem, gem_leaf, gem_leaf_diagonal, agem                             the whole link
-    constrained_gem    the link in Adam's metric, beside which
-    adam               is the merging link alone
+    constrained_gem    the link in the metric of Adam's preconditioner
+    adam               the merging link alone, to compare it with
 
 The whole link reads the T memory gradients two or three times and forms their Gram
 matrix, 2 T² p operations; computing them took T gradients.

@@ -4,7 +4,7 @@
     python -m benchmarks.evidence --data DIR               a night on two cores
 
 `--quick` makes all benchmarks smaller, writes to `--out`, and compares the direction of
-each headline with the committed results. Both go on where they were stopped.
+each headline with the committed results. Both continue where they were stopped.
 """
 
 import dataclasses
@@ -133,12 +133,12 @@ HEADLINES = [
         _cells("rule/shared_v/full", "rule/shared_v/falling", "forgetting", -1.0),
     ),
     Headline(
-        "on text SI beside GPM ends below GPM alone",
+        "on text SI together with GPM ends below GPM alone",
         TEXT,
         _cells("gpm_si/own/adam", "gpm/shared_v/adam", sign=-1.0),
     ),
     Headline(
-        "on text GEM, its strength divided by the tasks, ends below that",
+        "on text GEM, its memory strength divided by the tasks, ends below that",
         TEXT,
         _cells("gem_mean/own/adam", "gpm_si/own/adam", sign=-1.0),
     ),

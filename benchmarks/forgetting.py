@@ -4,11 +4,11 @@
     python -m benchmarks.forgetting --streams text-low-8 --cells 'gpm/*/adam'
     python -m benchmarks.forgetting --all              every cell, on an accelerator
 
-Each cell (`benchmarks/_cells.py`) has its own sweep with the budget of every other
-one, and its seeds (`benchmarks/_runner.py`), those of the headlines five.
-`<out>/forgetting_<stream>.json` grows with each finished cell, and the command goes on
-from there: two processes can share the streams. A picture shows forgetting against
-plasticity.
+Each cell (`_evidence/cells.py`) has its own sweep, with the same budget for all, and
+its seeds (`_evidence/runner.py`), five for those of the headlines.
+`<out>/forgetting_<stream>.json` grows with each finished cell, and the command
+continues from there: two processes can share the streams. A picture shows forgetting
+against plasticity.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from pathlib import Path
 import tyro
 
 from benchmarks._evidence.benches import BENCHES, Made
-from benchmarks._evidence.cells import CELLS, DIRECTIONS, MODIFIERS, Cell, method
+from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell, method
 from benchmarks._evidence.runner import quicker, run_cell, run_cells
+from examples.harness.setting import DIRECTIONS
 
 HEADLINE = (
     "none/shared/sgd none/shared/adam gpm/shared/sgd gpm/*/adam "
@@ -79,7 +80,7 @@ def run(cell: Cell, made: Made, row: dict | None, seeds: int) -> dict:
         row,
         seeds,
         method=method(cell, made.bench.sgd_factor),
-        strengths=made.bench.strengths.get(cell.modifier),
+        coefficients=made.bench.strengths.get(cell.modifier),
         memory=modifier.memory,
         directions=DIRECTIONS if cell.modifier == "ogd" else 0,
     )

@@ -3,10 +3,10 @@
     python -m benchmarks.interventions [--quick] [--data FOLDER]
 
 Two streams (permuted digits and an MLP, text domains and a byte transformer), three
-ways to keep v, and the arms of `_interventions.ARMS`. Each arm has its own learning
-rate from an equal sweep on the first tasks' validation data, with seeds of its own, and
-is also run at the rate that all arms have in common. An interrupted run goes on where
-it was, if the settings are the same; remove `--work` after a change of code.
+ways to keep v, and the arms of `_evidence/arms.py`. Each arm has its own learning rate
+from an equal sweep on the first tasks' validation data, with seeds of its own, and is
+also run at the rate that all arms have in common. An interrupted run continues where it
+stopped if the settings are the same; remove `--work` after a change of code.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from benchmarks._evidence.pictures import draw_interventions
 from benchmarks._evidence.problems import language_problem, mlp_problem
 from benchmarks._speed import timing
 from examples import streams
-from examples.harness import loop, results
+from examples.harness import loop, report, statistics
 from examples.harness.problem import Problem
-from examples.harness.setting import Setting, setting_for
+from examples.harness.setting import THRESHOLD, Setting, setting_for
 from examples.lm.model import Preset
 from examples.vision.problem import feed
 
@@ -43,13 +43,13 @@ class Config:
 
     data: Path | None = None
     """Folder of text, one <domain>.txt or <domain>.train.txt and .valid.txt for each
-    domain; the installed text unless told."""
+    domain; the installed text by default."""
     quick: bool = False
     """The arms of the 2 x 2 and of the denominator, fewer tasks and steps."""
     seeds: int = 4
     """Runs of each arm, side by side."""
     only: tuple[str, ...] = ()
-    """Arms to run; all unless told."""
+    """Arms to run; all by default."""
     out: Path = Path("benchmarks/results")
     work: Path = Path("runs/interventions.json")
     """What is done so far."""
@@ -99,7 +99,7 @@ def digits(tasks: int, steps: int) -> Scene:
     stream = streams.load("permuted-digits", tasks=tasks)
     made, axes = mlp_problem(64, 10, (100, 100))
     return _scene(
-        stream, made, axes, (), 0.97, batch=10, steps=steps,
+        stream, made, axes, (), THRESHOLD, batch=10, steps=steps,
         rates=(1e-4, 3e-4, 1e-3, 3e-3), common=1e-3, accuracy=True,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def text(tasks: int, steps: int, data: Path | None) -> Scene:
     )
     made, axes = language_problem(preset)
     return _scene(
-        stream, made, axes, UNPROTECTED, 0.97, batch=preset.batch, steps=steps,
+        stream, made, axes, UNPROTECTED, THRESHOLD, batch=preset.batch, steps=steps,
         rates=(3e-4, 1e-3, 3e-3, 1e-2), common=3e-3, accuracy=False,
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def _runs(scene: Scene, stream, method, rates, seeds) -> dict[str, np.ndarray]:
     """The measures of runs with these rates and seeds, each (runs,)."""
     chunks = loop.learn(
         scene.problem, method, scene.setting, feed(stream, scene.batch),
-        rates=rates, strengths=[0.0] * len(rates), seeds=list(seeds),
+        rates=rates, coefficients=[0.0] * len(rates), seeds=list(seeds),
         steps=scene.steps,
     )  # fmt: skip
     _, _, history = loop.last(chunks)
@@ -159,7 +159,7 @@ def measure(scene: Scene, name: str, variant: str, seeds: Sequence[int]) -> dict
         found = _runs(scene, scene.stream, method, [rate] * len(seeds), seeds)
         made[which] = {"rate": rate}
         for measured in MEASURES:
-            mean, half = results.interval(found[measured])
+            mean, half = statistics.interval(found[measured])
             values = found[measured].tolist()
             summary = {"mean": mean, "half_width": half, "values": values}
             made[which][measured] = summary
@@ -174,7 +174,7 @@ def _paired(rows: list[dict], against: str) -> None:
             if (r["stream"], r["v"], r["arm"]) == (row["stream"], row["v"], against)
         )  # fmt: skip
         for which in ("own", "common"):
-            row[which][f"final - {against}"] = results.paired(
+            row[which][f"final - {against}"] = statistics.paired(
                 row[which]["final"]["values"], base[which]["final"]["values"]
             )
 
@@ -214,7 +214,7 @@ def run(config: Config, scenes: dict[str, Scene]) -> list[dict]:
         row = {**key, **measure(scenes[stream], name, variant, range(config.seeds))}
         rows.append(row)
         config.work.parent.mkdir(parents=True, exist_ok=True)
-        results.write(config.work, {"about": about, "rows": rows})
+        report.write(config.work, {"about": about, "rows": rows})
         own = {m: row["own"][m]["mean"] for m in MEASURES}
         numbers = " ".join(f"{m} {x:.3f}" for m, x in own.items())
         print(
@@ -234,7 +234,7 @@ def main(config: Config) -> None:
         _paired(rows, "route_both")
     content = {
         "machine": timing.machine(),
-        "versions": results.versions(),
+        "versions": report.versions(),
         "config": {
             "alpha": ALPHA,
             "seeds": config.seeds,
@@ -247,7 +247,7 @@ def main(config: Config) -> None:
         "rows": rows,
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    results.write(config.out / "interventions.json", content)
+    report.write(config.out / "interventions.json", content)
     draw_interventions(content, config.out / "interventions.png")
 
 

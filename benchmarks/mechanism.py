@@ -4,13 +4,13 @@
 
 A gradient's part along old directions U is attenuated, f = g − α U Uᵀ g. Shared routing
 computes v from f, decoupled routing from g. Three streams: one coordinate, a rotated
-anisotropic quadratic, a byte transformer that goes from one text to another. Three ways
-to keep v: element by element, shared along the fan-in, in the eigenbasis of U. Five
-estimators of v, and two optimizers that normalize without one (Lion, Muon).
+anisotropic quadratic, a byte transformer that moves from one text to another. Three
+ways to keep v: element by element, shared along the fan-in, in the eigenbasis of U.
+Five estimators of v, and two optimizers that normalize without one (Lion, Muon).
 
-Beside 1 / (1 − α) stands what second moments of g predict where U is not made of
-coordinates (`_inflation.predict`), and what D mixes into U from outside it
-(`_inflation.with_mixing`, from one more run at α = 1).
+Next to 1 / (1 − α) are the prediction from second moments of g where U is not made of
+coordinates (`predict` in `_evidence/inflation.py`), and what D mixes into U from
+outside it (`with_mixing`, from one more run at α = 1).
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from benchmarks._evidence.inflation import (
 )
 from benchmarks._evidence.pictures import draw_mechanism, draw_over_time
 from benchmarks._speed import timing
-from examples.harness import results
+from examples.harness import report
 from examples.lm.model import Preset
 from examples.streams.text import read_domains
 
@@ -62,11 +62,11 @@ class Config:
 
     data: Path | None = None
     """Folder of text, one <domain>.txt or <domain>.train.txt and .valid.txt for each
-    domain; the installed text unless told. The first two domains are taken."""
+    domain; the installed text by default. The first two domains are used."""
     quick: bool = False
     """Fewer steps and estimators, smaller matrices."""
     steps: int | None = None
-    """Steps on each stream; by stream unless told."""
+    """Steps on each stream; each has its own default."""
     seed: int = 0
     out: Path = Path("benchmarks/results")
 
@@ -209,7 +209,7 @@ def run(config: Config) -> dict[str, Any]:
         print(_line(name, row), flush=True)
     return {
         "machine": timing.machine(),
-        "versions": results.versions(),
+        "versions": report.versions(),
         "config": {
             "quick": config.quick,
             "seed": config.seed,
@@ -226,7 +226,7 @@ def run(config: Config) -> dict[str, Any]:
 def main(config: Config) -> None:
     content = run(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    results.write(config.out / "mechanism.json", content)
+    report.write(config.out / "mechanism.json", content)
     draw_mechanism(content, config.out / "mechanism.png")
     draw_over_time(content, config.out / "mechanism_over_time.png")
 

@@ -66,7 +66,7 @@ RECIPES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     f"`adamr`, `gpm`, rank {RANK}": _alias(),
     "the same, overlap-adaptive": _alias(strength=adamr.overlap_adaptive_scale()),
     "the same, m and v in bf16": _alias(**HALF),
-    "the same, the head protected, too": _alias(head=True),
+    "the same, with the head protected": _alias(head=True),
     "`adamr`, `gpm`, rank 256": _alias(256),
     "`adamr`, `gpm`, full rank": _alias(None),
     f"`sgp`, rank {RANK}": _projected(adamr.sgp),

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from benchmarks._pages import html_parts
-from examples.harness.results import by_method, comparisons, interval
+from examples.harness.statistics import by_method, comparisons, interval
 
 
 @dataclasses.dataclass

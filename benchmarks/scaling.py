@@ -31,7 +31,7 @@ from benchmarks.step_time import (
     optimizers_by_rank,
     random_bases,
 )
-from examples.harness.results import write
+from examples.harness.report import write
 from examples.pod import placement
 
 
@@ -50,7 +50,8 @@ class Config:
     tasks: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Tasks that have protected 8 directions each in kernels of width 256."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    """Devices over which a stack of layers is split, as far as there are as many."""
+    """Devices over which a stack of layers is split; counts beyond those there are left
+    out."""
     sweeps: tuple[str, ...] = ("parameters", "rank", "leaves", "tasks", "devices")
     """What grows."""
     size: int = 10_000_000

@@ -7,13 +7,14 @@ per task. All take turns, a task each:
 
     plain     a Python loop over one jitted step, batches gathered by NumPy
     logged    the same, and the loss is fetched after each step, to be logged
-    loop      `examples.loop.learn`: chunks of steps in `lax.scan`
+    loop      `harness.loop.learn`: chunks of steps in `lax.scan`
     seeds     the same with five seeds
 
 Targets, for the widths of the digits' MLP (256, 256): loop >= 5 x plain in steps per
-second; seeds <= 2 x the time of loop. What a loop in Python costs beside the step is
-about the same for all widths, so the ratio is bounded by the arithmetic of the step:
-`products` is the time of its matrix products at the speed of large ones on one core.
+second; seeds <= 2 x the time of loop. What a loop in Python costs in addition to the
+step is about the same for all widths, so the ratio is bounded by the arithmetic of the
+step: `products` is the time of its matrix products at the speed of large ones on one
+core.
 
 NPROC=1 keeps XLA from handing parts of a small step to other threads, which costs more
 than it gains; but several seeds then wait for each other.
@@ -34,7 +35,7 @@ import tyro
 
 from benchmarks._speed import limits, timing
 from examples import streams
-from examples.harness import loop, results
+from examples.harness import loop, report
 from examples.harness.methods import METHODS
 from examples.harness.setting import setting_for
 from examples.vision.problem import feed, problem
@@ -104,7 +105,7 @@ def shared(
     setting = setting_for(params, axes, tasks=len(stream.task_names))
     chunks = loop.learn(
         made, METHODS["adam"], setting, feed(stream, batch), rates=[RATE] * seeds,
-        strengths=[0.0] * seeds, seeds=list(range(seeds)), steps=steps,
+        coefficients=[0.0] * seeds, seeds=list(range(seeds)), steps=steps,
     )  # fmt: skip
     while True:
         start = time.perf_counter()
@@ -161,14 +162,14 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": timing.machine(),
-        "versions": results.versions(),
+        "versions": report.versions(),
         "config": {"steps": steps, "tasks": tasks, "batch": config.batch},
         "NPROC": os.environ.get("NPROC"),
         "by width": found,
     }
     threads = os.environ.get("NPROC")
     name = f"throughput-nproc{threads}.json" if threads else "throughput.json"
-    results.write(config.out / name, content)
+    report.write(config.out / name, content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runnable examples of adamr: `python -m examples.lm --help`."""
+"""Runnable examples of adamr: `python -m examples.lm --help`, or examples/README.md."""
 
 import os
 

@@ -105,7 +105,7 @@ def _init(params):
 
 
 def gem_constraint(
-    memory_strength: float = 0.5,
+    memory_strength: float = 0.05,
     *,
     average: bool = False,
     regularization: float | None = None,
@@ -130,7 +130,7 @@ def gem_constraint(
       memory_mask: (T,) or (T, S) bool, optional: False for tasks not seen yet.
 
     Args:
-      memory_strength: γ ≥ 0.
+      memory_strength: γ ≥ 0; see `adamr.gem`.
       average: divide γ by the number of rows in the mask, so that the memory as a whole
         pulls as hard after many tasks as after the first.
       regularization: None: the paper's program, ε = 0, solved so that collinear rows do

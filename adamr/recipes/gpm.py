@@ -194,13 +194,13 @@ def gpm_si(
     Args:
       learning_rate: η, a number or a schedule.
       subspace: what is protected; for the first task `empty_subspace(params)`.
-      c: ≥ 0, of SI.
+      c: ≥ 0, of SI; the default ended best on text that differs (docs/evidence.md).
       b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
 
     Returns:
       An optimizer. At a boundary grow the subspace as for `gpm`, then call
-      `consolidate_si`, whose damping was 1e-3 in the evidence. Its ω comes from the
-      incoming gradient; where that was clipped before, pass `task_gradient`.
+      `consolidate_si`. Its ω comes from the incoming gradient; where that was clipped
+      before, pass `task_gradient`.
 
     Raises:
       ValueError: for a negative c; at update, without `params`.
@@ -215,7 +215,7 @@ def gpm_si(
     >>> params = optax.apply_updates(params, step)
     >>> inputs = {"b": None, "w": jnp.array([[1.0, 0.0, 0.0]])}
     >>> state = protect_inputs(state, inputs)
-    >>> state = consolidate_si(state, params, damping=1e-3)
+    >>> state = consolidate_si(state, params)
     >>> g = {"b": jnp.ones(1), "w": jnp.ones((3, 1))}
     >>> step, state = tx.update(g, state, params)  # task 2
     >>> print(step["w"][:, 0].round(3) + 0.0, step["b"].round(3) + 0.0)

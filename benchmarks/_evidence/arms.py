@@ -176,8 +176,8 @@ def method_for(name: str, variant: str) -> Method:
     """The arm as the shared loop takes it; GPM's bases grow at every boundary."""
     arm = ARMS[name]
 
-    def build(rate, strength, setting):
-        del strength
+    def build(rate, coefficient, setting):
+        del coefficient
         return optax.chain(
             _direction(arm, variant, setting.subspace),
             optax.scale_by_learning_rate(rate),

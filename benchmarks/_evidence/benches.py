@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from benchmarks._evidence.problems import language_problem
 from examples import streams
 from examples.harness.problem import Problem
+from examples.harness.setting import SAMPLES, THRESHOLD
 from examples.lm.model import Preset
+from examples.lm.problem import THRESHOLD as TEXT_THRESHOLD
 from examples.lm.problem import UNPROTECTED
 from examples.vision.problem import problem
 
@@ -35,7 +37,7 @@ class Bench(NamedTuple):
 
     Attributes:
       stream: name for `examples.streams.load`.
-      options: of it.
+      options: of the stream.
       data: below the data folder; None: the data is installed.
       model: of `examples.vision`, or "lm".
       measure: "accuracy", or "loss" in nats per byte.
@@ -47,7 +49,8 @@ class Bench(NamedTuple):
       max_rank: of a basis; None: the fan-in.
       rates: learning rates of the sweep.
       sgd_factor: plain SGD sweeps these rates times this.
-      strengths: method -> two of its strengths, swept with a thinned grid of rates.
+      strengths: method -> two of its coefficients, swept with a thinned grid of rates;
+        the committed results have them under this name.
     """
 
     stream: str
@@ -82,7 +85,7 @@ _TEXT_STRENGTHS = {"ewc": (1.0, 30.0), **_STRENGTHS}
 
 def _digits(stream: str, steps: int) -> Bench:
     return Bench(
-        stream, {}, None, "mlp", "accuracy", steps, 10, 5, 0.97, 128, None,
+        stream, {}, None, "mlp", "accuracy", steps, 10, 5, THRESHOLD, SAMPLES, None,
         _IMAGE_RATES, 100.0, _IMAGE_STRENGTHS,
     )  # fmt: skip
 
@@ -96,14 +99,16 @@ def _text(domains: str | None, rates: tuple[float, ...] = _TEXT_RATES) -> Bench:
         options |= {"domains": names, "tasks": count}
     return Bench(
         f"text-{count}", options, data, "lm", "loss",
-        LM.steps, LM.batch, 3, 0.95, 128, None, rates, 1000.0, _TEXT_STRENGTHS,
+        LM.steps, LM.batch, 3, TEXT_THRESHOLD, SAMPLES, None, rates, 1000.0,
+        _TEXT_STRENGTHS,
     )  # fmt: skip
 
 
 def _cifar(model: str, steps: int, samples: int, max_rank: int | None) -> Bench:
     return Bench(
         "split-cifar100", {"limit": 2000}, "vision/cifar100.npz", model, "accuracy",
-        steps, 10, 3, 0.97, samples, max_rank, _SLOW_RATES, 100.0, _IMAGE_STRENGTHS,
+        steps, 10, 3, THRESHOLD, samples, max_rank, _SLOW_RATES, 100.0,
+        _IMAGE_STRENGTHS,
     )  # fmt: skip
 
 
@@ -114,7 +119,7 @@ BENCHES = {
     "text-high-8": _text(HIGH, _FAST_RATES),
     "text-mixed-16": _text(MIXED),
     "text-installed": _text(None),
-    "split-cifar100": _cifar("mlp", 100, 128, 256),
+    "split-cifar100": _cifar("mlp", 100, SAMPLES, 256),
     "split-cifar100-resnet18": _cifar("resnet18", 500, 32, None),
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     modifier    what changes the gradient, with its evidence and its task boundary
     routing     which moment sees the change, and what else keeps it alive
-    optimizer   the estimator of v behind it, or plain SGD
+    optimizer   the estimator of v after it, or plain SGD
 
     none            no modifier
     shared          g̃ in both moments: what `chain(modifier, adam)` does
@@ -14,7 +14,7 @@
     two_sided       gradient and update projected
     own             the library's recipe for what has a penalty, a constraint or replay
 
-The last routings but `own` are for projections.
+From `eigenbasis` to `two_sided`, routings are for projections only.
 """
 
 import functools
@@ -29,10 +29,9 @@ from examples.harness.methods import Method
 from examples.harness.replay import from_first_task
 from examples.harness.setting import Setting
 
-__all__ = ["CELLS", "DIRECTIONS", "ESTIMATORS", "MODIFIERS", "Cell", "method"]
+__all__ = ["CELLS", "ESTIMATORS", "MODIFIERS", "Cell", "method"]
 
 WEIGHT_DECAY = 0.01
-DIRECTIONS = 20  # of OGD, per task
 
 
 class Cell(NamedTuple):
@@ -49,13 +48,12 @@ class Modifier(NamedTuple):
     """How a modifier is made, fed and moved over a task boundary.
 
     Attributes:
-      make: (strength, setting) -> g -> g̃.
+      make: (coefficient, setting) -> g -> g̃.
       protects: `setting` -> what projections protect; None: not a projection.
-      own: (rate, strength, setting) -> the library's recipe; None: there is none.
-      evidence: see `examples.methods`.
-      boundary: see `examples.methods`.
+      own: (rate, coefficient, setting) -> the library's recipe; None: there is none.
+      evidence, boundary: see `examples.harness.methods.Method`.
       memory: share of each task's examples that are kept.
-      wrap: around the optimizer, but for the library's recipe.
+      wrap: around the optimizer, except around the library's recipe.
     """
 
     make: Callable[[Any, Setting], optax.GradientTransformation]
@@ -67,17 +65,17 @@ class Modifier(NamedTuple):
     wrap: Callable[[Any], Any] = lambda tx: tx
 
 
-def _replay(share: float, strength: Callable[[Any], Any] = lambda k: k) -> Modifier:
-    """`strength`: that of the cell -> how often the loss on the memory counts."""
+def _replay(share: float, times: float | None = None) -> Modifier:
+    """Counts the loss on the memory `times` as often as the new one; None: swept."""
     er = methods.METHODS["er"]
 
-    def mix(k, _):
-        weight = methods.weight_of_memory(strength(k))
-        return from_first_task(adamr.modifiers.mix_gradients(weight))
+    def weight(k):
+        k = k if times is None else times
+        return k / (1 + k)
 
     return Modifier(
-        mix,
-        own=lambda rate, k, s: er.build(rate, strength(k), s),
+        lambda k, _: from_first_task(adamr.modifiers.mix_gradients(weight(k))),
+        own=lambda rate, k, s: er.build(rate, weight(k), s),
         evidence=er.evidence,
         memory=share,
     )
@@ -148,8 +146,8 @@ MODIFIERS = {
     "p_mgem": _gem("p_mgem", partition="leaf"),
     "p_mgem_mean": _gem("p_mgem", partition="leaf", average=True),
     "d_mgem_mean": _gem("d_mgem", average=True),
-    "replay_0.5": _replay(0.005, lambda _: 1.0),
-    "replay_1": _replay(0.01, lambda _: 1.0),
+    "replay_0.5": _replay(0.005, 1.0),
+    "replay_1": _replay(0.01, 1.0),
     "replay_0.5_weighted": _replay(0.005),
     "replay_1_weighted": _replay(0.01),
 }  # fmt: skip
@@ -159,16 +157,16 @@ ESTIMATORS = {"adam": "adam", "adamw": "adam", "adafactor": "adafactor",
 
 
 def _decay(optimizer: str, subspace: Any = None) -> list:
-    """The weight decay of adamw; off the protected space where one is given."""
+    """The weight decay of adamw, outside the protected space where one is given."""
     if optimizer != "adamw":
         return []
     decay = optax.add_decayed_weights(WEIGHT_DECAY)
     return [decay] if subspace is None else [decay, adamr.protect_update(subspace)]
 
 
-def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
+def _links(cell: Cell, modifier: Modifier, coefficient, setting: Setting) -> list:
     """Gradient to unscaled step."""
-    change = modifier.make(strength, setting)
+    change = modifier.make(coefficient, setting)
     guard = modifier.protects(setting) if modifier.protects else None
     moments = functools.partial(
         adamr.faithful_second_moment, estimator=ESTIMATORS[cell.optimizer]
@@ -202,16 +200,16 @@ def _links(cell: Cell, modifier: Modifier, strength, setting: Setting) -> list:
 
 @functools.cache
 def method(cell: Cell, sgd_factor: float = 100.0) -> Method:
-    """The cell as `examples.loop.learn` takes it; see `Bench.sgd_factor`."""
+    """The cell as `harness.loop.learn` takes it; see `Bench.sgd_factor`."""
     modifier = MODIFIERS[cell.modifier]
 
-    def build(rate, strength, setting):
+    def build(rate, coefficient, setting):
         if cell.routing == "own":
-            return modifier.own(rate, strength, setting)
+            return modifier.own(rate, coefficient, setting)
         if cell.optimizer == "sgd":
-            change = modifier.make(strength, setting)
+            change = modifier.make(coefficient, setting)
             return modifier.wrap(optax.chain(change, optax.sgd(sgd_factor * rate)))
-        links = _links(cell, modifier, strength, setting)
+        links = _links(cell, modifier, coefficient, setting)
         return modifier.wrap(optax.chain(*links, optax.scale_by_learning_rate(rate)))
 
     return Method(cell.name, build, modifier.evidence, modifier.boundary)

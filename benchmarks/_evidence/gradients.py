@@ -34,7 +34,7 @@ class Source(NamedTuple):
       given: what each step brings, leading axis of steps.
       gradient: (params, what the step brings) -> gradient.
       learning_rate: of every optimizer on it.
-      old: gradients of the old task, as many steps as they are; None: there is none.
+      old: gradients of the old task, one per step; None if there is no old task.
     """
 
     params: Any
@@ -66,7 +66,7 @@ def coordinate(
 ) -> Source:
     """Gradients of constant mean and variance; one coordinate is old.
 
-    The mean has orthogonal rows, so that coordinates are singular directions, too.
+    The mean has orthogonal rows, so that coordinates are also singular directions.
     """
     rng = np.random.default_rng(seed)
     mean = np.sqrt(outputs) * np.linalg.qr(rng.normal(size=(outputs, inputs)))[0].T

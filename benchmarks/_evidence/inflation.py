@@ -95,7 +95,7 @@ def _scan(
     given,
 ):
     def run(alpha):
-        # Raw until `since`: moments of the old task stand when protection begins.
+        # Raw until `since`: protection begins with the moments of the old task.
         strength = alpha if since == 0 else lambda t: jnp.where(t < since, 0.0, alpha)
         tx = optax.chain(
             ROUTES[route](adamr.project_out(subspace)),

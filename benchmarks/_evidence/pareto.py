@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._evidence.cells import ESTIMATORS
-from examples.harness.results import interval, paired
+from examples.harness.statistics import interval, paired
 
 __all__ = ["compared", "draw", "front", "report", "values"]
 
@@ -50,7 +50,7 @@ def report(bench: str, rows: list[dict], measure: str) -> None:
     made = Table(
         title=f"{bench}: {measure}, ± 95 % intervals over seeds; * on the front"
     )
-    for heading in ("cell", "final", "learned", "forgetting", "rate", "strength"):
+    for heading in ("cell", "final", "learned", "forgetting", "rate", "coefficient"):
         made.add_column(heading, no_wrap=True)
     sign, best = 1.0 if measure == "accuracy" else -1.0, front(rows, measure)
 

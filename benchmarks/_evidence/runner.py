@@ -1,10 +1,12 @@
 """One cell of the evidence: its own sweep, its seeds, its numbers, kept on disk.
 
 Every cell has the same budget: as many configurations as its bench has learning
-rates. A method with a strength takes every second rate at two strengths. Then the sweep
-goes on to what lies one step of the grid beside the best, or beside those that tie for
-it, and beyond the grid at its edges, for at most `ROUNDS` rounds. It sees the first
-three tasks, their validation examples and one seed that no result uses.
+rates. A method with a coefficient takes every second rate at two coefficients. Then the
+sweep continues with what lies one step of the grid next to the best, or next to those
+that tie for it, and beyond the grid at its edges, for at most `ROUNDS` rounds. It sees
+the first three tasks, their validation examples and one seed that no result uses.
+
+The committed results call the coefficient `strength`, and so do the rows here.
 """
 
 import json
@@ -20,8 +22,9 @@ from benchmarks._evidence import pareto
 from benchmarks._evidence.benches import BENCHES, Made, make
 from benchmarks._speed import timing
 from examples import streams
-from examples.harness import loop, results
+from examples.harness import loop
 from examples.harness.methods import Method
+from examples.harness.report import commit, versions, write
 from examples.harness.setting import Setting, setting_for
 from examples.vision.problem import feed
 
@@ -37,27 +40,27 @@ DEFINITIONS = {
     "forgetting": "mean over old tasks of the best earlier measure minus the last one "
     "(of the loss: the last minus the lowest)",
     "measure": "accuracy, or loss in nats per symbol, on test data",
-    "sweep": "[learning rate, strength, score] on the validation data of the first "
-    "three tasks with seed 1000; score: accuracy, or minus the loss; it goes on beside "
-    "the best, and those that tie for it, beyond the grid at its edges",
+    "sweep": "[learning rate, coefficient, score] on the validation data of the first "
+    "three tasks with seed 1000; score: accuracy, or minus the loss; it continues "
+    "next to the best, and those that tie for it, beyond the grid at its edges",
     "pareto_front": "cells for which no other is better in both `learned` and "
     "`forgetting` by more than the 95 % interval of the paired difference",
 }
 
 
 def configurations(
-    rates: Sequence[float], strengths: Sequence[float] | None
+    rates: Sequence[float], coefficients: Sequence[float] | None
 ) -> list[tuple[float, float]]:
-    """(rate, strength) pairs, as many for every method."""
-    if strengths is None:
+    """(rate, coefficient) pairs, as many for every method."""
+    if coefficients is None:
         return [(rate, 0.0) for rate in rates]
-    return [(rate, k) for k in strengths for rate in rates[1::2]]
+    return [(rate, k) for k in coefficients for rate in rates[1::2]]
 
 
 def _with_ends(values: set[float]) -> list[float]:
     """Sorted, with one more at both ends, by the steps there."""
     known = sorted(values)
-    if len(known) < 2:  # a method without a strength
+    if len(known) < 2:  # a method without a coefficient
         return known
     ends = known[0] ** 2 / known[1], known[-1] ** 2 / known[-2]
     below, above = (float(f"{x:.2g}") for x in ends)
@@ -72,12 +75,12 @@ def _beside(values: list[float], x: float) -> list[float]:
 def untried_neighbours(
     tried: Sequence[tuple[float, float]], best: Sequence[tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """Configurations one step of the grid beside the best ones, not tried yet."""
-    rates, strengths = (_with_ends({c[axis] for c in tried}) for axis in range(2))
+    """Configurations one step of the grid next to the best ones, not tried yet."""
+    rates, coefficients = (_with_ends({c[axis] for c in tried}) for axis in range(2))
     found = []
-    for rate, strength in best:
-        found += [(x, strength) for x in _beside(rates, rate)]
-        found += [(rate, x) for x in _beside(strengths, strength)]
+    for rate, coefficient in best:
+        found += [(x, coefficient) for x in _beside(rates, rate)]
+        found += [(rate, x) for x in _beside(coefficients, coefficient)]
     return [c for c in dict.fromkeys(found) if c not in tried]
 
 
@@ -96,14 +99,14 @@ def _setting(made: Made, tasks: int, directions: int) -> Setting:
 
 
 def _learn(made: Made, stream, method: Method, runs, memory: float, directions: int):
-    """The history of runs (rate, strength, seed) on a stream."""
+    """The history of runs (rate, coefficient, seed) on a stream."""
     bench = made.bench
-    rates, strengths, seeds = zip(*runs, strict=True)
+    rates, coefficients, seeds = zip(*runs, strict=True)
     room = max(1, round(memory * stream.train.x.shape[1])) if memory else 0
     chunks = loop.learn(
         made.problem, method, _setting(made, len(stream.task_names), directions),
-        feed(stream, bench.batch), rates=rates, strengths=strengths, seeds=list(seeds),
-        steps=bench.steps, memory_size=room,
+        feed(stream, bench.batch), rates=rates, coefficients=coefficients,
+        seeds=list(seeds), steps=bench.steps, memory_size=room,
     )  # fmt: skip
     _, _, history = loop.last(chunks)
     return history
@@ -146,10 +149,12 @@ def _results(made: Made, method: Method, runs, memory, directions) -> list[dict]
     return [summarize(m[:, -1], sign) for m in whole]
 
 
-def _tuned(made: Made, method: Method, strengths, memory, directions) -> dict[str, Any]:
+def _tuned(
+    made: Made, method: Method, coefficients, memory, directions
+) -> dict[str, Any]:
     """A row with the sweep of a cell and no seeds."""
     start, tried, scores = time.perf_counter(), [], []
-    more = configurations(made.bench.rates, strengths)
+    more = configurations(made.bench.rates, coefficients)
     for _ in range(1 + ROUNDS):
         tried += more
         scores += _tune(made, method, more, memory, directions)
@@ -158,11 +163,11 @@ def _tuned(made: Made, method: Method, strengths, memory, directions) -> dict[st
         more = untried_neighbours(tried, best)
         if not more:
             break
-    rate, strength = best[0]
+    rate, coefficient = best[0]
     return {
         "cell": method.about,
         "learning_rate": rate,
-        "strength": strength,
+        "strength": coefficient,
         "at_the_edge_of_the_sweep": bool(more),
         "sweep": [[*c, s] for c, s in zip(tried, scores, strict=True)],
         "seeds": [],
@@ -177,12 +182,12 @@ def run_cell(
     seeds: int,
     *,
     method: Method,
-    strengths: Sequence[float] | None = None,
+    coefficients: Sequence[float] | None = None,
     memory: float = 0.0,
     directions: int = 0,
 ) -> dict[str, Any]:
     """Tunes a method and learns the stream with every seed that `row` lacks."""
-    row = row or _tuned(made, method, strengths, memory, directions)
+    row = row or _tuned(made, method, coefficients, memory, directions)
     start, new = time.perf_counter(), list(range(len(row["seeds"]), seeds))
     runs = [(row["learning_rate"], row["strength"], seed) for seed in new]
     # The directions of all seeds at once may not fit into memory.
@@ -242,7 +247,7 @@ def run_cells(
       data: folder of the data sets.
       work: (name of the cell, (made, earlier row, seeds) -> row) in the order to run
         them.
-      out: folder of the results; the picture goes there, too.
+      out: folder of the results; the picture goes there as well.
       seeds: of cells that have more than the bench gives every one.
 
     Returns:
@@ -257,19 +262,19 @@ def run_cells(
         row, count = rows.get(name), (seeds or {}).get(name, BENCHES[bench].seeds)
         if row and len(row["seeds"]) >= count:
             continue
-        commits = [*(row["commit"].split() if row else []), results.commit()]
+        commits = [*(row["commit"].split() if row else []), commit()]
         row = run(make(bench, data), row, count)
         rows[name] = {**row, "commit": " ".join(dict.fromkeys(commits))}
         each = list(rows.values())
         content = {
             "machine": timing.machine(),
-            "versions": results.versions(),
+            "versions": versions(),
             "bench": about,
             "definitions": DEFINITIONS,
             "pareto_front": pareto.front(each, measure),
             "rows": each,
         }
-        results.write(path, content)
+        write(path, content)
         final, lost = (
             np.mean([run[key] for run in row["runs"]])
             for key in ("final", "forgetting")

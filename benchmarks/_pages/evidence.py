@@ -1,7 +1,9 @@
-"""python -m docs.evidence: puts the committed results into its page and the README.
+"""Puts the committed results into their page and the README.
 
-Every number of a table there comes from a file in benchmarks/results; which command
-made it stands beside the table.
+    python -m benchmarks._pages.evidence
+
+Every number of a table there comes from a file in benchmarks/results; the page names
+the command that made it.
 """
 
 import functools
@@ -15,7 +17,7 @@ from benchmarks._evidence.benches import BENCHES
 from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell
 from benchmarks._evidence.pareto import compared, front, values
 from benchmarks._pages.tables import table, written
-from examples.harness.results import interval
+from examples.harness.statistics import interval
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -82,7 +84,7 @@ def _cells(content: dict, default: str) -> str:
             ]
         )
     heads = ["cell", "final", "learned", "forgetting", "final − default",
-             "rate, strength"]  # fmt: skip
+             "rate, coefficient"]  # fmt: skip
     return table(heads, lines)
 
 

@@ -1,4 +1,6 @@
-"""python -m docs.methods: writes docs/methods.md from the code and the tests.
+"""Writes docs/methods.md from the code and the tests.
+
+    python -m benchmarks._pages.methods
 
 What a method keeps is counted in its optimizer state, its cost in the compiled update,
 and its guarantee is measured under each routing, on random gradients of uneven scale.
@@ -227,7 +229,7 @@ def kept(tx: optax.GradientTransformation) -> str:
 
 
 def cost(tx: optax.GradientTransformation, evidence: Callable) -> str:
-    """Floating-point operations of an update per parameter, and gradients beside."""
+    """Floating-point operations of an update per parameter, and further gradients."""
     g = gradient(0)
     extra = evidence(g)
     update = jax.jit(lambda g, s, p, extra: tx.update(g, s, p, **extra))
@@ -277,10 +279,10 @@ def unsigned(method: Method) -> Callable:
 def all_tests() -> dict[str, str]:
     """Test function -> file, read from the sources."""
     found = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                found[node.name] = path.name
+                found[node.name] = str(path.relative_to(ROOT))
     return found
 
 
@@ -312,9 +314,10 @@ class _Outcomes:
 def run_tests() -> set[str]:
     """Runs every test that a row names; those that passed."""
     names = {t for m in METHODS.values() for ts in tests_of(m).values() for t in ts}
-    where = sorted({f"tests/{all_tests()[n]}::{n}" for n in names})
+    where = sorted({f"{all_tests()[n]}::{n}" for n in names})
     outcomes = _Outcomes()
-    options = ["-q", "-p", "no:xdist", "-o", "addopts=", "--rootdir", str(ROOT)]
+    options = ["-q", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"]
+    options += ["--rootdir", str(ROOT)]
     pytest.main([*options, *where], plugins=[outcomes])
     return {name for name, passed in outcomes.passed.items() if passed}
 
@@ -323,23 +326,23 @@ def run_tests() -> set[str]:
 
 HEAD = """# Methods
 
-Written by `python -m docs.methods` from the code and the tests; do not edit.
+Written by `python -m benchmarks._pages.methods` from code and tests; do not edit.
 
 - **keeps**: numbers of the optimizer's state per parameter, by field (plain Adam: mu 1,
   nu 1), for a model with two kernels of fan-in 64, {rank} directions per kernel or for
   the whole vector, {tasks} tasks. Small fields are left out.
 - **cost**: floating-point operations of one update per parameter (plain Adam:
-  {adam}), and the gradients that the caller computes beside that of the task.
+  {adam}), and the gradients that the caller computes in addition to the task's.
 - **shared / decoupled / recipe**: whether the method's promise survives the step, for
   the modifier under shared routing, under element-wise decoupled routing, and in the
   recipe. Projection: no step in the protected space; constraint: no memory loss grows
-  along the step; penalty: stable at strength · importance 10³; mask: no step where
+  along the step; penalty: stable at weight · importance 10³; mask: no step where
   masked. Decoupled routing has its guard on. "broken" has the order of magnitude of
   the worst of 40 steps on random gradients of uneven scale. `sgp` is shown at λ = 1,
   GEM and its kin at memory strength 0, of `trgp` and `rogo` the part that trains the
   weights.
 - **verified against**: from the tests in the last column, all of which passed when this
-  page was written. Parity data and how it was made: `tests/golden/README.md`.
+  page was written. Parity data and how it was made: `tests/parity/golden/README.md`.
 
 """
 COLUMNS = (
@@ -386,7 +389,6 @@ def page(passed: set[str]) -> str:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
     passed = run_tests()
     PAGE.write_text(page(passed))
     print(f"written: {PAGE.relative_to(ROOT)}")

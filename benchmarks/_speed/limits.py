@@ -32,7 +32,7 @@ def measure_limits(copied: int, n: int, calls: int) -> dict[str, float]:
       n: the matrices are (n, n).
       calls: between two waits for the device.
     """
-    # In place, as an update works: a fresh result would cost its first touch, too.
+    # In place, as an update works: a fresh result would also cost its first touch.
     x = jnp.ones(copied, jnp.float32)
     copy = jax.jit(lambda x, none, by: (x + by, none), donate_argnums=0)
     run = stepper(copy, x, (), calls)

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import adamr
-from examples.harness.results import commit
+from examples.harness.report import commit
 
 __all__ = [
     "Compiled",
@@ -120,7 +120,7 @@ def time_rounds(
       rounds: how many at most.
       seconds: budget, after which no further round starts.
       seed: of the order within each round.
-      at_least: rounds that are run whatever they take.
+      at_least: rounds that run however long they take.
     """
     for run in rivals.values():  # warm caches, first touch of donated buffers
         run(gradients[0])
@@ -159,7 +159,7 @@ def _cpu_model() -> str:
 
 
 def _command() -> str:
-    """As typed, but for where folders lie, which means nothing elsewhere."""
+    """As typed, except for the places of folders, which mean nothing elsewhere."""
     given = [Path(x).name if os.path.isabs(x) else x for x in sys.argv[1:]]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *given])
 

@@ -13,10 +13,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from rich.console import Console
 
-from examples.harness import results, resume
+from examples.harness import resume
+from examples.harness.example import Done, Example, UsageError
 from examples.harness.methods import Method
 from examples.harness.progress import watch
-from examples.harness.resume import Bench, Done, Stopped, UsageError
+from examples.harness.report import write
+from examples.harness.resume import Stopped
+from examples.harness.setting import THRESHOLD
 from examples.streams.domains import DataError
 
 TUNING_TASKS = 3
@@ -26,8 +29,8 @@ __all__ = ["TUNING_TASKS", "Options", "listed", "main", "settings"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every example asks; the steps of a task, and `strength` with `strength_grid`
-    where methods have one, are the example's own.
+    """What every example asks. The steps of a task belong to the example, and so do
+    `coefficient` and `coefficient_grid`, where methods have a coefficient.
     """
 
     method: str = "all"
@@ -41,13 +44,13 @@ class Options:
     lr_grid: str | None = None
     """Learning rates by commas: each method takes its best on validation data of the
     first three tasks, with a seed that no run uses."""
-    threshold: float = 0.97
+    threshold: float = THRESHOLD
     """Energy share of a task's layer inputs that subspace methods protect."""
     reference: Literal["single", "joint"] | None = None
     """Also trains a new network with plain Adam for every task, on it alone or on all
     tasks up to it, and reports intransigence: what learning in sequence has lost."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
-    """A logger beside the JSON lines."""
+    """A logger in addition to the JSON lines."""
     save_every: float = 30.0
     """Seconds between checkpoints."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
@@ -58,7 +61,7 @@ class Candidates(NamedTuple):
     """What tuning chooses from; one of each: nothing is tuned."""
 
     rates: list[float]
-    strengths: list[float]
+    coefficients: list[float]
 
 
 def listed(text: str) -> list[str]:
@@ -112,7 +115,7 @@ def _numbers(config: Options, name: str, grid: str, least: str) -> list[float] |
 
 
 def candidates(config: Options, methods: dict[str, Method]) -> dict[str, Candidates]:
-    """Learning rates and strengths of every method that will run, the reference's too.
+    """Learning rates and coefficients of every method that runs, or of the reference.
 
     Raises:
       UsageError: for an option that cannot be used.
@@ -131,75 +134,78 @@ def candidates(config: Options, methods: dict[str, Method]) -> dict[str, Candida
             f"--save-every: got {config.save_every}, expected a positive number."
         )
     rates = _numbers(config, "learning_rate", "lr_grid", "a positive number")
-    strengths = _numbers(config, "strength", "strength_grid", "0")
+    coefficients = _numbers(config, "coefficient", "coefficient_grid", "0")
     if config.reference is not None and "adam" not in names:
         names = [*names, "adam"]
-    return {
-        name: Candidates(
-            rates or [methods[name].learning_rate],
-            [0.0] if (own := methods[name].strength) is None else strengths or [own],
+
+    def of(method: Method) -> Candidates:
+        own = method.coefficient
+        return Candidates(
+            rates or [method.learning_rate],
+            [0.0] if own is None else coefficients or [own.value],
         )
-        for name in names
-    }
+
+    return {name: of(methods[name]) for name in names}
 
 
-def _total(config: Options, bench: Bench, methods: int, sweeps: int) -> int:
+def _total(config: Options, example: Example, methods: int, sweeps: int) -> int:
     """How many steps the command takes."""
-    tasks = len(bench.feed.names)
+    tasks = len(example.feed.names)
     whole = methods * tasks
     if sweeps:
-        whole += sweeps * len(bench.tuning().names)
+        whole += sweeps * len(example.tuning().names)
     references = {None: 0, "single": tasks, "joint": tasks * (tasks + 1) // 2}
-    return bench.steps * (whole + references[config.reference])
+    return example.steps * (whole + references[config.reference])
 
 
 def _learn_all(
     config: Options,
     choices: dict[str, Candidates],
-    bench: Bench,
+    example: Example,
     console: Console,
     rows: list[dict],
 ) -> None:
     """Every method; `rows` and `results.json` grow with each that ends."""
-    names, seeds = _names(config, bench.methods), list(range(config.seeds))
+    names, seeds = _names(config, example.methods), list(range(config.seeds))
     sweeps = [name for name, (r, k) in choices.items() if len(r) * len(k) > 1]
     folder, tuning, reference = config.out / "checkpoints", {}, None
     options = {"evaluations": config.evaluations, "every": config.save_every}
     with watch(
-        console, config.out, config.log, steps=bench.steps,
-        chunk=bench.steps // config.evaluations,
-        total=_total(config, bench, len(names), len(sweeps)),
+        console, config.out, config.log, steps=example.steps,
+        chunk=example.steps // config.evaluations,
+        total=_total(config, example, len(names), len(sweeps)),
     ) as report:  # fmt: skip
         for name in sweeps:
             tuning[name] = resume.tune(
-                folder, bench, name, *choices[name], report=report(f"{name} tuning"),
+                folder, example, name, *choices[name], report=report(f"{name} tuning"),
                 **options,
             )  # fmt: skip
-            best = tuning[name]["best"]
-            choices[name] = Candidates([best["learning_rate"]], [best["strength"]])
+            best, own = tuning[name]["best"], example.methods[name].coefficient
+            coefficient = 0.0 if own is None else best[own.name]
+            choices[name] = Candidates([best["learning_rate"]], [coefficient])
         if config.reference is not None:
             reference = resume.reference(
-                folder, bench, config.reference, choices["adam"].rates[0], seeds,
+                folder, example, config.reference, choices["adam"].rates[0], seeds,
                 report=report(f"{config.reference} reference"), **options,
             )  # fmt: skip
         for name in names:
-            (rate,), (strength,) = choices[name]
+            (rate,), (coefficient,) = choices[name]
             history, seconds = resume.learn(
-                folder / name, bench, name, bench.feed, steps=bench.steps,
-                rates=[rate] * len(seeds), strengths=[strength] * len(seeds),
+                folder / name, example, name, example.feed, steps=example.steps,
+                rates=[rate] * len(seeds), coefficients=[coefficient] * len(seeds),
                 seeds=seeds, report=report(name, keep=True), **options,
             )  # fmt: skip
-            done = Done(name, rate, strength, history, seconds, reference)
-            rows += [bench.row(done, seed) for seed in seeds]
-            content = {**bench.content(rows), "tuning": tuning}
+            done = Done(name, rate, coefficient, history, seconds, reference)
+            rows += [example.row(done, seed) for seed in seeds]
+            content = {**example.content(rows), "tuning": tuning}
             if reference is not None:
                 content["reference"] = reference._asdict()
-            results.write(config.out / "results.json", content)
+            write(config.out / "results.json", content)
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises `Stopped` where no run holds it back until it has saved."""
+    """SIGTERM raises `Stopped`, unless a run holds it back until it has saved."""
 
     def stop(number, frame):
         raise Stopped
@@ -217,7 +223,7 @@ def _terminable() -> Iterator[None]:
 def main(
     kind: type[Options],
     methods: dict[str, Method],
-    prepare: Callable[[Any, Console], Bench],
+    prepare: Callable[[Any, Console], Example],
     prog: str,
     args: Sequence[str] | None = None,
 ) -> int:
@@ -234,16 +240,16 @@ def main(
       The exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     config = tyro.cli(kind, prog=prog, args=args)
-    console, rows, code, bench = Console(), [], 0, None
+    console, rows, code, example = Console(), [], 0, None
     if not console.is_terminal:
         console.width = 120
     try:
         with _terminable():
             choices = candidates(config, methods)
-            bench = prepare(config, console)
-            if bench.steps % config.evaluations:
+            example = prepare(config, console)
+            if example.steps % config.evaluations:
                 raise UsageError(
-                    f"--steps: got {bench.steps}, expected a multiple of the "
+                    f"--steps: got {example.steps}, expected a multiple of the "
                     f"{config.evaluations} evaluations."
                 )
             try:
@@ -252,7 +258,7 @@ def main(
                 raise UsageError(
                     f"--out: got {config.out}, expected a folder: {error}."
                 ) from error
-            _learn_all(config, choices, bench, console, rows)
+            _learn_all(config, choices, example, console, rows)
     except (UsageError, DataError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -260,11 +266,11 @@ def main(
         console.print("\nstopped; what was finished follows.")
         code = 130
     except Stopped:
-        console.print("\nsaved; the same command goes on from here.")
+        console.print("\nsaved; the same command continues from here.")
         code = 143
-    if bench is not None and rows:
-        console.print(bench.table(rows))
-        paths = bench.draw(rows)
+    if example is not None and rows:
+        console.print(example.table(rows))
+        paths = example.draw(rows)
         written = [config.out / "results.json", *paths]
         console.print("written:", *written, sep="\n  ", highlight=False, soft_wrap=True)
     return code

@@ -1,4 +1,4 @@
-"""Where scalars go beside the JSON lines: thin hooks around loggers people have.
+"""Where scalars go in addition to the JSON lines: thin hooks around known loggers.
 
 with HOOKS[name](out) as log:
     log(run, step, {scalar: value})
@@ -22,7 +22,7 @@ def none(out: Path) -> Iterator[Hook]:
 def tensorboard(out: Path) -> Iterator[Hook]:
     """TensorBoard event files under `out/tensorboard/<run>`.
 
-    A run that goes on logs its past again: what an earlier process wrote is purged.
+    A run that continues logs its past again: what an earlier process wrote is purged.
     """
     try:
         from tensorboardX import SummaryWriter

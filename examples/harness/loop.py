@@ -80,7 +80,7 @@ def _train(
     setting,
     data,
     rates,
-    strengths,
+    coefficients,
     params,
     state,
     memory,
@@ -89,8 +89,8 @@ def _train(
 ):
     """A chunk of steps of every run; `batches` has axes (runs, steps, ...)."""
 
-    def run(rate, strength, params, state, memory, key, batches):
-        tx = method.build(rate, strength, setting)
+    def run(rate, coefficient, params, state, memory, key, batches):
+        tx = method.build(rate, coefficient, setting)
 
         def step(carry, now):
             params, state, key = carry
@@ -113,7 +113,7 @@ def _train(
             carry, seen = jax.lax.scan(step, first, batches)
         return *carry, jax.tree.map(jnp.mean, seen)
 
-    return over_runs(run)(rates, strengths, params, state, memory, keys, batches)
+    return over_runs(run)(rates, coefficients, params, state, memory, keys, batches)
 
 
 def _step_by_step(train: Callable, *run: Any) -> tuple:
@@ -129,7 +129,7 @@ def _step_by_step(train: Callable, *run: Any) -> tuple:
 
 
 def start(
-    problem, method, setting, rates, strengths, seeds, feed: Feed, memory_size: int
+    problem, method, setting, rates, coefficients, seeds, feed: Feed, memory_size: int
 ) -> Runs:
     """The state of all runs before the first step."""
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
@@ -139,7 +139,7 @@ def start(
     memory = None
     if method.evidence is not None:
         memory = empty_memory(feed, len(seeds), memory_size)
-    return Runs(params, initial(rates, strengths, params), memory, both[:, 1])
+    return Runs(params, initial(rates, coefficients, params), memory, both[:, 1])
 
 
 def _boundary(problem, method, setting, runs: Runs, data: Data, task: int):
@@ -178,7 +178,7 @@ def learn(
     feed: Feed,
     *,
     rates: Any,
-    strengths: Any,
+    coefficients: Any,
     seeds: list[int],
     steps: int,
     evaluations: int = 1,
@@ -189,16 +189,17 @@ def learn(
 
     Args:
       problem: the model.
-      method: from `examples.methods`; with `build`, `evidence` and `boundary`.
-      setting: what `method.build` needs beside the learning rate.
+      method: with `build`, `evidence` and `boundary`, as in `harness.methods`.
+      setting: what `method.build` needs besides its numbers.
       feed: the tasks.
       rates: (runs,) learning rates.
-      strengths: (runs,) of penalties; methods without one ignore it.
+      coefficients: (runs,), one for each rate; methods without one ignore it.
       seeds: one per run: of the initial parameters, the order of batches, the memory.
       steps: optimizer steps per task, a multiple of `evaluations`.
       evaluations: per task, evenly spread; the last one at the task's end.
       memory_size: examples kept of every finished task, for methods with a memory.
-      resume: what was yielded before an interruption; goes on after it, bit for bit.
+      resume: what was yielded before an interruption; what follows has the same bits
+        as without it.
 
     Yields:
       `Position` (the chunk that has just ended, boundary included), `Runs`, `History`.
@@ -208,11 +209,11 @@ def learn(
             f"steps is {steps}, expected a multiple of the {evaluations} evaluations."
         )
     rates = jnp.asarray(rates, jnp.float32)
-    strengths = jnp.asarray(strengths, jnp.float32)
+    coefficients = jnp.asarray(coefficients, jnp.float32)
     tasks, chunk = len(feed.names), steps // evaluations
     if resume is None:
         runs = start(
-            problem, method, setting, rates, strengths, seeds, feed, memory_size
+            problem, method, setting, rates, coefficients, seeds, feed, memory_size
         )
         history = empty_history(problem, len(seeds), tasks, evaluations)
         done = Position(0, 0)
@@ -239,7 +240,7 @@ def learn(
             batches = [feed.batches(task, seed, first, chunk) for seed in seeds]
             batches = jax.tree.map(lambda *x: np.stack(x), *batches)
             params, state, keys, seen = by_cores(
-                train, rates, strengths, *runs, batches
+                train, rates, coefficients, *runs, batches
             )
             runs = Runs(params, state, runs.memory, keys)
             at = first // chunk

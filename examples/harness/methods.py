@@ -1,9 +1,7 @@
-"""Every recipe as the shared loop runs it: optimizer, evidence of a step, boundary.
+"""Every recipe as the shared loop runs it: optimizer, evidence of a step, task end.
 
-    evidence   (problem, params, memory, key) -> extra arguments of `update`
-    boundary   (problem, setting, params, opt_state, data, key) -> opt_state
-
-`examples.memory` and `examples.boundaries` have them.
+Numbers that a recipe has a default for are taken from its signature, so an example runs
+what the library recommends; where it departs, the line says so.
 """
 
 import functools
@@ -16,9 +14,25 @@ import optax
 import adamr
 from examples.harness import task_ends
 from examples.harness.replay import from_first_task, memory_gradient, memory_gradients
-from examples.harness.setting import Setting
+from examples.harness.setting import Setting, default_of
 
-__all__ = ["METHODS", "Method", "weight_of_memory"]
+__all__ = ["METHODS", "Coefficient", "Method", "named"]
+
+
+class Coefficient(NamedTuple):
+    """The number that a method needs besides its learning rate.
+
+    Attributes:
+      name: of the recipe's parameter: c of SI, memory_strength of GEM, weight of ER.
+      value: what runs without being told.
+    """
+
+    name: str
+    value: float
+
+
+def _own(recipe: Callable, name: str) -> Coefficient:
+    return Coefficient(name, default_of(recipe, name))
 
 
 class Method(NamedTuple):
@@ -26,12 +40,12 @@ class Method(NamedTuple):
 
     Attributes:
       about: one line for tables and help.
-      build: (learning rate, strength, setting) -> optimizer.
-      evidence: see the module; None: the method needs no memory.
-      boundary: see the module; None: nothing happens between tasks.
+      build: (learning rate, coefficient, setting) -> optimizer.
+      evidence: (problem, params, memory, key) -> extra arguments of `update`, as in
+        `replay`; None: the method needs no memory.
+      boundary: what happens between two tasks, as in `task_ends`; None: nothing.
       learning_rate: for the permuted digits; sweep it elsewhere.
-      strength: of a penalty, in the convention with 1/2, γ of GEM, or how often replay
-        counts the loss on its memory; None: the method has none.
+      coefficient: None: the method has none, and `build` ignores what it is given.
     """
 
     about: str
@@ -39,12 +53,12 @@ class Method(NamedTuple):
     evidence: Callable[..., dict] | None = None
     boundary: Callable[..., Any] | None = None
     learning_rate: float = 1e-3
-    strength: float | None = None
+    coefficient: Coefficient | None = None
 
 
-def weight_of_memory(k):
-    """Of replay, where the loss on the memory counts k times the new one."""
-    return k / (1 + k)
+def named(method: Method, coefficient: float) -> dict[str, float]:
+    """The coefficient under its own name; nothing for a method without one."""
+    return {} if method.coefficient is None else {method.coefficient.name: coefficient}
 
 
 def _sgd_gpm(rate, _, s):
@@ -68,6 +82,13 @@ def _decoupled_gpm(rate, _, s, *strength):
         adamr.faithful_second_moment(),
         optax.scale_by_learning_rate(rate),
     )
+
+
+# λ F sets the scale of EWC's penalty and F goes with the size of the gradients, so the
+# recipe has no default; this one is for the permuted digits.
+EWC = Coefficient("strength", 100.0)
+EWC_DECAY = 0.9  # γ of online EWC, which a boundary is given: 1 would be MAS's sum
+SGP_SCALING = 10.0  # α of SGP, the authors' first; without it `grow_subspace` is GPM's
 
 
 METHODS: dict[str, Method] = {
@@ -106,13 +127,13 @@ METHODS: dict[str, Method] = {
     "sgp": Method(
         "Scaled Gradient Projection",
         lambda rate, _, s: adamr.sgp(rate, s.subspace),
-        boundary=functools.partial(task_ends.grow, scaling=10.0),
+        boundary=functools.partial(task_ends.grow, scaling=SGP_SCALING),
     ),
     "gpm_si": Method(
         "GPM, and SI's proximal pull on what it leaves open",
         lambda rate, c, s: adamr.gpm_si(rate, s.subspace, c),
         boundary=task_ends.grow_and_consolidate_si,
-        strength=0.1,
+        coefficient=_own(adamr.gpm_si, "c"),
     ),
     "adam_nscl": Method(
         "Adam-NSCL's update projection, on GPM's bases",
@@ -128,61 +149,63 @@ METHODS: dict[str, Method] = {
         "L2 towards the last task's solution",
         lambda rate, k, s: adamr.ewc(rate, k),
         boundary=task_ends.anchor_here,
-        strength=0.1,
+        coefficient=_own(adamr.l2_sp, "strength"),
     ),
     "ewc": Method(
         "EWC, true Fisher, proximal",
         lambda rate, k, s: adamr.ewc(rate, k),
         boundary=task_ends.consolidate,
-        strength=100.0,
+        coefficient=EWC,
     ),
     "ewc_additive": Method(
         "EWC, true Fisher, penalty in the gradient of both moments",
         lambda rate, k, s: adamr.ewc(rate, k, form="additive"),
         boundary=task_ends.consolidate,
-        strength=100.0,
+        coefficient=EWC,
     ),
     "online_ewc": Method(
-        "online EWC, γ = 0.9",
+        f"online EWC, γ = {EWC_DECAY}",
         lambda rate, k, s: adamr.online_ewc(rate, k),
-        boundary=functools.partial(task_ends.consolidate, rule="online", decay=0.9),
-        strength=100.0,
+        boundary=functools.partial(
+            task_ends.consolidate, rule="online", decay=EWC_DECAY
+        ),
+        coefficient=EWC,
     ),
     "mas": Method(
         "Memory Aware Synapses",
         lambda rate, k, s: adamr.mas(rate, k),
         boundary=functools.partial(task_ends.consolidate, kind="mas", rule="online"),
-        strength=1.0,
+        coefficient=_own(adamr.mas, "strength"),
     ),
     "si": Method(
         "Synaptic Intelligence",
-        lambda rate, k, s: adamr.si(rate, k),
+        lambda rate, c, s: adamr.si(rate, c),
         boundary=task_ends.consolidate_si,
-        strength=0.1,
+        coefficient=_own(adamr.si, "c"),
     ),
     "rwalk": Method(
         "RWalk",
         lambda rate, k, s: adamr.rwalk(rate, k),
         boundary=task_ends.consolidate_rwalk,
-        strength=10.0,
+        coefficient=_own(adamr.rwalk, "strength"),
     ),
     "gem": Method(
         "GEM in Adam's metric",
         lambda rate, k, s: adamr.gem(rate, k),
         evidence=memory_gradients,
-        strength=0.5,
+        coefficient=_own(adamr.gem, "memory_strength"),
     ),
     "p_mgem": Method(
         "parameter-wise mGEM in Adam's metric",
         lambda rate, k, s: adamr.p_mgem(rate, k),
         evidence=memory_gradients,
-        strength=0.5,
+        coefficient=_own(adamr.p_mgem, "memory_strength"),
     ),
     "d_mgem": Method(
         "data-wise mGEM in Adam's metric, a task's memory in two parts",
         lambda rate, k, s: adamr.d_mgem(rate, k),
         evidence=functools.partial(memory_gradients, parts=2),
-        strength=0.5,
+        coefficient=_own(adamr.d_mgem, "memory_strength"),
     ),
     "agem": Method(
         "A-GEM in Adam's metric",
@@ -191,9 +214,9 @@ METHODS: dict[str, Method] = {
     ),
     "er": Method(
         "experience replay",
-        lambda rate, k, s: from_first_task(adamr.er(rate, weight_of_memory(k))),
+        lambda rate, w, s: from_first_task(adamr.er(rate, w)),
         evidence=memory_gradient,
-        strength=1.0,
+        coefficient=_own(adamr.er, "weight"),
     ),
     "mudman": Method(
         "MUDMAN's disruption mask",

@@ -34,8 +34,8 @@ def by_cores(function: Callable, *runs: Any) -> Any:
     """`function(*runs)`; on a CPU run by run, as many at a time as there are cores.
 
     A CPU gains nothing from batched products and loses much with batched convolutions,
-    and one run's arrays fit its cache. Each run ends the same, bit for bit, whatever
-    runs beside it.
+    and one run's arrays fit its cache. Each run ends with the same bits, whichever
+    runs are next to it.
     """
     count = len(jax.tree.leaves(runs)[0])
     if count == 1 or jax.default_backend() != "cpu":

@@ -1,4 +1,4 @@
-"""Pictures of accuracies: what is left of each task, and how it went on the way."""
+"""Pictures of accuracies: what is left of each task, and how it got there."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.harness.results import by_method, interval
+from examples.harness.statistics import by_method, interval
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers help in print.
 COLOURS = (

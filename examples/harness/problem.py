@@ -25,7 +25,7 @@ class Data(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """What the loop needs of a feed.
+    """The tasks, as the loop needs them.
 
     Attributes:
       names: of the tasks.
@@ -53,12 +53,12 @@ class Problem(NamedTuple):
     Attributes:
       init: key -> params.
       logits: (params, inputs) -> (batch, ..., all classes).
-      batch: (task's training data, what `Stream.batches` gave) -> `Data`.
+      batch: (task's training data, what `Feed.batches` gave) -> `Data`.
       capture: (params, inputs) -> layer inputs, a tree like params; runs eagerly.
       observe: (gradient, updates, opt_state, setting) -> scalars of a step by name.
       observed: the names of these scalars.
-      convolves: XLA's CPU compiler is ten times slower with gradients of convolutions
-        inside a loop than outside, so there each step becomes a call of its own.
+      convolves: whether it has convolutions. XLA's CPU compiler is ten times slower
+        with their gradients inside a loop than outside, so there each step is a call.
     """
 
     init: Callable[[jax.Array], Any]
@@ -77,6 +77,6 @@ def loss_of(problem: Problem, params: Any, data: Data) -> jax.Array:
 
 
 def masked(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Logits of the classes that take part; the others lose against everything."""
+    """Logits of the classes that take part; the others lose to everything."""
     shape = (*classes.shape[:-1], *[1] * (logits.ndim - classes.ndim), -1)
     return jnp.where(classes.reshape(shape), logits, -1e30)

@@ -1,4 +1,4 @@
-"""What is seen of runs while they go on: a progress bar, JSON lines, a logger."""
+"""What is seen of runs while they last: a progress bar, JSON lines, a logger."""
 
 import contextlib
 import json
@@ -9,8 +9,9 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples.harness import loop, results
+from examples.harness import loop
 from examples.harness.loggers import HOOKS
+from examples.harness.report import finite
 
 Report = Callable[[loop.Position, loop.History], None]
 
@@ -44,7 +45,7 @@ def _events(history: loop.History, task: int, at: int, step: int) -> Iterator[di
 def watch(
     console: Console, out: Path, logger: str, *, steps: int, chunk: int, total: int
 ) -> Iterator[Callable[..., Report]]:
-    """What makes the reports that `runs.learn` calls.
+    """What makes the reports that `resume.learn` calls.
 
     Args:
       console: where the bar is.
@@ -79,7 +80,7 @@ def watch(
             at = position.step // chunk - 1
             step = position.task * steps + position.step
             for event in _events(history, position.task, at, step):
-                lines.write(json.dumps(results.finite(event)) + "\n")
+                lines.write(json.dumps(finite(event)) + "\n")
                 log(f"{label}-{event.pop('run')}", event.pop("step"), event)
             lines.flush()
 

@@ -1,7 +1,7 @@
 """Runs of the shared loop that survive: a method's, its tuning's, a reference's.
 
-Each goes on from its last checkpoint under `out/checkpoints/<label>` and ends in the
-bits of a run that was never stopped.
+Each continues from its last checkpoint under `out/checkpoints/<label>` and ends with
+the same bits as a run that was never stopped.
 """
 
 import contextlib
@@ -11,104 +11,25 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from adamr import checkpoint
-from examples.harness import loop, results
-from examples.harness.methods import Method
-from examples.harness.problem import Feed, Problem
+from examples.harness import loop
+from examples.harness.example import Example, Reference, UsageError
+from examples.harness.methods import named
+from examples.harness.problem import Feed
+from examples.harness.report import finite
 
 TUNING_SEED = 1000  # of no reported run
 
-__all__ = [
-    "Bench",
-    "Done",
-    "Reference",
-    "Stopped",
-    "UsageError",
-    "learn",
-    "reference",
-    "tune",
-]
-
-
-class UsageError(ValueError):
-    """An argument that cannot be used; the message is meant for the user."""
+__all__ = ["Stopped", "learn", "reference", "tune"]
 
 
 class Stopped(Exception):
     """SIGTERM came, and everything is saved."""
-
-
-class Reference(NamedTuple):
-    """What the network reaches on each task when it is not learnt in sequence.
-
-    Attributes:
-      kind: "single" (task k alone) or "joint" (tasks 0 ... k together).
-      learning_rate: of plain Adam.
-      accuracy: (runs, tasks) as lists, on the test data of each task.
-      loss: the same in nats.
-      seconds: wall time of all.
-    """
-
-    kind: str
-    learning_rate: float
-    accuracy: list[list[float]]
-    loss: list[list[float]]
-    seconds: float
-
-
-class Done(NamedTuple):
-    """All seeds of one method, from 0 up, over the whole stream."""
-
-    name: str
-    learning_rate: float
-    strength: float
-    history: loop.History
-    seconds: float
-    reference: Reference | None
-
-
-class Bench(NamedTuple):
-    """A problem, its tasks and how its results are told, as an example gives them.
-
-    Attributes:
-      methods: name -> `Method`; "adam" is the one that references train with.
-      problem: the network.
-      feed: the tasks, with their test data.
-      tuning: () -> the first tasks, with validation data in place of the test data.
-      union: tasks -> a feed of one task, their training data together, tested on the
-        last of them.
-      setting: (method's name, number of tasks) -> what `Method.build` needs.
-      score: `History` -> (runs,) by which tuning chooses; higher is better.
-      steps: per task.
-      memory_size: examples kept of every finished task.
-      identity: what the runs depend on beside the arguments of `learn`; a checkpoint of
-        another one is refused.
-      row: (`Done`, run) -> what `results.json` has on one run.
-      content: rows -> `results.json`.
-      table: rows -> what is printed in the end.
-      draw: rows -> paths of the pictures.
-    """
-
-    methods: dict[str, Method]
-    problem: Problem
-    feed: Feed
-    tuning: Callable[[], Feed]
-    union: Callable[[Sequence[int]], Feed]
-    setting: Callable[[str, int], Any]
-    score: Callable[[loop.History], np.ndarray]
-    steps: int
-    memory_size: int
-    identity: dict[str, Any]
-    row: Callable[[Done, int], dict[str, Any]]
-    content: Callable[[list[dict]], dict[str, Any]]
-    table: Callable[[list[dict]], Table]
-    draw: Callable[[list[dict]], list[Path]]
 
 
 def _map(function: Callable, history: dict) -> dict:
@@ -120,7 +41,7 @@ def _map(function: Callable, history: dict) -> dict:
 
 
 def _as_json(history: loop.History) -> dict:
-    return results.finite(_map(np.ndarray.tolist, history._asdict()))
+    return finite(_map(np.ndarray.tolist, history._asdict()))
 
 
 def _from_json(saved: dict) -> loop.History:
@@ -137,12 +58,12 @@ def _for_the_user(kind: type[Exception]):
 
 def learn(
     folder: Path,
-    bench: Bench,
+    example: Example,
     name: str,
     feed: Feed,
     *,
     rates: Sequence[float],
-    strengths: Sequence[float],
+    coefficients: Sequence[float],
     seeds: Sequence[int],
     steps: int,
     evaluations: int,
@@ -154,17 +75,17 @@ def learn(
 
     Args:
       folder: of the checkpoints of these runs alone.
-      bench: whose problem is learnt.
+      example: whose problem is learnt.
       name: of the method.
       feed: the tasks.
       rates: (runs,) learning rates.
-      strengths: (runs,) of penalties.
+      coefficients: (runs,), one for each learning rate; 0 where a method has none.
       seeds: one per run.
       steps: per task.
       evaluations: per task.
       every: seconds between checkpoints.
-      report: called after every chunk; of a run that goes on, for its past, too.
-      identity: what else the runs depend on, beside the bench's identity.
+      report: called after every chunk; for a run that continues, also for its past.
+      identity: what else the runs depend on, besides the example's identity.
 
     Returns:
       What was measured, and the wall time of all parts.
@@ -175,14 +96,14 @@ def learn(
       Stopped: after SIGTERM.
     """
     start, before = time.perf_counter(), 0.0
-    method = bench.methods[name]
-    setting = bench.setting(name, len(feed.names))
+    method = example.methods[name]
+    setting = example.setting(name, len(feed.names))
     options = dict(seeds=list(seeds), steps=steps, evaluations=evaluations)
-    options |= dict(rates=list(rates), strengths=list(strengths))
-    options |= dict(memory_size=bench.memory_size)
+    options |= dict(rates=list(rates), coefficients=list(coefficients))
+    options |= dict(memory_size=example.memory_size)
     saver = checkpoint.Checkpoints(
         folder,
-        config={**bench.identity, **(identity or {}), **options, "method": name},
+        config={**example.identity, **(identity or {}), **options, "method": name},
         every=datetime.timedelta(seconds=every),
     )
 
@@ -194,8 +115,8 @@ def learn(
         with _for_the_user(RuntimeError):
             saver = stack.enter_context(saver)
         like = loop.start(
-            bench.problem, method, setting, jnp.asarray(rates, jnp.float32),
-            jnp.asarray(strengths, jnp.float32), seeds, feed, bench.memory_size,
+            example.problem, method, setting, jnp.asarray(rates, jnp.float32),
+            jnp.asarray(coefficients, jnp.float32), seeds, feed, example.memory_size,
         )  # fmt: skip
         with _for_the_user(ValueError):
             found = saver.restore(like)
@@ -209,7 +130,7 @@ def learn(
                     report(place(step), history)
         seconds = before
         for position, runs, history in loop.learn(
-            bench.problem, method, setting, feed, resume=resume, **options
+            example.problem, method, setting, feed, resume=resume, **options
         ):
             report(position, history)
             step = position.task * steps + position.step
@@ -224,35 +145,35 @@ def learn(
 
 def tune(
     folder: Path,
-    bench: Bench,
+    example: Example,
     name: str,
     rates: Sequence[float],
-    strengths: Sequence[float],
+    coefficients: Sequence[float],
     **options: Any,
 ) -> dict[str, Any]:
     """The candidates' scores on the first tasks' validation data, and the best one.
 
-    All pairs of rate and strength run side by side. Nothing of later tasks, no test
+    All pairs of rate and coefficient run side by side. Nothing of later tasks, no test
     data and no seed of a result is seen.
     """
-    pairs = list(itertools.product(rates, strengths))
+    method, pairs = example.methods[name], list(itertools.product(rates, coefficients))
     history, _ = learn(
-        folder / f"tuning-{name}", bench, name, bench.tuning(), steps=bench.steps,
-        rates=[rate for rate, _ in pairs], strengths=[k for _, k in pairs],
+        folder / f"tuning-{name}", example, name, example.tuning(), steps=example.steps,
+        rates=[rate for rate, _ in pairs], coefficients=[k for _, k in pairs],
         seeds=[TUNING_SEED] * len(pairs), identity={"part": "tuning"}, **options,
     )  # fmt: skip
-    scores = bench.score(history)
+    scores = example.score(history)
     usable = np.where(np.isfinite(scores), scores, -np.inf)
     candidates = [
-        {"learning_rate": rate, "strength": strength, "score": float(score)}
-        for (rate, strength), score in zip(pairs, scores, strict=True)
+        {"learning_rate": rate, **named(method, k), "score": float(score)}
+        for (rate, k), score in zip(pairs, scores, strict=True)
     ]
     return {"candidates": candidates, "best": candidates[int(usable.argmax())]}
 
 
 def reference(
     folder: Path,
-    bench: Bench,
+    example: Example,
     kind: str,
     rate: float,
     seeds: Sequence[int],
@@ -266,12 +187,12 @@ def reference(
     0 ... k together, with the steps that the sequence has had by then.
     """
     accuracy, loss, seconds = [], [], 0.0
-    for task in range(len(bench.feed.names)):
+    for task in range(len(example.feed.names)):
         tasks = list(range(task + 1)) if kind == "joint" else [task]
         history, spent = learn(
-            folder / f"{kind}-{task}", bench, "adam", bench.union(tasks),
-            rates=[rate] * len(seeds), strengths=[0.0] * len(seeds), seeds=seeds,
-            steps=len(tasks) * bench.steps, evaluations=len(tasks) * evaluations,
+            folder / f"{kind}-{task}", example, "adam", example.union(tasks),
+            rates=[rate] * len(seeds), coefficients=[0.0] * len(seeds), seeds=seeds,
+            steps=len(tasks) * example.steps, evaluations=len(tasks) * evaluations,
             identity={"part": kind, "union": tasks}, **options,
         )  # fmt: skip
         accuracy.append(history.accuracy[:, 0, -1, 0])

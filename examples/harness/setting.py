@@ -1,14 +1,26 @@
-"""What the optimizers of a run are built from, beside their learning rate."""
+"""What the optimizers of a run are built from, apart from their numbers."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import adamr
 
-__all__ = ["Setting", "setting_for"]
+__all__ = ["DIRECTIONS", "SAMPLES", "THRESHOLD", "Setting", "default_of", "setting_for"]
+
+
+def default_of(function: Callable, parameter: str) -> Any:
+    """The default of a parameter, as the signature shows it."""
+    return inspect.signature(function).parameters[parameter].default
+
+
+THRESHOLD = default_of(adamr.grow_subspace, "threshold")
+SAMPLES = 128  # examples that a boundary looks at
+DIRECTIONS = 20  # of OGD, per task
 
 
 class Setting(NamedTuple):
-    """What optimizers are built from beside their learning rate.
+    """What optimizers are built from, apart from learning rate and coefficient.
 
     Attributes:
       subspace: empty, with room, for every protected kernel.
@@ -31,8 +43,8 @@ def setting_for(
     *,
     tasks: int,
     unprotected: tuple[str, ...] = ("head",),
-    threshold: float = 0.97,
-    samples: int = 128,
+    threshold: float = THRESHOLD,
+    samples: int = SAMPLES,
     new_directions: int = 0,
     max_rank: int | None = None,
 ) -> Setting:

@@ -34,13 +34,12 @@ def _some(data: Data, key: jax.Array, count: int) -> Data:
 
 def grow(problem, setting, params, opt_state, data, key, *, scaling=None):
     inputs = _some(data, key, setting.samples).inputs
-    subspace = adamr.grow_subspace(
-        adamr.get_subspace(opt_state),
+    return adamr.protect_inputs(
+        opt_state,
         problem.capture(params, inputs),
         threshold=setting.threshold,
         scaling=scaling,
     )
-    return adamr.set_subspace(opt_state, subspace)
 
 
 def _logits_fn(problem, data):
@@ -98,7 +97,7 @@ def anchor_here(problem, setting, params, opt_state, data, key):
 
 def consolidate_si(problem, setting, params, opt_state, data, key):
     del problem, setting, data, key
-    return adamr.consolidate_si(opt_state, params, damping=1e-3)
+    return adamr.consolidate_si(opt_state, params)
 
 
 def grow_and_consolidate_si(problem, setting, params, opt_state, data, key):

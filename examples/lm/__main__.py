@@ -14,12 +14,12 @@ import tyro
 from rich.console import Console
 
 from examples.harness import cli, loop
+from examples.harness.example import Example
 from examples.harness.problem import Feed
-from examples.harness.resume import Bench
 from examples.lm import pictures, report
 from examples.lm.methods import DEFAULT, METHODS
 from examples.lm.model import PRESETS
-from examples.lm.problem import feed, for_tuning, problem, setting
+from examples.lm.problem import THRESHOLD, feed, for_tuning, problem, setting
 from examples.streams import installed
 from examples.streams.domains import Domain, check_lengths, load_folder
 
@@ -29,11 +29,12 @@ _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items()
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Options):
     """Learns a stream of text domains with a byte-level transformer, one method after
-    the other, and shows what each forgets. The same command again goes on where an
+    the other, and shows what each forgets. The same command again continues where an
     interrupted run stopped.
 
-    Protected are the inputs of all Linear kernels inside the blocks. Embeddings,
-    positions, LayerNorms and the output head are plain Adam in all but gpm_si.
+    The inputs of all Linear kernels inside the blocks are protected. Embeddings,
+    positions, LayerNorms and the output head get plain Adam in all methods except
+    gpm_si.
     """
 
     data: Path | None = None
@@ -52,7 +53,7 @@ class Config(cli.Options):
     """Size of model and run; 256m (16 layers, width 1152) is for accelerators."""
     steps: int | None = None
     """Steps per domain. Default: the preset's."""
-    threshold: float = 0.95
+    threshold: float = THRESHOLD
     """Share of the energy of a domain's layer inputs that is protected after it."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/lm")
     """Where results, pictures and checkpoints go."""
@@ -86,7 +87,7 @@ def _score(history: loop.History) -> np.ndarray:
     return -history.loss[:, -1, -1].mean(-1)
 
 
-def prepare(config: Config, console: Console) -> Bench:
+def prepare(config: Config, console: Console) -> Example:
     """The text, the transformer and how results are told."""
     preset = PRESETS[config.preset]
     preset = dataclasses.replace(preset, steps=config.steps or preset.steps)
@@ -111,9 +112,11 @@ def prepare(config: Config, console: Console) -> Bench:
     def content(rows: list[dict]) -> dict[str, Any]:
         return {**about, "methods": rows}
 
-    return Bench(
+    return Example(
         methods=METHODS,
-        problem=problem(PRESETS[config.preset]),  # whatever the steps: compiled once
+        problem=problem(
+            PRESETS[config.preset]
+        ),  # for any number of steps: compiled once
         feed=feed(domains, preset),
         tuning=tuning,
         union=lambda tasks: feed(domains, preset, [tasks]),

@@ -2,7 +2,7 @@
 
 All protect the same subspace, the span of earlier domains' layer inputs, at every
 `nnx.Linear` kernel inside the blocks. Embeddings, positions, LayerNorms and the head
-are plain Adam in all of them but gpm_si.
+get plain Adam in all of them except gpm_si.
 
 Learning rates: the one of lowest final loss in a sweep over the default preset and data
 with seed 100, which no default run uses (adaptive_unguarded takes adaptive's; gpm_si:
@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import optax
 
 import adamr
-from examples.harness.methods import Method
-from examples.harness.setting import Setting
+from examples.harness.methods import Coefficient, Method
+from examples.harness.setting import Setting, default_of
 from examples.harness.task_ends import grow, grow_and_consolidate_si
 
 FIXED_STRENGTH = 0.5
@@ -85,7 +85,7 @@ def _adaptive(learning_rate, _, s: Setting, guard=True):
     return _chain(
         learning_rate,
         adamr.route_first_moment(adamr.project_out(s.subspace)),
-        adamr.overlap_adaptive_scale(alpha_max=0.5, decay=0.99),
+        adamr.overlap_adaptive_scale(),
         adamr.faithful_second_moment(guard=guard),
     )
 
@@ -137,7 +137,7 @@ METHODS = {
         _gpm_si,
         boundary=grow_and_consolidate_si,
         learning_rate=3e-3,
-        strength=0.3,
+        coefficient=Coefficient("c", default_of(adamr.gpm_si, "c")),
     ),
     "update": _method("projected update (Adam-NSCL)", _update, 1e-3),
     "two_sided": _method("projected gradient and update", _two_sided, 1e-3),

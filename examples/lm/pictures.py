@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from examples.harness.pictures import COLOURS, MARKERS
-from examples.harness.results import by_method
+from examples.harness.statistics import by_method
 from examples.lm.report import mean_of
 
 

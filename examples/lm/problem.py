@@ -24,10 +24,12 @@ from examples.streams.domains import (
 )
 
 UNPROTECTED = ("embedding", "norm", "head")
+# Below the default of `grow_subspace`: all that was measured on text was measured here.
+THRESHOLD = 0.95
 CAPTURED = 4096  # layer inputs per kernel from which a domain's subspace is found
 SAMPLED = 1024  # windows among which a boundary chooses
 
-__all__ = ["feed", "for_tuning", "problem", "setting"]
+__all__ = ["THRESHOLD", "UNPROTECTED", "feed", "for_tuning", "problem", "setting"]
 
 
 def _data(windows: Any, classes: Any) -> Data:

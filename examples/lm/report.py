@@ -7,9 +7,10 @@ import numpy as np
 from rich.table import Table
 
 from adamr import metrics
-from examples.harness import results
-from examples.harness.results import by_method
-from examples.harness.resume import Done
+from examples.harness.example import Done
+from examples.harness.methods import named
+from examples.harness.report import versions
+from examples.harness.statistics import by_method
 from examples.lm.methods import METHODS
 from examples.streams.domains import Domain
 
@@ -25,7 +26,7 @@ DEFINITIONS = {
     "intransigence_by_domain": "L[j][j] minus the loss of the reference on domain j",
     "intransigence": "mean over j of intransigence_by_domain",
     "anytime_loss": "the loss matrix at every evaluation: [i][h][j] at evaluation h "
-    "while learning domain i; anytime_accuracy likewise",
+    "while learning domain i; anytime_accuracy the same of accuracies",
     "curves.step": "optimizer steps at an evaluation; curves are means since the last",
     "curves.overlap": "|g - Pg|^2 / |g|^2 over all parameters, P the projection",
     "curves.strength": "applied share of g - Pg",
@@ -36,7 +37,7 @@ DEFINITIONS = {
 
 
 def forgetting_by_domain(loss: np.ndarray) -> np.ndarray:
-    """Loss gained since the best earlier value, for every domain but the last."""
+    """Loss gained since the best earlier value, for every domain except the last."""
     last = len(loss) - 1
     best = [loss[j:last, j].min() for j in range(last)]
     return loss[last, :last] - np.array(best)
@@ -56,6 +57,7 @@ def summarize(done: Done, run: int, steps: int) -> dict[str, Any]:
         "about": METHODS[done.name].about,
         "seed": run,
         "learning_rate": done.learning_rate,
+        **named(METHODS[done.name], done.coefficient),
         "final_loss": final,
         "learned_loss": learned,
         "forgetting": float(forgotten.mean()) if len(forgotten) else 0.0,
@@ -78,7 +80,7 @@ def summarize(done: Done, run: int, steps: int) -> dict[str, Any]:
 
 
 def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any]:
-    """All of `results.json` but its rows: settings, data, versions, definitions."""
+    """All of `results.json` except its rows: settings, data, versions, definitions."""
     return {
         "config": config,
         "domains": [
@@ -92,7 +94,7 @@ def describe(config: dict[str, Any], domains: Sequence[Domain]) -> dict[str, Any
             }
             for d in domains
         ],
-        "versions": results.versions(),
+        "versions": versions(),
         "definitions": DEFINITIONS,
     }
 

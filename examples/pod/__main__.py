@@ -23,8 +23,9 @@ import tyro
 from jax.sharding import Mesh
 
 from adamr.checkpoint.checkpoints import Checkpoints
-from examples.harness import results
+from examples.harness.report import versions, write
 from examples.lm.model import PRESETS, Preset
+from examples.lm.problem import THRESHOLD
 from examples.pod import placement
 from examples.pod.train import learn_stream, programs
 from examples.streams import installed
@@ -36,8 +37,8 @@ class Config:
     """Learns a stream of text domains on a mesh of devices with `adamr.adamr`.
 
     Parameters, moments and bases are split over the mesh; what a task boundary protects
-    is found there, too. The same command again, on the same mesh or another one, goes
-    on where an interrupted run stopped.
+    is found there as well. The same command again, on the same mesh or another one,
+    continues where an interrupted run stopped.
     """
 
     mesh: str | None = None
@@ -53,7 +54,7 @@ class Config:
     """Constant over the stream."""
     max_rank: int = 64
     """Directions that a kernel can protect."""
-    threshold: float = 0.95
+    threshold: float = THRESHOLD
     """Share of the energy of a domain's layer inputs that is protected after it."""
     seed: int = 0
     """Of the initial parameters and of the order of windows."""
@@ -199,19 +200,19 @@ def run(config: Config) -> dict:
     written = {
         "config": settings,
         **about,
-        "versions": results.versions(),
+        "versions": versions(),
         "steps": done["step"],
         "losses": done["losses"],
         "loss_matrix": done["matrix"],
         "median_step_seconds": float(np.median(times)) if times else None,
     }
     if first:
-        results.write(config.out / "results.json", written)
+        write(config.out / "results.json", written)
     if len(matrix) == len(domains):
         learnt, final = matrix.diagonal().mean(), matrix[-1].mean()
         say(f"loss when learnt {learnt:.3f}, at the end {final:.3f}")
     else:
-        say(f"stopped after step {done['step']}; the same command goes on.")
+        say(f"stopped after step {done['step']}; the same command continues.")
     return written
 
 

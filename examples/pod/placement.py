@@ -5,7 +5,7 @@
     tensor   the features inside a block are split
 
 A kernel's spec names a mesh axis per axis of the kernel. `adamr.state_shardings` puts
-the optimizer's state beside the parameters.
+the optimizer's state where the parameters are.
 """
 
 import math
@@ -39,7 +39,7 @@ def parse_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh that `data=4,fsdp=2` names; axes that are not named have size 1.
 
     Raises:
-      PlacementError: for another axis, a size that is no positive number, or sizes
+      PlacementError: for another axis, a size that is not a positive number, or sizes
         whose product is not the number of devices.
     """
     sizes: dict[str, int] = {}

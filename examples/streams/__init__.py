@@ -8,7 +8,9 @@
   stream.py     what a stream is: scenario, tasks, masks, parts of one shape
   registry.py   load(name, ...) and names()
   images.py     permuted, rotated, split, one data set a domain   (pixels.py)
-  text.py       8 or 16 domains of text with an overlap knob      (more_text.py)
+  text.py       8 or 16 domains of text with an overlap knob
+  domains.py    a domain of text, folders of them, windows; `DataError`
+  installed.py  text that is installed with Python and the packages   (more_text.py)
   synthetic.py  Markov chains whose entropy and overlap are known
   sources.py    finds a data set and its reader: readers.py, folders.py, tfds.py, hub.py
 

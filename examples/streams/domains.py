@@ -22,7 +22,7 @@ class Domain:
       train: training bytes, uint8.
       valid: held-out bytes, uint8.
       source: where it comes from, one line.
-      files: names of the files behind each part, under the keys "train" and "valid".
+      files: names of the files with each part, under the keys "train" and "valid".
     """
 
     name: str

@@ -121,7 +121,7 @@ def permuted(
 ) -> Stream:
     """Every task shows the same images with the pixels in another fixed order.
 
-    The first task keeps the order as it is. That is one of the two conventions in use;
+    The first task keeps the order unchanged. That is one of the two conventions in use;
     the other permutes the first task too. The later orders are uniform and drawn from
     `seed` in turn, so a longer stream begins as a shorter one does.
 

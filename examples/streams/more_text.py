@@ -1,6 +1,6 @@
 """Eight more domains that are installed with Python and the packages: sixteen in all.
 
-They are found as examples/lm/installed.py finds its eight. Several are program text of
+They are found as installed.py finds its eight. Several are program text of
 different kinds, so they have more in common than the first eight.
 """
 

@@ -21,9 +21,9 @@ class Entry(NamedTuple):
       about: one line for lists.
       make: called with name, seed and options.
       read: (name, data, options) -> what `make` takes first, and may change options;
-        None: the stream is made of nothing.
-      tasks: number of tasks unless told; None: one for each domain named.
-      defaults: options unless told.
+        None: the stream needs no data.
+      tasks: default number of tasks; None: one for each domain named.
+      defaults: of the options.
     """
 
     about: str
@@ -106,7 +106,7 @@ STREAMS = {
         {"flat": False},
     ),
     "split-imagenet": Entry(
-        "ImageNet, its classes in 10 tasks; size= pixels, 64 unless told",
+        "ImageNet, its classes in 10 tasks; size= pixels, 64 by default",
         images.split,
         _read_imagenet,
         10,

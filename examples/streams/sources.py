@@ -42,7 +42,7 @@ def find(data: Path, name: str) -> Path | None:
 def read_images(
     source: Path | str, size: int | None = None, per_class: int | None = None
 ) -> readers.Images:
-    """Reads the data set at a path, or `hf:<name>`, in whatever format it is.
+    """Reads the data set at a path, or `hf:<name>`, in any format that is known here.
 
     Args:
       source: file, folder, or `hf:` and the name of a Hugging Face dataset.

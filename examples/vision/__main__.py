@@ -14,10 +14,10 @@ import tyro
 from rich.console import Console
 
 from examples import streams
-from examples.harness import cli, loop, pictures, results
-from examples.harness.methods import METHODS
-from examples.harness.resume import Bench, Done, UsageError
-from examples.harness.setting import setting_for
+from examples.harness import cli, loop, pictures, report, statistics
+from examples.harness.example import Done, Example, UsageError
+from examples.harness.methods import METHODS, named
+from examples.harness.setting import DIRECTIONS, SAMPLES, setting_for
 from examples.vision.problem import feed, problem, union
 
 DEFAULT = "adam,sgd,gpm,gpm_shared,ewc,agem,er"
@@ -27,7 +27,7 @@ _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items()
 @dataclasses.dataclass(frozen=True)
 class Config(cli.Options):
     """Learns a stream of image tasks, one method after the other, and shows what each
-    forgets. The same command again goes on where an interrupted run stopped.
+    forgets. The same command again continues where an interrupted run stopped.
     """
 
     stream: str = "permuted-digits"
@@ -49,14 +49,15 @@ class Config(cli.Options):
     """Optimizer steps per task."""
     batch: int = 10
     """Images per step."""
-    strength: float | None = None
-    """Of penalties. Default: each method's own."""
-    strength_grid: str | None = None
-    """Strengths by commas: each penalty takes its best, as with the learning rates and
-    together with them."""
-    samples: int = 128
+    coefficient: float | None = None
+    """Of every penalty, constraint and replay: strength of EWC, c of SI,
+    memory_strength of GEM, weight of replay. Default: each method's own."""
+    coefficient_grid: str | None = None
+    """Coefficients by commas: each method that has one takes its best, as with the
+    learning rates and together with them."""
+    samples: int = SAMPLES
     """Images a task boundary looks at."""
-    directions: int = 40
+    directions: int = DIRECTIONS
     """Gradient directions that OGD keeps per task."""
     memory: int = 50
     """Images per finished task that replay and constraint methods keep."""
@@ -64,7 +65,7 @@ class Config(cli.Options):
     """Where results, pictures and checkpoints go."""
 
 
-# What results depend on beside the method, rates, strengths, seeds and steps.
+# What results depend on besides method, rates, coefficients, seeds and steps.
 _IDENTITY = (
     "stream", "data", "tasks", "scenario", "limit", "model", "batch", "threshold",
     "samples", "directions",
@@ -96,8 +97,8 @@ def _row(done: Done, run: int) -> dict[str, Any]:
         "about": METHODS[done.name].about,
         "seed": run,
         "learning_rate": done.learning_rate,
-        "strength": done.strength,
-        "metrics": results.summarize(accuracy, baseline, reference),
+        **named(METHODS[done.name], done.coefficient),
+        "metrics": statistics.summarize(accuracy, baseline, reference),
         "matrix": accuracy[:, -1].tolist(),
         "anytime": accuracy.tolist(),
         "loss": done.history.loss[run].tolist(),
@@ -106,7 +107,7 @@ def _row(done: Done, run: int) -> dict[str, Any]:
     }
 
 
-def prepare(config: Config, console: Console) -> Bench:
+def prepare(config: Config, console: Console) -> Example:
     """The stream, the network and how results are told."""
     stream = _stream(config)
     console.print(streams.describe(stream), highlight=False, soft_wrap=True)
@@ -121,7 +122,7 @@ def prepare(config: Config, console: Console) -> Bench:
             params,
             axes,
             tasks=tasks,
-            # Tasks that share their outputs share the head, too.
+            # Tasks with the same outputs have the same head.
             unprotected=() if stream.scenario == "domain" else ("head",),
             threshold=config.threshold,
             samples=config.samples,
@@ -133,14 +134,14 @@ def prepare(config: Config, console: Console) -> Bench:
             "config": cli.settings(config),
             "stream": {"name": stream.name, "scenario": stream.scenario},
             "tasks": tasks,
-            "versions": results.versions(),
-            "definitions": results.METRICS,
+            "versions": report.versions(),
+            "definitions": statistics.METRICS,
             "runs": rows,
-            "comparisons": results.comparisons(rows),
+            "comparisons": statistics.comparisons(rows),
         }
 
     first = streams.for_tuning(stream, min(cli.TUNING_TASKS, len(tasks)))
-    return Bench(
+    return Example(
         methods=METHODS,
         problem=made,
         feed=feed(stream, config.batch),
@@ -153,7 +154,7 @@ def prepare(config: Config, console: Console) -> Bench:
         identity={name: getattr(config, name) for name in _IDENTITY},
         row=_row,
         content=content,
-        table=results.table,
+        table=report.table,
         draw=lambda rows: pictures.draw(config.out, content(rows)),
     )
 

@@ -99,7 +99,7 @@ def feed(stream: streams.Stream, batch: int) -> Feed:
 def union(stream: streams.Stream, batch: int, tasks: Sequence[int]) -> Feed:
     """Some tasks' training images as one task, tested on the last one of them.
 
-    Arrays hold all tasks whatever the union, so that one program serves every one.
+    Arrays hold all tasks for any union, so that one program serves them all.
     """
     last, n = tasks[-1], stream.train.weight.shape[1]
     every = range(len(stream.task_names))

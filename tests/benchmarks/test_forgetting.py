@@ -18,7 +18,7 @@ from benchmarks import evidence, forgetting
 from benchmarks._evidence import benches, cells, pareto, runner
 from benchmarks.strength_rules import RULES, conflict_scale
 from benchmarks.strength_rules import method as rule_method
-from examples.harness import results, task_ends
+from examples.harness import report, statistics, task_ends
 from examples.harness.problem import Data
 from examples.harness.setting import setting_for
 
@@ -76,7 +76,7 @@ def _row(name, learned, forgetting):
 def test_rows_are_compared_on_the_seeds_that_both_have():
     few, many = _row("few", [0.4, 0.5], [0, 0]), _row("many", [0.3, 0.2, 9.0], [0] * 3)
     got = pareto.compared(few, many, "learned")
-    assert got == results.paired([0.4, 0.5], [0.3, 0.2])
+    assert got == statistics.paired([0.4, 0.5], [0.3, 0.2])
     assert got["difference"] == pytest.approx(0.2)
 
 
@@ -146,7 +146,7 @@ def test_a_cell_is_run_once_and_then_read(small, tmp_path, monkeypatch):
         for _ in range(2)
     )
     assert len(calls) == 1
-    assert json.dumps(results.finite(first)) == json.dumps(again)
+    assert json.dumps(report.finite(first)) == json.dumps(again)
     (row,) = again
     assert len(row["runs"]) == 2 and len(row["sweep"]) > 2  # both rates are edges
     tried = [(rate, k) for rate, k, _ in row["sweep"]]

@@ -18,7 +18,7 @@ from benchmarks._pages.tables import written
 def test_tables_are_those_of_the_results(name):
     path, make = evidence.TABLES[name]
     page = path.read_text()
-    assert written(page, name, make()) == page, "run python -m docs.evidence"
+    assert written(page, name, make()) == page, "run benchmarks._pages.evidence"
 
 
 @pytest.mark.parametrize("stream", benches.ON_TWO_CORES)

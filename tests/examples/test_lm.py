@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tyro")
 
 from examples.harness import loop
-from examples.harness.resume import Done
+from examples.harness.example import Done
 from examples.lm import problem, report
 from examples.lm.__main__ import main
 from examples.lm.methods import DEFAULT, METHODS

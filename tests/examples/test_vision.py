@@ -21,7 +21,7 @@ from rich.console import Console
 
 import adamr
 from examples import streams
-from examples.harness import loop, results
+from examples.harness import loop, statistics
 from examples.harness.cli import TUNING_TASKS
 from examples.harness.methods import METHODS
 from examples.harness.problem import Data, loss_of
@@ -46,7 +46,7 @@ def learn(name, seeds, tasks=2, resume_after=None, steps=6, convolves=False):
     setting = setting_for(params, axes, tasks=tasks, samples=20, new_directions=5)
     options = dict(
         rates=[1e-3] * len(seeds),
-        strengths=[1.0] * len(seeds),
+        coefficients=[0.5] * len(seeds),
         seeds=seeds,
         steps=steps,
         evaluations=2,
@@ -219,18 +219,18 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_the_grid_takes_its_best_on_validation(tmp_path):
     more = ("--method", "adam,l2", "--steps", "40", "--lr-grid", "1e-9,1e-2")
-    assert run(tmp_path, *more, "--strength-grid", "0,1e3") == 0
+    assert run(tmp_path, *more, "--coefficient-grid", "0,1e3") == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    low, high = found["tuning"]["adam"]["candidates"]  # adam has no strength
+    low, high = found["tuning"]["adam"]["candidates"]  # adam has no coefficient
     assert low["score"] < high["score"] and found["tuning"]["adam"]["best"] == high
-    assert high == {"learning_rate": 1e-2, "strength": 0.0, "score": high["score"]}
+    assert high == {"learning_rate": 1e-2, "score": high["score"]}
     tried = found["tuning"]["l2"]["candidates"]
     pairs = [(one["learning_rate"], one["strength"]) for one in tried]
     assert pairs == [(1e-9, 0.0), (1e-9, 1e3), (1e-2, 0.0), (1e-2, 1e3)]
     best = found["tuning"]["l2"]["best"]
     assert best["score"] == max(one["score"] for one in tried) > tried[0]["score"]
-    chosen = [(1e-2, 0.0), (best["learning_rate"], best["strength"])]
-    assert [(r["learning_rate"], r["strength"]) for r in found["runs"]] == chosen
+    chosen = [(1e-2, None), (best["learning_rate"], best["strength"])]
+    assert [(r["learning_rate"], r.get("strength")) for r in found["runs"]] == chosen
 
 
 def test_tuning_sees_the_first_tasks_validation_images_alone(tmp_path):
@@ -341,8 +341,8 @@ def test_the_convolutional_networks_learn(model):
         (["--lr-grid", "1,1"], ["--lr-grid", "twice"]),
         (["--lr-grid", "1,2", "--learning-rate", "1"], ["--lr-grid", "both"]),
         (["--learning-rate", "-1"], ["--learning-rate", "-1", "positive"]),
-        (["--strength-grid", "1,-1"], ["--strength-grid", "-1", "0 or more"]),
-        (["--strength", "nan"], ["--strength", "nan", "0 or more"]),
+        (["--coefficient-grid", "1,-1"], ["--coefficient-grid", "-1", "0 or more"]),
+        (["--coefficient", "nan"], ["--coefficient", "nan", "0 or more"]),
         (["--save-every", "0"], ["--save-every", "0", "positive"]),
         (["--scenario", "task", "--tasks", "0"], ["--tasks", "0", "at least 1"]),
         (["--stream", "permuted-nothing"], ["permuted-nothing", "permuted-digits"]),
@@ -358,13 +358,13 @@ def test_bad_arguments(tmp_path, capsys, arguments, expected):
 
 
 def test_intervals_and_paired_tests():
-    mean, half = results.interval([0.1, 0.2, 0.3])
+    mean, half = statistics.interval([0.1, 0.2, 0.3])
     np.testing.assert_allclose([mean, half], [0.2, 4.302653 * 0.1 / 3**0.5], rtol=1e-5)
-    assert np.isnan(results.interval([0.5])[1])
-    same = results.paired([0.5, 0.5], [0.4, 0.4])
+    assert np.isnan(statistics.interval([0.5])[1])
+    same = statistics.paired([0.5, 0.5], [0.4, 0.4])
     np.testing.assert_allclose(same["difference"], 0.1)
     assert np.isnan(same["p"]) or same["p"] < 1e-6
-    test = results.paired([0.9, 0.8, 0.95], [0.5, 0.6, 0.4])
+    test = statistics.paired([0.9, 0.8, 0.95], [0.5, 0.6, 0.4])
     np.testing.assert_allclose(test["p"], 0.063, atol=0.02)
 
 
@@ -397,7 +397,7 @@ def test_a_run_that_diverges_leaves_the_others_alone():
     def learn(rates):
         *_, (_, runs, history) = loop.learn(
             made, METHODS["gpm_sgd"], setting, feed(stream, 4), rates=rates,
-            strengths=[0.0] * len(rates), seeds=[0] * len(rates), steps=8,
+            coefficients=[0.0] * len(rates), seeds=[0] * len(rates), steps=8,
         )  # fmt: skip
         return runs.params, history.loss
 

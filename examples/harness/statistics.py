@@ -1,21 +1,15 @@
-"""From runs to numbers: metrics, intervals, paired tests, `results.json`, the table."""
+"""From runs to numbers: the metrics of a run, intervals over seeds, paired tests."""
 
-import json
 import math
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 from scipy import stats
 
 from adamr import metrics
+
+__all__ = ["METRICS", "by_method", "comparisons", "interval", "paired", "summarize"]
 
 METRICS = {
     "ACC": "accuracy over all tasks at the end of the stream",
@@ -100,87 +94,4 @@ def comparisons(rows: list[dict], metric: str = "ACC") -> list[dict[str, Any]]:
         if name != best and seeds:
             test = paired(*([values[m][s] for s in seeds] for m in (name, best)))
             made.append({"method": name, "best": best, "seeds": seeds, **test})
-    return made
-
-
-def commit() -> str | None:
-    """The project's git commit, or None outside a checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def versions() -> dict[str, str | None]:
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "git_commit": commit(),
-    }
-
-
-def finite(value: Any) -> Any:
-    """The same structure with None where a number is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON so that a reader never meets half a file."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-    os.replace(draft, path)
-
-
-def _cell(own: list[dict], name: str) -> str:
-    values = [row["metrics"].get(name, math.nan) for row in own]
-    mean, half = interval(values)
-    if not math.isfinite(mean):
-        return "–"
-    return _short(mean) + ("" if math.isnan(half) else f" ±{_short(half)}")
-
-
-def _short(x: float) -> str:
-    """Three digits, no zero before the point: a row has to fit into a terminal."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{x:.3f}")
-
-
-SHOWN = ("ACC", "LA", "forgetting", "intransigence", "AAA", "min-ACC")
-
-
-def table(rows: list[dict]) -> Table:
-    """Final table, best ACC first, with 95 % intervals over seeds."""
-    groups = by_method(rows)
-    seeds = max(len(own) for own in groups.values())
-    made = Table(
-        title=f"accuracies, {seeds} seed(s)"
-        + (", ± 95 % intervals; p: paired test of ACC against the best" * (seeds > 1))
-    )
-    made.add_column("method", no_wrap=True)
-    made.add_column("rate", justify="right", no_wrap=True)
-    shown = [name for name in SHOWN if name in rows[0]["metrics"]]
-    for heading in (*shown, *["p"] * (seeds > 1), "s"):
-        made.add_column(heading, justify="right", no_wrap=True)
-    tests = {c["method"]: c["p"] for c in comparisons(rows)}
-    order = sorted(
-        groups, key=lambda n: -np.mean([r["metrics"]["ACC"] for r in groups[n]])
-    )
-    for name in order:
-        own = groups[name]
-        p = tests.get(name, math.nan)
-        made.add_row(
-            name,
-            f"{own[0]['learning_rate']:g}",
-            *(_cell(own, metric) for metric in shown),
-            *["" if math.isnan(p) else f"{p:.3f}"] * (seeds > 1),
-            f"{own[0]['seconds']:.0f}",
-        )
     return made
