@@ -29,6 +29,7 @@ from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays
 from adamr.routing.carrier import plain_gradient
 from adamr.subspaces.directions import Directions
+from adamr.subspaces.protected import DirectionsSource, beside, require_source
 from adamr.subspaces.vectors import norm, orthonormalize, residual
 
 __all__ = ["FopngState", "average_fisher", "fopng", "set_fisher"]
@@ -73,7 +74,7 @@ def _constraint_basis(
 
 
 def fopng(
-    directions: Directions, *, as_published: bool = False
+    directions: DirectionsSource, *, as_published: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Fisher-Orthogonal Projected Natural Gradient: a preconditioner of its own.
 
@@ -110,19 +111,13 @@ def fopng(
     References: Garg, Kolhe, Peng, Gopalam, Fisher-Orthogonal Projected Natural Gradient
       Descent for Continual Learning, arXiv:2601.12816.
     """
-    if not isinstance(directions, Directions):
-        raise TypeError(
-            f"fopng: directions must be Directions, got {type(directions).__name__}: "
-            "make them with empty_directions."
-        )
+    require_source(directions, "fopng", Directions)
 
     def init_fn(params) -> Any:
         old, new = (optax.tree.ones_like(params, dtype=jnp.float32) for _ in range(2))
         if not jax.tree.leaves(params):  # optax.tree.map_params looks at the structure
             return FopngState(jnp.zeros([]), old, new, jnp.zeros([]))  # pyright: ignore
-        here = directions.restrict(params)
-        here.check(params, "fopng(directions)")
-        here = jax.tree.map(lambda x: jnp.array(x, copy=True), here)
+        here = beside(directions, params, "fopng", Directions)
         return FopngState(here, old, new, _constraint_basis(here, old, new))
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -2,11 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from adamr.routing.carrier import plain_gradient
-from adamr.subspaces.protected import Protected, require_protected
+from adamr.subspaces.protected import Protected, Source, beside, require_source
 
 __all__ = ["ProjectOutState", "project_out"]
 
@@ -16,16 +15,13 @@ class ProjectOutState(NamedTuple):
 
 
 def projection(
-    subspace: Protected, link: str, state_type: Any
+    subspace: Source, link: str, state_type: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of `project_out` and `protect_update`."""
-    require_protected(subspace, link)
+    require_source(subspace, link)
 
     def init_fn(params):
-        here = subspace.restrict(params)
-        if jax.tree.leaves(params):  # `optax.tree.map_params` passes a placeholder
-            here.check(params, f"{link}(subspace)")
-        return state_type(here.beside(params))
+        return state_type(beside(subspace, params, link))
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, link, params)
@@ -36,7 +32,7 @@ def projection(
 
 
 def project_out(
-    subspace: Protected,
+    subspace: Source,
 ) -> optax.GradientTransformationExtraArgs:
     """The linear projection modifier: g̃ = g − U diag(λ) Uᵀ g on every protected leaf.
 
@@ -44,9 +40,10 @@ def project_out(
 
     Args:
       subspace: bases U and weights λ; or `Directions`, for g̃ = g − Σ ⟨g, v⟩ v over all
-        leaves together. The state holds a copy, which `set_subspace` replaces at a task
-        boundary without recompiling. Where `optax.masked` hides leaves, directions are
-        restricted to the others and made orthonormal again.
+        leaves together; or a function of the parameters that makes one, called in
+        `init`, such as `empty_subspace`. The state holds a copy, which `set_subspace`
+        replaces at a task boundary without recompiling. Where `optax.masked` hides
+        leaves, directions are restricted to the others and made orthonormal again.
 
     Returns:
       A modifier for a route, or a plain link. Contractions run in float32 at the

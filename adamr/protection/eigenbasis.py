@@ -8,7 +8,7 @@ import optax
 
 from adamr import _tree
 from adamr.routing.carrier import Routed, plain_gradient
-from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.protected import SubspaceSource, beside, require_source
 from adamr.subspaces.subspace import (
     Subspace,
     coordinates,
@@ -46,7 +46,7 @@ def rotate(subspace: Subspace, tree: Any) -> tuple:
 
 
 def in_eigenbasis(
-    preconditioner: optax.GradientTransformation, subspace: Subspace
+    preconditioner: optax.GradientTransformation, subspace: SubspaceSource
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a preconditioner in the eigenbasis of the protected space and rotates back.
 
@@ -71,16 +71,14 @@ def in_eigenbasis(
       A link that takes what `preconditioner` takes. Parameters reach it rotated too.
       `set_subspace` resets its moments, since their coordinates change meaning.
     """
-    require_subspace(subspace, "in_eigenbasis")
+    require_source(subspace, "in_eigenbasis", Subspace)
     inner = optax.with_extra_args_support(preconditioner)
 
     def rotate_params(here, params):
         return rotate(here, params) if jax.tree.leaves(params) else jnp.zeros([])
 
     def init_fn(params) -> Any:
-        if jax.tree.leaves(params):
-            subspace.check(params, "in_eigenbasis(subspace)")
-        here = subspace.beside(params)
+        here = beside(subspace, params, "in_eigenbasis", Subspace)
         return EigenbasisState(here, inner.init(rotate_params(here, params)))
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -17,10 +17,12 @@ from adamr.routing.merge import (
     init_moments,
 )
 from adamr.routing.sharing import Guard, Share
-from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.protected import SubspaceSource, beside, require_source
 from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
 __all__ = ["ObliqueState", "oblique_second_moment"]
+
+_LINK = "oblique_second_moment"
 
 
 class ObliqueState(NamedTuple):
@@ -61,7 +63,7 @@ def _oblique_leaf(basis, weights, m, d):
 
 
 def oblique_second_moment(
-    subspace: Subspace,
+    subspace: SubspaceSource,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -91,20 +93,19 @@ def oblique_second_moment(
     Returns:
       A link from `Routed` to a plain tree.
     """
-    require_subspace(subspace, "oblique_second_moment")
+    require_source(subspace, _LINK, Subspace)
     options = MomentOptions(
         b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
     )
     check_moments(options)
 
     def init_fn(params) -> Any:
-        if jax.tree.leaves(params):
-            subspace.check(params, "oblique_second_moment(subspace)")
-        return ObliqueState(subspace.beside(params), init_moments(options, params))
+        here = beside(subspace, params, _LINK, Subspace)
+        return ObliqueState(here, init_moments(options, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        require_routed(updates, "oblique_second_moment")
+        require_routed(updates, _LINK)
         (mu_hat, root), inner = advance_moments(options, updates, state.moments)
 
         def leaf(raw, m, denominator, basis, weights):

@@ -28,7 +28,7 @@ from adamr.routing.carrier import route_both_moments
 from adamr.routing.estimators import Estimators
 from adamr.routing.merge import faithful_second_moment
 from adamr.routing.sharing import Guard, Share
-from adamr.subspaces.protected import Protected
+from adamr.subspaces.protected import Protected, Source
 
 __all__ = ["ProtectUpdateState", "protect_update", "two_sided"]
 
@@ -38,7 +38,7 @@ class ProtectUpdateState(NamedTuple):
 
 
 def protect_update(
-    subspace: Protected,
+    subspace: Source,
 ) -> optax.GradientTransformationExtraArgs:
     """Update projection: Δ <- Δ − U diag(λ) UᵀΔ, after any preconditioner.
 
@@ -67,7 +67,7 @@ def protect_update(
 
 
 def two_sided(
-    subspace: Protected,
+    subspace: Source,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,

@@ -9,7 +9,7 @@ import optax
 from adamr import _tree
 from adamr.protection.update import protect_update
 from adamr.routing.carrier import plain_gradient
-from adamr.subspaces.protected import require_subspace
+from adamr.subspaces.protected import SubspaceSource, beside, require_source
 from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
 __all__ = ["NormalizedProtectionState", "adam_nscl"]
@@ -30,13 +30,14 @@ def _normalized_leaf(basis, weights, step):
     return (projected / norm).astype(step.dtype)
 
 
-def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtraArgs:
-    require_subspace(subspace, "adam_nscl")
+def _protect_normalized(
+    subspace: SubspaceSource,
+) -> optax.GradientTransformationExtraArgs:
+    require_source(subspace, "adam_nscl", Subspace)
 
     def init_fn(params) -> Any:
-        if jax.tree.leaves(params):
-            subspace.check(params, "adam_nscl(subspace)")
-        return NormalizedProtectionState(subspace.beside(params))
+        here = beside(subspace, params, "adam_nscl", Subspace)
+        return NormalizedProtectionState(here)
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, "adam_nscl", params)
@@ -53,7 +54,7 @@ def _protect_normalized(subspace: Subspace) -> optax.GradientTransformationExtra
 
 def adam_nscl(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,

@@ -12,7 +12,7 @@ from adamr.routing.merge import faithful_second_moment
 from adamr.routing.sharing import Guard
 from adamr.routing.strength import constant_scale
 from adamr.subspaces.directions import Directions
-from adamr.subspaces.protected import Protected
+from adamr.subspaces.protected import Protected, is_unmade
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["adamr"]
@@ -43,9 +43,11 @@ def _protection(modifier_state: Any) -> _Protection:
     commutes with them.
     """
     subspaces = tuple(find_nodes(modifier_state, Subspace))
+    links = find_nodes(modifier_state, ProjectOutState)
+    unmade = any(is_unmade(link.subspace) for link in links)
     projects = isinstance(modifier_state, ProjectOutState)
     return _Protection(
-        share=subspaces or None,
+        share=subspaces if subspaces or unmade else None,
         guard=True if projects else "shared",
         decay=subspaces,
         step=tuple(find_nodes(modifier_state, Directions)),

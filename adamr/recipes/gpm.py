@@ -25,6 +25,7 @@ from adamr.protection.update import protect_update
 from adamr.recipes.adamr import adamr
 from adamr.routing.carrier import route_first_moment
 from adamr.routing.merge import MomentOptions
+from adamr.subspaces.protected import SubspaceSource, made, require_source
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["gpm", "gpm_si", "sgp"]
@@ -47,7 +48,9 @@ class AdamrOptions(NamedTuple):
 
 
 def projected(
-    learning_rate: optax.ScalarOrSchedule, subspace: Subspace, options: AdamrOptions
+    learning_rate: optax.ScalarOrSchedule,
+    subspace: SubspaceSource,
+    options: AdamrOptions,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamr` with a projection: GPM and SGP, and the weights of TRGP and ROGO."""
     return adamr(learning_rate, project_out(subspace), **options._asdict())
@@ -55,7 +58,7 @@ def projected(
 
 def gpm(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -79,7 +82,8 @@ def gpm(
 
     Args:
       learning_rate: a number or a schedule.
-      subspace: what is protected; for the first task `empty_subspace(params)`.
+      subspace: what is protected, for the first task `empty_subspace(params)`; or a
+        function of the parameters that makes it in `init`, such as `empty_subspace`.
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
         `adamr`.
 
@@ -112,7 +116,7 @@ def gpm(
 
 def sgp(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -167,7 +171,7 @@ def sgp(
 
 def gpm_si(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     c: jax.typing.ArrayLike = 0.3,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -193,7 +197,8 @@ def gpm_si(
 
     Args:
       learning_rate: η, a number or a schedule.
-      subspace: what is protected; for the first task `empty_subspace(params)`.
+      subspace: what is protected, for the first task `empty_subspace(params)`; or a
+        function of the parameters that makes it in `init`, such as `empty_subspace`.
       c: ≥ 0, of SI; the default ended best on text that differs (docs/evidence.md).
       b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
 
@@ -226,14 +231,29 @@ def gpm_si(
       Ganguli, Continual Learning Through Synaptic Intelligence, arXiv:1703.04200.
     """
     check_numbers("gpm_si", 0.0, c=c)
-    options = MomentOptions(
-        b1, b2, eps, eps_root, share=subspace, mu_dtype=mu_dtype, nu_dtype=nu_dtype
-    )
-    return track_si(
-        optax.chain(
-            route_first_moment(project_out(subspace)),
-            proximal_second_moment(learning_rate, 2 * c, **options._asdict()),
-            protect_update(subspace),
-            optax.scale_by_learning_rate(learning_rate),
+    require_source(subspace, "gpm_si", Subspace)
+
+    def links(held: SubspaceSource) -> optax.GradientTransformationExtraArgs:
+        share = held if isinstance(held, Subspace) else ()
+        options = MomentOptions(
+            b1, b2, eps, eps_root, share=share, mu_dtype=mu_dtype, nu_dtype=nu_dtype
         )
-    )
+        return track_si(
+            optax.chain(
+                route_first_moment(project_out(held)),
+                proximal_second_moment(learning_rate, 2 * c, **options._asdict()),
+                protect_update(held),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+        )
+
+    if isinstance(subspace, Subspace):
+        return links(subspace)
+
+    def init_fn(params):
+        if not jax.tree.leaves(params):  # `optax.tree.map_params` passes a placeholder
+            return links(subspace).init(params)
+        return links(made(subspace, params, "gpm_si", Subspace)).init(params)
+
+    # The shapes of the state say along which axes v is shared.
+    return optax.GradientTransformationExtraArgs(init_fn, links(subspace).update)

@@ -20,6 +20,7 @@ from adamr.routing.sharing import Guard, Share
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.gram_schmidt import grow_directions, principal_directions
 from adamr.subspaces.logits import logit_gradients
+from adamr.subspaces.protected import DirectionsSource
 
 __all__ = ["ogd", "ogd_directions", "ogd_plus_directions", "pca_ogd_directions"]
 
@@ -28,7 +29,7 @@ Variant = Literal["ground_truth", "all", "average"]
 
 def ogd(
     learning_rate: optax.ScalarOrSchedule,
-    directions: Directions,
+    directions: DirectionsSource,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -55,7 +56,8 @@ def ogd(
 
     Args:
       learning_rate: η, a number or a schedule.
-      directions: from `empty_directions`; leave the heads of other tasks out of it.
+      directions: from `empty_directions`, or a function of the parameters that makes
+        them in `init`; leave the heads of other tasks out of it.
       b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype: as for
         `faithful_second_moment`.
 

@@ -12,7 +12,7 @@ import jax
 import optax
 
 from adamr.recipes.gpm import AdamrOptions, Strength, projected
-from adamr.subspaces.subspace import Subspace
+from adamr.subspaces.protected import SubspaceSource
 
 __all__ = ["ScaledState", "rogo", "trgp"]
 
@@ -59,7 +59,7 @@ def _with_scales(
 
 def trgp(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     *,
     scale_optimizer: optax.GradientTransformation | None = None,
     b1: float = 0.9,
@@ -132,7 +132,7 @@ def trgp(
 
 def rogo(
     learning_rate: optax.ScalarOrSchedule,
-    subspace: Subspace,
+    subspace: SubspaceSource,
     *,
     scale_optimizer: optax.GradientTransformation | None = None,
     b1: float = 0.9,

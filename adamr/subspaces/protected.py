@@ -7,16 +7,58 @@ Both answer the same calls, so a link does not ask which of them it holds:
     restrict(tree)           over the leaves that are not holes in the tree
     beside(params)           fresh buffers, placed as the parameters are
     ranks()                  how many directions are in use
+
+A link and a recipe also take a function `params -> Subspace` (or Directions), which
+runs in `init`: for trainers that build the optimizer before the parameters.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.subspace import Subspace
 
-__all__ = ["Protected", "project", "require_protected", "require_subspace"]
+__all__ = [
+    "DirectionsSource",
+    "Protected",
+    "Source",
+    "SubspaceSource",
+    "beside",
+    "is_unmade",
+    "made",
+    "project",
+    "require_source",
+    "require_subspace",
+]
 
 Protected = Subspace | Directions
+Source = Protected | Callable[[Any], Protected]
+SubspaceSource = Subspace | Callable[[Any], Subspace]
+DirectionsSource = Directions | Callable[[Any], Directions]
+
+
+_UNMADE = jnp.int8
+
+
+class _Words(NamedTuple):
+    argument: str
+    expected: str
+    makers: str
+
+
+_WORDS: dict[Any, _Words] = {
+    Subspace: _Words("subspace", "a Subspace", "make_subspace or empty_subspace"),
+    Directions: _Words("directions", "Directions", "empty_directions"),
+    Protected: _Words(
+        "subspace",
+        "a Subspace",
+        "make_subspace or empty_subspace, or Directions of the whole parameter vector "
+        "with empty_directions",
+    ),
+}
 
 
 def project(subspace: Protected, tree: Any) -> Any:
@@ -45,20 +87,55 @@ def project(subspace: Protected, tree: Any) -> Any:
     return subspace.project(tree)
 
 
-def require_subspace(subspace: Any, link: str) -> None:
+def require_subspace(subspace: Any, name: str) -> None:
     """Raises unless it is a `Subspace`."""
     if not isinstance(subspace, Subspace):
         raise TypeError(
-            f"{link}: subspace must be a Subspace, got {type(subspace).__name__}: make "
+            f"{name}: subspace must be a Subspace, got {type(subspace).__name__}: make "
             "one with make_subspace or empty_subspace."
         )
 
 
-def require_protected(subspace: Any, link: str) -> None:
-    """Raises unless it is a `Subspace` or `Directions`."""
-    if not isinstance(subspace, Protected):
+def require_source(source: Any, link: str, kind: Any = Protected) -> None:
+    """Raises unless it is of the kind, or a function that may return one."""
+    if isinstance(source, kind) or (
+        callable(source) and not isinstance(source, Protected)
+    ):
+        return
+    argument, expected, makers = _WORDS[kind]
+    raise TypeError(
+        f"{link}: {argument} must be {expected}, got {type(source).__name__}: make one "
+        f"with {makers}, or pass a function of the parameters that does."
+    )
+
+
+def is_unmade(subspace: Any) -> bool:
+    """Whether it is the opaque leaf of a function that has not made a subspace yet."""
+    return getattr(subspace, "dtype", None) == _UNMADE
+
+
+def made(source: Source, params: Any, link: str, kind: Any = Protected) -> Any:
+    """What `source` protects of these parameters: itself, or what it returns."""
+    if isinstance(source, Protected):
+        return source
+    found = source(params)
+    if not isinstance(found, kind):
         raise TypeError(
-            f"{link}: subspace must be a Subspace, got {type(subspace).__name__}: make "
-            "one with make_subspace or empty_subspace, or Directions of the whole "
-            "parameter vector with empty_directions."
+            f"{link}: the function must return {_WORDS[kind].expected}, got "
+            f"{type(found).__name__}."
         )
+    return found
+
+
+def beside(source: Source, params: Any, link: str, kind: Any = Protected) -> Any:
+    """A link's own copy: made, restricted to the leaves it sees, checked and placed.
+
+    `optax.tree.map_params` passes a placeholder without leaves, of which a function
+    can make nothing: then the result is one opaque leaf, known by its dtype.
+    """
+    if not jax.tree.leaves(params):
+        known = isinstance(source, Protected)
+        return source.beside(params) if known else jnp.zeros([], _UNMADE)
+    here = made(source, params, link, kind).restrict(params)
+    here.check(params, f"{link}({_WORDS[kind].argument})")
+    return here.beside(params)

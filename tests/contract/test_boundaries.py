@@ -97,3 +97,44 @@ def test_a_partition_consolidates_under_prefix_labels() -> None:
     moved = jax.tree.map(lambda x: x + 1.0, p)
     step: Any = tx.update(jax.tree.map(jnp.zeros_like, p), state, moved)[0]
     assert (step["enc"]["w"] < 0).all() and not step["head"]["w"].any()
+
+
+@each_link
+def test_a_subspace_may_come_into_being_in_init(case: Case) -> None:
+    """A function of the parameters, for trainers that build optimizers first."""
+    if not case.holds_subspace and "directions" not in case.name:
+        pytest.skip("protects nothing")
+    seen = []
+
+    def make(p: Any) -> adamr.Subspace:
+        seen.append(len(jax.tree.leaves(p)))
+        return subspace()
+
+    p, g = params(), gradients(5)
+    try:
+        tx = case.build(make)()  # pyright: ignore[reportArgumentType]
+    except AttributeError:
+        pytest.skip("the row reads the subspace itself")
+    assert not seen
+    expected = case.build(subspace())()
+    extra_args = case.extra_args(g)
+    a, b = tx.init(p), expected.init(p)
+    assert set(seen) == {5}
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    step, _ = jax.jit(tx.update)(g, a, p, **extra_args)
+    wanted, _ = jax.jit(expected.update)(g, b, p, **extra_args)
+    for x, y in zip(jax.tree.leaves(step), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)
+    optax.tree.map_params(tx, lambda x: x, a)
+
+
+def test_what_a_function_returns_is_checked() -> None:
+    p = params()
+    with pytest.raises(
+        TypeError, match="the function must return a Subspace, got dict"
+    ):
+        adamr.gpm(0.1, lambda p: {}).init(p)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"project_out\(subspace\) was made for 5"):
+        adamr.gpm(0.1, lambda p: subspace()).init({"w": jnp.ones((3, 2))})
+    with pytest.raises(TypeError, match="got int: make one with.*a function"):
+        adamr.gpm_si(0.1, 3)  # pyright: ignore[reportArgumentType]
