@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from adamr.routing.carrier import plain_gradient
+from adamr.routing.carrier import Measured, plain_gradient
 from adamr.subspaces.protected import Protected, Source, beside, require_source
 
 __all__ = ["ProjectOutState", "project_out"]
@@ -29,6 +29,14 @@ def projection(
         return state.subspace.project(updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Projection(optax.GradientTransformationExtraArgs):
+    """A projection that says how far it moved each leaf."""
+
+    def measure(self, updates: Any, state: ProjectOutState) -> Measured:
+        gradient, distances = state.subspace.measured_project(updates)
+        return Measured(gradient, distances, state)
 
 
 def project_out(
@@ -64,4 +72,4 @@ def project_out(
 
     References: Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
-    return projection(subspace, "project_out", ProjectOutState)
+    return _Projection(*projection(subspace, "project_out", ProjectOutState))

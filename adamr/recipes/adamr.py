@@ -7,7 +7,7 @@ import optax
 
 from adamr._nodes import find_nodes
 from adamr.modifiers.projection import ProjectOutState
-from adamr.routing.carrier import route_first_moment
+from adamr.routing.carrier import route_with_strength
 from adamr.routing.merge import faithful_second_moment
 from adamr.routing.sharing import Guard
 from adamr.routing.strength import constant_scale
@@ -177,8 +177,7 @@ def adamr(
         )
         decay = _decay_outside(protection.decay, weight_decay, mask)
         return optax.chain(
-            route_first_moment(modifier),
-            scale,
+            route_with_strength(modifier, scale),
             merge,
             decay if decays else optax.identity(),
             _project_off(protection.step),
@@ -190,8 +189,8 @@ def adamr(
         return links(_protection(state)).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        route, *_ = state
-        tx = links(_protection(route.modifier))
+        routed, *_ = state
+        tx = links(_protection(routed.route.modifier))
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

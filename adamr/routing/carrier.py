@@ -29,8 +29,9 @@ parameters: a route widens gradients of a narrower dtype. The rooms:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import optax
 
 from adamr import _tree
@@ -60,6 +61,32 @@ class Routed(NamedTuple):
 
 class RouteState(NamedTuple):
     modifier: Any
+
+
+class Measured(NamedTuple):
+    """A modified gradient and how far each leaf was moved.
+
+    Attributes:
+      gradient: g̃.
+      distances: ‖g − g̃‖² per leaf, float32 scalars in leaf order.
+      state: the modifier's state after the update.
+    """
+
+    gradient: Any
+    distances: tuple[jax.Array, ...]
+    state: Any
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A modifier that knows how far it moves a leaf without a pass over memory."""
+
+    def measure(self, updates: Any, state: Any) -> Measured: ...
+
+
+class RoutedStrengthState(NamedTuple):
+    route: Any  # RouteState
+    strength: Any
 
 
 def plain_gradient(updates: Any, link: str, params: Any = None) -> Any:
@@ -149,3 +176,34 @@ def route_second_moment(
     For experiments; see `route_first_moment` for arguments.
     """
     return _route("route_second_moment", modifier, lambda g, h: Routed(g, h, g))
+
+
+def route_with_strength(
+    modifier: optax.GradientTransformation, strength: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain(route_first_moment(modifier), strength)` as one link.
+
+    A modifier that measures its own change hands the distances to the strength link,
+    which then takes no pass over the leaves for them, nor a message between devices.
+    """
+    route = route_first_moment(modifier)
+    strength = optax.with_extra_args_support(strength)
+
+    def init_fn(params):
+        return RoutedStrengthState(route.init(params), strength.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if isinstance(modifier, Measuring):
+            g = plain_gradient(updates, "route_first_moment", params)
+            measured = modifier.measure(g, state.route.modifier)
+            routed, inner = Routed(measured.gradient, g, g), RouteState(measured.state)
+            known = {"distances": measured.distances}
+        else:
+            routed, inner = route.update(updates, state.route, params, **extra_args)
+            known = {}
+        routed, scale = strength.update(
+            routed, state.strength, params, **{**extra_args, **known}
+        )
+        return routed, RoutedStrengthState(inner, scale)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

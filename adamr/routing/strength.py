@@ -9,7 +9,7 @@ Links on a `Routed` carrier, with the argument names of this file:
     α_t = alpha_max · (1 − s̄_t)                    `strength`
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -132,8 +132,10 @@ def _squared_norms(routed: Routed) -> jax.Array:
     return jnp.stack([norm(n, x) for n, x in pairs if not _tree.is_hole(x)])
 
 
-def _squared_distances(routed: Routed) -> jax.Array:
+def _squared_distances(routed: Routed, known: Sequence[jax.Array] | None) -> jax.Array:
     """‖raw − x‖² per leaf, x the field that the modifier changed."""
+    if known is not None:
+        return jnp.stack(known)
 
     def distance(x, g):
         if x is g:
@@ -149,11 +151,13 @@ def _squared_distances(routed: Routed) -> jax.Array:
     return away
 
 
-def _energies(routed: Routed) -> tuple[jax.Array, jax.Array]:
+def _energies(
+    routed: Routed, distances: Sequence[jax.Array] | None
+) -> tuple[jax.Array, jax.Array]:
     """‖raw − x‖² and ‖raw‖² per leaf."""
     if not jax.tree.leaves(routed.raw):
         return jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32)
-    return _squared_distances(routed), _squared_norms(routed)
+    return _squared_distances(routed, distances), _squared_norms(routed)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -180,6 +184,10 @@ def overlap_adaptive_scale(
     The more of the gradient the modifier removes, the weaker this rule protects; it is
     the published rule, not a recommendation: on streams with large overlap it gives
     most of the protection away.
+
+    Extra argument of `update`:
+      distances: optional, ‖raw − x‖² per leaf in leaf order, from a caller that knows
+        them already, as `adamr` knows those of a projection.
 
     Args:
       alpha_max: strength at zero overlap, in [0, 1].
@@ -227,10 +235,10 @@ def overlap_adaptive_scale(
             strength=jnp.array(strength_of(jnp.zeros(shape, jnp.float32)), copy=True),
         )
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, distances=None, **extra_args):
         del params, extra_args
         require_routed(updates, "overlap_adaptive_scale")
-        step = _AGGREGATES[aggregate](*_energies(updates))
+        step = _AGGREGATES[aggregate](*_energies(updates, distances))
         smoothed = decay * state.overlap + (1.0 - decay) * step
         overlap = jnp.where(jnp.isfinite(step), smoothed, state.overlap)
         count = optax.safe_increment(state.count)

@@ -57,6 +57,16 @@ class Directions(NamedTuple):
 
         return _tree.map_positions(leaf, tree, kept)
 
+    def measured_project(self, tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        """`project(tree)`, and ‖g − g̃‖² per leaf that is there."""
+        projected = self.project(tree)
+
+        def distance(g, kept):
+            return _tree.squared_norm(g.astype(jnp.float32) - kept.astype(jnp.float32))
+
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(projected), strict=True)
+        return projected, tuple(distance(g, kept) for g, kept in pairs)
+
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""
         self.at(tree, argument)

@@ -189,9 +189,9 @@ SENT = {
         reduced(RANK * OUT, RANK * OUT, OUT),
         [],
     ),
-    "overlap": (  # ‖g‖² is the mean that v takes; both energies in one message
+    "overlap": (  # ‖g‖² from the means that v takes too; all in one message
         lambda s: adamr.adamr(0.1, adamr.project_out(s), strength=OVERLAP),
-        reduced(RANK * OUT, OUT),
+        reduced(RANK * OUT, OUT, OUT),
         reduced(1, 1),
     ),
     "overlap of a clip": (
@@ -200,7 +200,7 @@ SENT = {
             OVERLAP,
             adamr.faithful_second_moment(share="fan_in"),
         ),
-        reduced(OUT, 1),
+        reduced(OUT, OUT, 1),
         reduced(1, 1),
     ),
     "two_sided": (
@@ -242,7 +242,7 @@ def test_what_a_step_sends_on_two_axes():
     tx = adamr.adamr(0.1, adamr.project_out(s), strength=OVERLAP)
     assert sent(tx, p) == [
         ("all-reduce", 1, 1, 1, 1, 1, 1),
-        ("all-reduce", *[RANK * local] * 3, *[local] * 3),
+        ("all-reduce", *[RANK * local] * 3, *[local] * 6),
     ]
 
 
