@@ -2,6 +2,7 @@
 
 from adamr.subspaces import columns as columns
 from adamr.subspaces.axes import Axes as Axes
+from adamr.subspaces.axes import Unread as Unread
 from adamr.subspaces.axes import default_axes as default_axes
 from adamr.subspaces.covariance import Covariance as Covariance
 from adamr.subspaces.covariance import empty_covariance as empty_covariance
