@@ -33,6 +33,11 @@ from adamr import state as state
 from adamr import subspaces as subspaces
 from adamr import trust as trust
 
+# Layer inputs, read off the computation.
+from adamr.capture import contracted_axes as contracted_axes
+from adamr.capture import coverage as coverage
+from adamr.capture import layer_inputs as layer_inputs
+
 # Measure and place.
 from adamr.diagnostics import moment_statistics as moment_statistics
 from adamr.diagnostics import update_leak as update_leak
@@ -110,6 +115,7 @@ from adamr.state import set_subspace as set_subspace
 from adamr.subspaces import Axes as Axes
 from adamr.subspaces import Directions as Directions
 from adamr.subspaces import Subspace as Subspace
+from adamr.subspaces import Unread as Unread
 from adamr.subspaces import default_axes as default_axes
 from adamr.subspaces import empty_directions as empty_directions
 from adamr.subspaces import empty_subspace as empty_subspace

@@ -29,12 +29,12 @@ import tyro
 from flax import nnx
 
 import adamr
-from adamr.capture.nnx import kernel_axes
 from benchmarks._speed import timing
 from benchmarks._speed.limits import measure_limits, seconds_per_call
 from benchmarks._speed.rivals import moved_bytes, rivals, torch_adam
 from benchmarks.step_time import gradients_like
 from examples.harness.report import write
+from examples.harness.setting import kernel_axes
 from examples.lm.model import BYTES, Preset, Transformer
 
 UNPROTECTED = ("embedding", "norm", "head")
@@ -103,8 +103,13 @@ def model(config: Config) -> tuple[Preset, Any, Any, Any]:
     )  # fmt: skip
     net = Transformer(preset, nnx.Rngs(config.seed))
     graph, params = nnx.split(net, nnx.Param)
+    axes = kernel_axes(
+        lambda params, tokens: nnx.merge(graph, params)(tokens),
+        params,
+        jax.ShapeDtypeStruct((1, preset.context), np.int32),
+    )
     empty = adamr.empty_subspace(
-        params, axes=kernel_axes(net), max_rank=config.rank, unprotected=UNPROTECTED
+        params, axes=axes, max_rank=config.rank, unprotected=UNPROTECTED
     )
     keys = iter(jax.random.split(jax.random.key(config.seed), len(empty.bases)))
 

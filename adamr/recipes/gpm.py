@@ -102,7 +102,7 @@ def gpm(
     >>> print(step["w"][:, 0].round(3) + 0.0)
     [ 0.  -0.1 -0.1]
 
-    With Flax, `capture.capture_inputs(model, x)` gives the inputs.
+    `adamr.layer_inputs(forward, params, x)` gives the inputs of any model.
 
     References:
       Saha, Garg, Roy, Gradient Projection Memory for Continual Learning,

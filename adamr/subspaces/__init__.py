@@ -2,8 +2,10 @@
 
 from adamr.subspaces import columns as columns
 from adamr.subspaces.axes import Axes as Axes
+from adamr.subspaces.axes import Unread as Unread
 from adamr.subspaces.axes import default_axes as default_axes
 from adamr.subspaces.covariance import Covariance as Covariance
+from adamr.subspaces.covariance import SharedCovariance as SharedCovariance
 from adamr.subspaces.covariance import empty_covariance as empty_covariance
 from adamr.subspaces.covariance import merge_covariance as merge_covariance
 from adamr.subspaces.covariance import update_covariance as update_covariance

@@ -1,8 +1,15 @@
 """Which axes of a leaf are contracted with the layer's input, and which only stack."""
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Axes", "default_axes"]
+__all__ = ["MAX_FAN_IN", "Axes", "Unread", "default_axes", "fan_in"]
+
+# A basis of full rank for a larger fan-in takes more than 1 GB: an embedding's
+# vocabulary, as a rule, rather than the width of a layer.
+MAX_FAN_IN = 16384
 
 
 class Axes(NamedTuple):
@@ -34,13 +41,39 @@ class Axes(NamedTuple):
         return Axes(protected, batch)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Unread:
+    """In place of `Axes`: a leaf that cannot be protected, and why."""
+
+    reason: str
+
+    def __repr__(self) -> str:
+        return f"Unread({self.reason!r})"
+
+
+def fan_in(axes: Axes, shape: Sequence[int]) -> int:
+    return math.prod(shape[axis] for axis in axes.protected)
+
+
+_VECTORS = ("b", "beta", "bias", "gamma", "offset", "scale")
+
+
+def _names_a_vector(path: str) -> bool:
+    """Whether a leaf is a bias or a scale, which may be stacked or have heads."""
+    *modules, name = [p for p in path.lower().split("/") if p != "value"] or [""]
+    if name in _VECTORS or name.endswith(("_bias", "_scale", "_b")):
+        return True
+    return "norm" in name or (name == "weight" and any("norm" in m for m in modules))
+
+
 def default_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
-    """The rule for leaves that nothing else is said about (Flax's layouts).
+    """The rule for dense trees that nothing else is said about (Flax's layouts).
 
     ====================================  =======================  ==============
     leaf                                  shape                    protected
     ====================================  =======================  ==============
-    bias, scale                           (n,)                     none
+    `bias`, `scale` and the like          any                      none
+    whatever else has one axis            (n,)                     none
     dense or embedding                    (in, out)                in
     attention `query`, `key`, `value`     (in, heads, head)        in
     attention `out`                       (heads, head, out)       heads and head
@@ -49,7 +82,9 @@ def default_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
     four axes and more: convolution       (*window, in, out)       window and in
     ====================================  =======================  ==============
 
-    Layers stacked by a scan that are not plain dense need `axes=`.
+    `bias and the like`: the last part of the name is b, beta, bias, gamma, offset or
+    scale, ends in _b, _bias or _scale, or speaks of a norm. Other layouts need `axes=`,
+    for which `capture.contracted_axes` reads them off the model.
 
     Args:
       path: the leaf's name, parts separated by `/`.
@@ -62,9 +97,11 @@ def default_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
     Axes(protected=(0,), batch=())
     >>> default_axes("block/attention/out/kernel", (4, 16, 64))
     Axes(protected=(0, 1), batch=())
+    >>> default_axes("block/attention/query/bias", (4, 16)) is None
+    True
     """
     ndim = len(shape)
-    if ndim < 2:
+    if ndim < 2 or _names_a_vector(path):
         return None
     if ndim == 2:
         return Axes((0,))

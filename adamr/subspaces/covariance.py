@@ -17,7 +17,9 @@ from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = [
     "Covariance",
+    "SharedCovariance",
     "empty_covariance",
+    "mean_moment",
     "merge_covariance",
     "update_covariance",
 ]
@@ -35,6 +37,60 @@ class Covariance(NamedTuple):
 
     moments: tuple[jax.Array | None, ...]
     counts: tuple[jax.Array | None, ...]
+
+
+@jax.tree_util.register_pytree_node_class
+class SharedCovariance(Covariance):
+    """A `Covariance` that keeps once what several leaves share.
+
+    `moments` and `counts` have an entry per leaf; entries of leaves that met
+    the same rows are one array, and one leaf of this pytree.
+
+    Attributes:
+      same_as: per leaf the position of the first leaf with the same moment, which may
+        be its own; None where there is none. Static: part of the pytree's structure.
+    """
+
+    same_as: tuple[int | None, ...]
+
+    def __new__(
+        cls,
+        moments: tuple[jax.Array | None, ...],
+        counts: tuple[jax.Array | None, ...],
+        same_as: tuple[int | None, ...],
+    ) -> "SharedCovariance":
+        self = super().__new__(cls, moments, counts)
+        self.same_as = same_as
+        return self
+
+    def _distinct(self) -> list[int]:
+        return [i for i, first in enumerate(self.same_as) if first == i]
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        distinct = self._distinct()
+        children = [(self.moments[i], self.counts[i]) for i in distinct]
+        return children, self.same_as
+
+    @classmethod
+    def tree_unflatten(cls, same_as: Any, children: Any) -> "SharedCovariance":
+        children = iter(children)
+        pairs: list[Any] = []
+        for i, first in enumerate(same_as):
+            pairs.append(
+                (None, None)
+                if first is None
+                else next(children)
+                if first == i
+                else pairs[first]
+            )
+        moments, counts = zip(*pairs, strict=True) if pairs else ((), ())
+        return cls(moments, counts, same_as)
+
+
+def mean_moment(total: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Σ x xᵀ / N and N; zero where N is."""
+    number = jnp.maximum(count, 1).astype(jnp.float32)
+    return total / number[..., None, None], count
 
 
 def check_moment(
@@ -141,10 +197,57 @@ def _averaged(moment, count, rows):
     return averaged, jnp.where(usable, total, count)
 
 
+@jax.jit
+def _added(moment, count, new, number):
+    usable = jnp.all(jnp.isfinite(new), axis=(-1, -2))
+    number = jnp.where(usable, number, 0)
+    total = jnp.where(count > _MOST - number, _MOST, count + number)
+    share = (number / jnp.maximum(total, 1).astype(jnp.float32))[..., None, None]
+    averaged = moment + share * (new - moment)
+    return jnp.where(usable[..., None, None], averaged, moment), total
+
+
+def _add(covariance: Covariance, other: Covariance) -> Covariance:
+    """That of the samples of both."""
+    if len(covariance.moments) != len(other.moments):
+        raise ValueError(
+            f"samples is a covariance of {len(other.moments)} leaves, expected "
+            f"{len(covariance.moments)}."
+        )
+    mine, theirs = getattr(covariance, "same_as", None), getattr(other, "same_as", None)
+    shared = mine if mine == theirs else None
+    done: dict[int, Any] = {}
+
+    def leaf(i, moment, count, new, number):
+        if moment is None or new is None:
+            return moment, count
+        if moment.shape != new.shape:
+            raise ValueError(
+                f"samples has a moment of shape {new.shape} at leaf {i}, expected "
+                f"{moment.shape}."
+            )
+        if not _tree.is_traced(new) and not jnp.all(jnp.isfinite(new)):
+            raise ValueError(f"samples has NaN or infinite entries at leaf {i}.")
+        first = i if shared is None else shared[i]
+        if first not in done:
+            done[first] = _added(moment, count, new, number)
+        return done[first]
+
+    pairs = list(map(leaf, range(len(other.moments)), *covariance, *other))
+    moments, counts = zip(*pairs, strict=True)
+    if shared is None:
+        return Covariance(moments, counts)
+    return SharedCovariance(moments, counts, shared)
+
+
 def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     """Adds a batch of layer inputs, in or outside jit and scan.
 
         X̄ <- (n̄ X̄ + XᵀX) / (n̄ + n),   n̄ <- n̄ + n
+
+    or, given the covariance Ȳ of n more samples instead of the samples,
+
+        X̄ <- (n̄ X̄ + n Ȳ) / (n̄ + n),   n̄ <- n̄ + n
 
     X holds n samples as rows. Guarantee: X̄ is the mean of x xᵀ over all samples, to
     rounding, however they are split into batches. The authors' code (Adam-NSCL) first
@@ -154,11 +257,13 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     Args:
       covariance: the sums so far. With parts, each part gets an equal block of rows.
       samples: tree like the parameters, or a tuple in leaf order; per leaf a float
-        array (num_samples, n), (layers, num_samples, n) for stacked kernels, or None.
+        array (num_samples, n), (layers, num_samples, n) for stacked kernels, or None;
+        or a `Covariance`, such as `capture.layer_inputs` gives.
 
     Returns:
-      A `Covariance` of the same shapes. A slice is unchanged where the squares of its
-      samples are not finite (inside jit, also where the samples are not).
+      A `Covariance` of the same shapes; a `SharedCovariance` where both are and share
+      the same. A slice is unchanged where the squares of its samples are not finite
+      (inside jit, also where the samples are not).
 
     Raises:
       ValueError: for samples of the wrong shape, empty or (outside jit) not finite.
@@ -170,6 +275,8 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     Array([[2., 0.],
            [0., 0.]], dtype=float32)
     """
+    if isinstance(samples, Covariance):
+        return _add(covariance, samples)
     names, leaves = _tree.flatten_with_names(samples)
     if len(leaves) != len(covariance.moments):
         raise ValueError(

@@ -5,6 +5,7 @@ Under jit shapes are checked and values taken on trust.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamr import _tree
-from adamr.subspaces.axes import Axes, default_axes
+from adamr.subspaces.axes import MAX_FAN_IN, Axes, Unread, default_axes, fan_in
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["cast_bases", "empty_subspace", "make_subspace"]
@@ -177,6 +178,7 @@ def make_subspace(
         if _tree.is_hole(basis) or _tree.is_hole(leaf):
             entries.append((None, None))
             continue
+        spec = None if isinstance(spec, Unread) else spec
         spec = _axes_for(name, leaf, spec, basis)
         entries.append(_shaped(name, leaf, spec, basis, weight, max_rank))
     return Subspace(*zip(*entries, strict=True)) if entries else Subspace((), ())
@@ -213,9 +215,10 @@ def cast_bases(subspace: Subspace, dtype: jax.typing.DTypeLike) -> Subspace:
 def flatten_axes(axes: Any, params: Any) -> list[Any]:
     """Axes per leaf of `params`: a tree like it, or a rule `(path, shape) -> Axes`."""
     names, leaves = _tree.flatten_with_names(params)
-    if callable(axes):
+    # A module that can be called is a tree nevertheless.
+    if callable(axes) and jax.tree_util.all_leaves([axes]):
         pairs = zip(names, leaves, strict=True)
-        return [None if _tree.is_hole(x) else axes(n, x.shape) for n, x in pairs]
+        return [axes(n, x.shape) if hasattr(x, "shape") else None for n, x in pairs]
     found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
     if len(found) != len(leaves):
         raise ValueError(
@@ -225,27 +228,49 @@ def flatten_axes(axes: Any, params: Any) -> list[Any]:
     return found
 
 
+def _warn(unread: dict[str, str]) -> None:
+    """One warning for all leaves that could not be read, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unread.items():
+        names.setdefault(reason, []).append(name)
+    told = "; ".join(f"{', '.join(each)} ({why})" for why, each in names.items())
+    warnings.warn(
+        f"{len(unread)} leaves stay unprotected: {told}. Name them in unprotected= to "
+        "accept that.",
+        stacklevel=3,
+    )
+
+
 def empty_subspace(
     params: Any,
     *,
     axes: Any = None,
     max_rank: int | None = None,
     unprotected: Sequence[str] = (),
+    max_fan_in: int | None = MAX_FAN_IN,
 ) -> Subspace:
     """Subspace of rank 0 with room to grow, for a stream's first task.
 
     Args:
-      params: the parameters (arrays or `ShapeDtypeStruct`s).
-      axes: tree like `params` of `Axes` or None, as `capture.kernel_axes` gives, or a
-        rule `(path, shape) -> Axes | None`; None: `default_axes`.
+      params: the parameters (arrays or `ShapeDtypeStruct`s; other leaves are left
+        alone).
+      axes: tree like `params` of `Axes` or None, as `capture.contracted_axes` gives, or
+        a rule `(path, shape) -> Axes | None`; None: `default_axes`.
       max_rank: room for directions per leaf, at most the fan-in; None: the fan-in.
       unprotected: parts of leaf names to leave alone, such as `"embedding"`.
+      max_fan_in: a leaf of larger fan-in (the vocabulary of an embedding, as a rule) is
+        refused unless it is in `unprotected`; None: no limit.
 
     Returns:
       A `Subspace` that protects nothing yet.
 
     Raises:
-      ValueError: if a name in `unprotected` matches no leaf.
+      ValueError: if a name in `unprotected` matches no leaf; for a fan-in above
+        `max_fan_in`.
+
+    Warns:
+      UserWarning: names the leaves that `contracted_axes` could not read, and why, if
+        they are not in `unprotected`.
 
     >>> params = {"head": jnp.zeros((3, 2)), "mlp": jnp.zeros((3, 3))}
     >>> s = empty_subspace(params, max_rank=2, unprotected=("head",))
@@ -262,13 +287,24 @@ def empty_subspace(
             )
     _check_room(max_rank)
     how = flatten_axes(default_axes if axes is None else axes, params)
-    entries = []
+    entries, unread = [], {}
     for name, leaf, spec in zip(names, leaves, how, strict=True):
-        if spec is None or any(part in name for part in unprotected):
+        wanted = not any(part in name for part in unprotected)
+        if wanted and isinstance(spec, Unread) and hasattr(leaf, "shape"):
+            unread[name] = spec.reason
+        if not wanted or spec is None or isinstance(spec, Unread):
             entries.append((None, None))
             continue
         spec = Axes(*spec).normalized(leaf.ndim)
-        fan_in = math.prod(leaf.shape[d] for d in spec.protected)
-        shapes = _stored_shapes(leaf.shape, spec, _capacity(max_rank, fan_in))
+        size = fan_in(spec, leaf.shape)
+        if max_fan_in is not None and size > max_fan_in:
+            raise ValueError(
+                f"{name} has a fan-in of {size}, more than max_fan_in = {max_fan_in} "
+                "(the vocabulary of an embedding?): name it in unprotected=, or raise "
+                "max_fan_in."
+            )
+        shapes = _stored_shapes(leaf.shape, spec, _capacity(max_rank, size))
         entries.append(tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    if unread:
+        _warn(unread)
     return Subspace(*zip(*entries, strict=True)) if entries else Subspace((), ())

@@ -67,7 +67,7 @@ def empty_sketch(subspace: Subspace, size: int) -> Sketch:
     return Sketch(tuple(map(leaf, *subspace)))
 
 
-def _shrink(rows: jax.Array, new: jax.Array) -> jax.Array:
+def shrink_rows(rows: jax.Array, new: jax.Array) -> jax.Array:
     """One Frequent Directions step on (size, n) and (num_samples, n)."""
     size, fan_in = rows.shape
     stacked = jnp.concatenate([rows, new.astype(jnp.float32)])
@@ -121,7 +121,7 @@ def update_sketch(sketch: Sketch, samples: Any) -> Sketch:
     def leaf(rows, new):
         if rows is None or _tree.is_hole(new):
             return rows
-        shrink = _shrink
+        shrink = shrink_rows
         for _ in range(rows.ndim - 2):
             shrink = jax.vmap(shrink)
         return shrink(rows, new)

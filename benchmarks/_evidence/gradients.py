@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 import adamr
-from adamr import capture
 from adamr.subspaces.subspace import rank
+from examples.harness.setting import kernel_axes
 from examples.lm.model import Preset, create
 from examples.streams.domains import Domain, check_lengths, sample_windows
 
@@ -132,10 +132,13 @@ def language(
     """
     check_lengths([old, new], preset.context)
     graph, params = create(preset, seed)
-    model = nnx.merge(graph, params)
-    empty = adamr.empty_subspace(
-        params, axes=capture.kernel_axes(model), unprotected=UNPROTECTED
-    )
+
+    def logits(params, tokens):
+        return nnx.merge(graph, params)(tokens)
+
+    tokens = jax.ShapeDtypeStruct((1, preset.context), np.int32)
+    axes = kernel_axes(logits, params, tokens)
+    empty = adamr.empty_subspace(params, axes=axes, unprotected=UNPROTECTED)
     tx, rng = optax.adam(learning_rate), np.random.default_rng(seed)
 
     def kernels(tree):
@@ -159,9 +162,7 @@ def language(
     (params, state), before = train(params, tx.init(params), batches(old, preset.steps))
     seen = batches(old, 1 + CAPTURED // (preset.context * preset.batch))
     inputs = seen.reshape(-1, preset.context + 1)[:, :-1].astype(np.int32)
-    samples = capture.capture_inputs(
-        nnx.merge(graph, params), inputs, max_samples=CAPTURED
-    )
+    samples = adamr.layer_inputs(logits, params, inputs, kind="rows", max_rows=CAPTURED)
     full = adamr.grow_subspace(empty, samples, threshold=threshold)
     subspace = adamr.Subspace(
         *(tuple(x for x in part if x is not None) for part in full)

@@ -4,10 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
-from adamr import capture
+import adamr
 from examples.harness.problem import Data, Problem
+from examples.harness.setting import kernel_axes
 from examples.lm.model import Preset, Transformer
 from examples.vision.models import MLP
 
@@ -16,28 +19,37 @@ __all__ = ["language_problem", "mlp_problem"]
 CAPTURED = 4096  # layer inputs per kernel from which a boundary's basis is found
 
 
-def _problem(make: Callable[[Any], nnx.Module]) -> tuple[Problem, Any]:
+def _problem(make: Callable[[Any], nnx.Module], inputs: Any) -> tuple[Problem, Any]:
     """The loop's view of a network, and the `Axes` of its kernels."""
-    model = make(0)
-    graph = nnx.graphdef(model)
+    graph, params = nnx.split(make(0), nnx.Param)
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
     made = Problem(
         init=lambda key: nnx.state(make(key), nnx.Param),
-        logits=lambda params, x: nnx.merge(graph, params)(x),
+        logits=logits,
         batch=lambda data, at: Data(data.inputs[at], data.labels[at], data.classes),
-        capture=lambda params, x: capture.capture_inputs(
-            nnx.merge(graph, params), x, max_samples=CAPTURED
+        capture=lambda params, x: adamr.layer_inputs(
+            logits, params, x, kind="rows", max_rows=CAPTURED
         ),
     )
-    return made, capture.kernel_axes(model)
+    return made, kernel_axes(logits, params, inputs)
 
 
 @functools.cache
 def mlp_problem(
     inputs: int, outputs: int, hidden: tuple[int, ...]
 ) -> tuple[Problem, Any]:
-    return _problem(lambda key: MLP([inputs], outputs, nnx.Rngs(key), hidden))
+    return _problem(
+        lambda key: MLP([inputs], outputs, nnx.Rngs(key), hidden),
+        jax.ShapeDtypeStruct((1, inputs), np.float32),
+    )
 
 
 @functools.cache
 def language_problem(preset: Preset) -> tuple[Problem, Any]:
-    return _problem(lambda key: Transformer(preset, nnx.Rngs(key)))
+    return _problem(
+        lambda key: Transformer(preset, nnx.Rngs(key)),
+        jax.ShapeDtypeStruct((1, preset.context), np.int32),
+    )

@@ -70,4 +70,4 @@ def empty(params: Any, max_rank: int | None, head: bool = False) -> adamr.Subspa
             return adamr.Axes((0,))
         return adamr.Axes((1,), (0,)) if len(shape) == 3 else None
 
-    return adamr.empty_subspace(params, axes=axes, max_rank=max_rank)
+    return adamr.empty_subspace(params, axes=axes, max_rank=max_rank, max_fan_in=None)

@@ -4,9 +4,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 import adamr
 
-__all__ = ["DIRECTIONS", "SAMPLES", "THRESHOLD", "Setting", "default_of", "setting_for"]
+__all__ = [
+    "DIRECTIONS",
+    "SAMPLES",
+    "THRESHOLD",
+    "Setting",
+    "default_of",
+    "kernel_axes",
+    "setting_for",
+]
 
 
 def default_of(function: Callable, parameter: str) -> Any:
@@ -35,6 +45,19 @@ class Setting(NamedTuple):
     threshold: float
     samples: int
     new_directions: int
+
+
+def kernel_axes(logits: Callable[..., Any], params: Any, inputs: Any) -> Any:
+    """The `Axes` of all kernels; None for biases and scales, which no method protects.
+
+    Args:
+      logits: `(params, inputs) -> logits`.
+      params: parameters, or their shapes.
+      inputs: a batch, or its shape.
+    """
+    axes = adamr.contracted_axes(logits, params, inputs)
+    return jax.tree.map(lambda a: a if isinstance(a, adamr.Axes) else None, axes,
+                        is_leaf=lambda a: isinstance(a, adamr.Axes))  # fmt: skip
 
 
 def setting_for(

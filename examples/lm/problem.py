@@ -11,10 +11,10 @@ import optax
 from flax import nnx
 
 import adamr
-from adamr import capture, diagnostics
+from adamr import diagnostics
 from adamr.subspaces.subspace import rank
 from examples.harness.problem import Data, Feed, Problem
-from examples.harness.setting import Setting, setting_for
+from examples.harness.setting import Setting, kernel_axes, setting_for
 from examples.lm.model import BYTES, Preset, create
 from examples.streams.domains import (
     HELD_OUT_SHARE,
@@ -120,12 +120,16 @@ def _observe(gradient, updates, opt_state, setting) -> dict[str, jax.Array]:
 def problem(preset: Preset) -> Problem:
     """The loop's view of the transformer."""
     graph, _ = create(preset, 0)
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
     return Problem(
         init=lambda key: create(preset, key)[1],
-        logits=lambda params, x: nnx.merge(graph, params)(x),
+        logits=logits,
         batch=lambda classes, windows: _data(windows, classes),
-        capture=lambda params, x: capture.capture_inputs(
-            nnx.merge(graph, params), x, max_samples=CAPTURED
+        capture=lambda params, x: adamr.layer_inputs(
+            logits, params, x, kind="rows", max_rows=CAPTURED
         ),
         observe=_observe,
         observed=("overlap", "strength", "leak", "used"),
@@ -134,10 +138,11 @@ def problem(preset: Preset) -> Problem:
 
 def setting(preset: Preset, tasks: int, threshold: float) -> Setting:
     """An empty subspace for every `nnx.Linear` kernel inside the blocks."""
-    graph, params = create(preset, 0)
+    _, params = create(preset, 0)
+    tokens = jax.ShapeDtypeStruct((1, preset.context), np.int32)
     return setting_for(
         params,
-        capture.kernel_axes(nnx.merge(graph, params)),
+        kernel_axes(problem(preset).logits, params, tokens),
         tasks=tasks,
         unprotected=UNPROTECTED,
         threshold=threshold,

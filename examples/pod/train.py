@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import adamr
-from adamr.capture.nnx import kernel_axes
 from adamr.checkpoint.checkpoints import Checkpoints, Restored
+from examples.harness.setting import kernel_axes
 from examples.lm.model import Preset, Transformer
 from examples.lm.problem import UNPROTECTED
 from examples.pod import placement
@@ -56,39 +56,6 @@ def _split(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return windows[..., :-1], windows[..., 1:]
 
 
-class _Noting(nnx.Linear):
-    def __call__(self, inputs):
-        self.noted.append(inputs)
-        return super().__call__(inputs)
-
-
-def layer_inputs(graph: nnx.GraphDef, params: Any, tokens: jax.Array) -> Any:
-    """Inputs of every Linear kernel, (samples, fan-in); None for other leaves.
-
-    Where `adamr.capture.capture_inputs` needs values, this works inside a program.
-    """
-    model = nnx.merge(graph, params)
-    layers = {
-        path: layer
-        for path, layer in nnx.iter_modules(model)
-        if isinstance(layer, nnx.Linear)
-    }
-    noted = {path: [] for path in layers}
-    for path, layer in layers.items():
-        layer.__class__ = _Noting
-        object.__setattr__(layer, "noted", noted[path])
-    model(tokens)
-
-    def leaf(path, _):
-        *layer, name = (key.key for key in path if hasattr(key, "key"))
-        if name != "kernel" or tuple(layer) not in noted:
-            return None
-        rows = [x.reshape(-1, x.shape[-1]) for x in noted[tuple(layer)]]
-        return jnp.concatenate(rows).astype(jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
 def optimizer(learning_rate: float, subspace: adamr.Subspace):
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -117,7 +84,12 @@ def programs(
     """
     abstract = nnx.eval_shape(lambda: Transformer(preset, nnx.Rngs(seed)))
     graph, params = nnx.split(abstract, nnx.Param)
-    axes = kernel_axes(abstract)
+
+    def logits(params, tokens):
+        return nnx.merge(graph, params)(tokens)
+
+    tokens = jax.ShapeDtypeStruct((1, preset.context), jnp.int32)
+    axes = kernel_axes(logits, params, tokens)
 
     def empty(params):
         return adamr.empty_subspace(
@@ -147,8 +119,9 @@ def programs(
     def loss_fn(params, windows):
         params = jax.lax.with_sharding_constraint(params, in_use)
         inputs, targets = _split(windows)
-        logits = nnx.merge(graph, params)(inputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, inputs), targets
+        )
         return losses.mean()
 
     def train(state, windows):
@@ -159,8 +132,10 @@ def programs(
     def protect(state, windows):
         inputs, _ = _split(windows)
         params = jax.lax.with_sharding_constraint(state.params, in_use)
-        samples = layer_inputs(graph, params, inputs)
         subspace = adamr.get_subspace(state.opt_state)
+        samples = adamr.layer_inputs(
+            logits, params, inputs, kind="rows", leaves=subspace
+        )
         # Rows stay where they are and bases, which are small, come to them: what is
         # summed over the devices is a Gram matrix per kernel.
         samples = jax.lax.with_sharding_constraint(samples, rows)

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from adamr import capture
+import adamr
 from examples import streams
 from examples.harness.problem import Data, Feed, Problem
+from examples.harness.setting import kernel_axes
 from examples.vision.models import MODELS, LinenMLP
 
 __all__ = ["feed", "problem", "union"]
@@ -28,18 +29,14 @@ def problem(
         return MODELS[model](shape, outputs, nnx.Rngs(key), **options)
 
     graph = nnx.graphdef(make(0))
-    return (
-        Problem(
-            init=lambda key: nnx.state(make(key), nnx.Param),
-            logits=lambda params, x: nnx.merge(graph, params)(x),
-            batch=_batch,
-            capture=lambda params, x: capture.capture_inputs(
-                nnx.merge(graph, params), x
-            ),
-            convolves=model != "mlp",
-        ),
-        capture.kernel_axes(make(0)),
+    made = Problem(
+        init=lambda key: nnx.state(make(key), nnx.Param),
+        logits=lambda params, x: nnx.merge(graph, params)(x),
+        batch=_batch,
+        capture=_capture(lambda params, x: nnx.merge(graph, params)(x)),
+        convolves=model != "mlp",
     )
+    return made, _axes(made, shape)
 
 
 def _linen(shape, outputs):
@@ -48,16 +45,22 @@ def _linen(shape, outputs):
     def init(key):
         return module.init(key, one)["params"]
 
-    made = Problem(
-        init=init,
-        logits=lambda params, x: module.apply({"params": params}, x),
-        batch=_batch,
-        capture=lambda params, x: capture.capture_linen_inputs(
-            module, {"params": params}, x
-        ),
+    def logits(params, x):
+        return module.apply({"params": params}, x)
+
+    made = Problem(init=init, logits=logits, batch=_batch, capture=_capture(logits))
+    return made, _axes(made, shape)
+
+
+def _capture(logits):
+    return functools.partial(adamr.layer_inputs, logits, kind="rows")
+
+
+def _axes(made: Problem, shape: tuple[int, ...]) -> Any:
+    params = jax.eval_shape(made.init, jax.random.key(0))
+    return kernel_axes(
+        made.logits, params, jax.ShapeDtypeStruct((1, *shape), np.float32)
     )
-    variables = {"params": init(jax.random.key(0))}
-    return made, capture.linen_kernel_axes(module, variables, one)
 
 
 def _batch(data: Data, index: jax.Array) -> Data:

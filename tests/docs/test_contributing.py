@@ -29,7 +29,7 @@ def test_advice_to_install_names_this_distribution_and_its_extras():
             names |= set(re.findall(r"(adamr[\w-]*)\[([a-z,]+)\]", path.read_text()))
     assert {name for name, _ in names} == {project["name"]}
     assert {e for _, some in names for e in some.split(",")} <= set(extras)
-    assert {"flax", "orbax", "log"} <= {some for _, some in names}
+    assert {"orbax", "log"} <= {some for _, some in names}
 
 
 def test_the_skeleton_of_a_modifier_runs():

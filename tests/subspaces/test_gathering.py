@@ -240,15 +240,20 @@ def test_captured_rows_of_a_sharded_batch_stay_where_they_are():
 
     tokens = np.random.default_rng(0).integers(0, 16, (16, 4))
     where = NamedSharding(mesh_of_eight(), PartitionSpec("data"))
-    near = adamr.capture.capture_inputs(Model(), jnp.asarray(tokens))
-    far = adamr.capture.capture_inputs(Model(), jax.device_put(tokens, where))
+    graph, params = nnx.split(Model(), nnx.Param)
+
+    def forward(params, tokens):
+        return nnx.merge(graph, params)(tokens)
+
+    def rows(tokens):
+        return adamr.layer_inputs(forward, params, tokens, kind="rows")
+
+    near, far = rows(tokens), rows(jax.device_put(tokens, where))
     for a, b in zip(jax.tree.leaves(far), jax.tree.leaves(near), strict=True):
-        assert isinstance(b, np.ndarray)
-        assert isinstance(a, jax.Array) and not a.sharding.is_fully_replicated
+        assert not a.sharding.is_fully_replicated
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-    params = nnx.state(Model(), nnx.Param)
-    axes = adamr.capture.kernel_axes(Model())
-    s = adamr.empty_subspace(params, axes=axes)
+    axes = adamr.contracted_axes(forward, params, tokens)
+    s = adamr.empty_subspace(params, axes=axes, unprotected=["bias"])
     parts = jax.device_put(adamr.subspaces.empty_covariance(s, parts=8), where)
     parts = adamr.subspaces.update_covariance(parts, far)
     whole = adamr.subspaces.update_covariance(adamr.subspaces.empty_covariance(s), near)
