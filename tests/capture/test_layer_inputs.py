@@ -55,6 +55,7 @@ def test_gram_matrix_of_a_product(equation):
     close(energy(lambda w, x: jnp.einsum(equation, x, w), w, x), np.sum(y**2))
 
 
+@pytest.mark.smoke
 def test_gram_matrix_of_a_look_up():
     tokens, w = np.array([[1, 3, 3], [0, -1, 3]]), normal(0, 6, 4)
     close(energy(lambda w, x: w[x], w, tokens), np.sum(np.float64(w)[tokens] ** 2))
@@ -170,6 +171,7 @@ def test_scanned_leaves_that_meet_the_same_share_it_through_casts():
     assert found.moments[0].shape == (3, 8, 8)
 
 
+@pytest.mark.smoke
 def test_portions_add_up_to_the_whole():
     p, x = weights(), normal(9, 6, 4, 6)
     read = jax.jit(functools.partial(layer_inputs, attention))
