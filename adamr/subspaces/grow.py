@@ -4,7 +4,6 @@ The functions are pure, run under jit, and keep every shape; outside jit they co
 float64 on the host.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,16 +17,14 @@ from adamr.subspaces.columns import (
     extend_by_spectrum,
     matmul,
     normalized_samples,
-    on_host,
     residual_columns,
     spectrum,
-    to_columns,
-    to_storage,
     transpose,
     used_columns,
 )
 from adamr.subspaces.covariance import Covariance, check_moment
 from adamr.subspaces.subspace import Subspace, layout
+from adamr.subspaces.together import Evidence, Grow, grow_together
 
 __all__ = ["gradient_samples", "grow_subspace"]
 
@@ -66,22 +63,37 @@ def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
 
 
-@functools.partial(jax.jit, static_argnames=("threshold", "scaling"))
-def _grow_leaf(basis, weights, samples, threshold, scaling, rounding=0.0):
-    """One leaf grown by its samples; energy up to `rounding` is noise of the basis."""
-    columns, lam = to_columns(basis, weights)
+def _by_samples(
+    columns: jax.Array,
+    lam: jax.Array,
+    samples: jax.Array,
+    *,
+    threshold: float,
+    scaling: float | None,
+    rounding: float,
+) -> tuple[jax.Array, jax.Array]:
+    """One basis grown by samples.
+
+    Energy up to `rounding` is noise: a rounded basis leaves it outside its span of what
+    lies inside.
+    """
     samples, usable = normalized_samples(samples)
     grown = extend_by_samples(columns, samples, threshold, rounding)
     grown = jnp.where(usable, grown, columns)
     energy = jnp.sum(jnp.square(matmul(samples, grown)), axis=-2)
-    lam = _grown_weights(columns, lam, grown, usable, energy, scaling)
-    return to_storage(grown, lam, basis, weights)
+    return grown, _grown_weights(columns, lam, grown, usable, energy, scaling)
 
 
-@functools.partial(jax.jit, static_argnames=("threshold", "scaling"))
-def _grow_leaf_by_gram(basis, weights, gram, threshold, scaling, rounding=0.0):
+def _by_gram(
+    columns: jax.Array,
+    lam: jax.Array,
+    gram: jax.Array,
+    *,
+    threshold: float,
+    scaling: float | None,
+    rounding: float,
+) -> tuple[jax.Array, jax.Array]:
     """The same from the samples' Gram matrix over the fan-in, (*batch, n, n)."""
-    columns, lam = to_columns(basis, weights)
     gram, usable = _unit_trace(gram)
     rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
     rest = (rest + transpose(rest)) / 2
@@ -89,8 +101,7 @@ def _grow_leaf_by_gram(basis, weights, gram, threshold, scaling, rounding=0.0):
     grown = extend_by_spectrum(columns, *spectrum(rest), threshold, floor)
     grown = jnp.where(usable, grown, columns)
     energy = jnp.sum(grown * matmul(gram, grown), axis=-2)
-    lam = _grown_weights(columns, lam, grown, usable, energy, scaling)
-    return to_storage(grown, lam, basis, weights)
+    return grown, _grown_weights(columns, lam, grown, usable, energy, scaling)
 
 
 @jax.jit
@@ -119,6 +130,18 @@ def sample_rows(
     if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
         raise ValueError(f"samples has NaN or infinite entries at {name}.")
     return jnp.reshape(samples, (*batch, -1, how.fan_in))
+
+
+def _evidence(
+    name: str, x: jax.Array, basis: jax.Array, weights: jax.Array, by_gram: bool
+) -> tuple[jax.Array, Grow]:
+    """Checked samples or Gram matrix, and how a basis grows by it."""
+    if by_gram:
+        check_moment(x, name, basis, weights)
+        return x, _by_gram
+    rows = sample_rows(name, x, basis, weights)
+    whole = _tree.is_traced(rows) or rows.is_fully_addressable
+    return (rows, _by_samples) if whole else (_gram(rows), _by_gram)
 
 
 def grow_subspace(
@@ -196,25 +219,19 @@ def grow_subspace(
             f"samples must have one entry (an array or None) per parameter leaf: got "
             f"{len(leaves)} {names}, expected {len(subspace.bases)}."
         )
-    grown = []
-    for name, x, basis, weights in zip(names, leaves, *subspace, strict=True):
+    evidence: list[Evidence] = []
+    checked: dict[Any, tuple[jax.Array, Grow]] = {}  # shared arrays stay shared
+    for i, (name, x) in enumerate(zip(names, leaves, strict=True)):
+        basis, weights = subspace.bases[i], subspace.weights[i]
         if basis is None or weights is None or _tree.is_hole(x):
-            grown.append((basis, weights))
             continue
-        # Energy that a rounded basis leaves outside its span of what lies inside.
-        rounding = float(jnp.finfo(basis.dtype).eps) ** 2
-        options = dict(threshold=threshold, scaling=scaling, rounding=rounding)
-        evidence, grow = jnp.asarray(x), _grow_leaf_by_gram
-        if by_gram:
-            check_moment(evidence, name, basis, weights)
-        else:
-            evidence = sample_rows(name, evidence, basis, weights)
-            if _tree.is_traced(evidence) or evidence.is_fully_addressable:
-                grow = _grow_leaf
-            else:
-                evidence = _gram(evidence)
-        grown.append(on_host(grow, basis, weights, evidence, **options))
-    return Subspace(*zip(*grown, strict=True))
+        key = id(x), layout(basis, weights)
+        if key not in checked:
+            checked[key] = _evidence(name, jnp.asarray(x), basis, weights, by_gram)
+        evidence.append(Evidence(i, *checked[key], basis, weights))
+    grown = grow_together(evidence, threshold=threshold, scaling=scaling)
+    pairs = enumerate(zip(*subspace, strict=True))
+    return Subspace(*zip(*(grown.get(i, pair) for i, pair in pairs), strict=True))
 
 
 def gradient_samples(subspace: Subspace, gradient: Any) -> tuple[jax.Array | None, ...]:

@@ -1,0 +1,92 @@
+"""Leaves grown together: what is shared is solved once, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamr
+from adamr.subspaces import columns
+
+SIZES = {"q": (12, 8), "k": (12, 4), "v": (12, 4), "out": (8, 12), "odd": (12, 3)}
+
+
+def rows(seed, n):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(
+        rng.normal(size=(20, n)) * np.exp(-np.arange(n) / 3), jnp.float32
+    )
+
+
+def made(seed=0):
+    params = {name: jnp.zeros(shape) for name, shape in SIZES.items()}
+    shared = rows(seed, 12)
+    samples = dict.fromkeys(("q", "k", "v"), shared)
+    return params, samples | {"out": rows(seed + 1, 8), "odd": rows(seed + 2, 12)}
+
+
+def one_by_one(subspace, samples):
+    """Every leaf grown alone, by a copy of its samples."""
+    for name in samples:
+        alone = {
+            k: x + 0.0 if k == name and x is not None else None
+            for k, x in samples.items()
+        }
+        subspace = adamr.grow_subspace(subspace, alone, threshold=0.9)
+    return subspace
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_growing_together_equals_growing_apart(jitted):
+    params, samples = made()
+    empty = adamr.empty_subspace(params, max_rank=6)
+
+    def grow(subspace, samples):
+        return adamr.grow_subspace(subspace, samples, threshold=0.9)
+
+    grow = jax.jit(grow) if jitted else grow
+    together, apart = empty, empty
+    for seed in range(2):
+        samples = made(10 * seed)[1]
+        together = grow(together, samples)
+        apart = one_by_one(apart, samples)
+    for a, b in zip(together.bases, apart.bases, strict=True):
+        projectors = [np.asarray(x)[:, 0] @ np.asarray(x)[:, 0].T for x in (a, b)]
+        np.testing.assert_allclose(*projectors, atol=1e-3 if jitted else 1e-6)
+
+
+def test_leaves_with_other_bases_do_not_share():
+    """The same samples, but one leaf knew a direction already."""
+    params, samples = made()
+    samples = dict.fromkeys(("q", "k", "v"), samples["q"]) | {"out": None, "odd": None}
+    known = np.linalg.qr(np.random.default_rng(5).normal(size=(12, 1)))[0]
+    bases = {name: jnp.zeros((12, 0)) for name in ("q", "v", "odd")}
+    bases |= {"k": known, "out": jnp.zeros((8, 0))}
+    s = adamr.make_subspace(params, bases, max_rank=6)
+    together = adamr.grow_subspace(s, samples, threshold=0.9)
+    apart = one_by_one(s, samples)
+    for a, b in zip(together.bases, apart.bases, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    k, _, _, q, v = together.bases
+    np.testing.assert_array_equal(q[..., :6], v[..., :6])
+    assert np.abs(np.asarray(k)[:, 0, 0] - known[:, 0]).max() < 1e-6
+    assert np.abs(np.asarray(k) - np.asarray(q)).max() > 0.1
+
+
+def test_shared_samples_are_solved_once(monkeypatch):
+    """Three leaves that met the same rows, two of another kind: three eigenproblems."""
+    solved = []
+
+    def counted(gram):
+        jax.debug.callback(lambda: solved.append(1))
+        energy, vectors = jnp.linalg.eigh(gram)
+        return jnp.maximum(energy[..., ::-1], 0.0), vectors[..., ::-1]
+
+    monkeypatch.setattr(columns, "spectrum", counted)
+    jax.clear_caches()
+    params, samples = made()
+    empty = adamr.empty_subspace(params, max_rank=5)
+    jax.block_until_ready(adamr.grow_subspace(empty, samples))
+    jax.effects_barrier()
+    jax.clear_caches()
+    assert len(solved) == 3
