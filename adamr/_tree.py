@@ -181,6 +181,17 @@ def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
     return jax.device_put(new, old.sharding, may_alias=False)
 
 
+def require_arrays(tree: Any, where: str) -> None:
+    """Raises for a leaf that is neither an array nor a number."""
+    for name, x in zip(*flatten_with_names(tree), strict=True):
+        if not (is_hole(x) or hasattr(x, "dtype") or isinstance(x, Real)):
+            raise TypeError(
+                f"{where}: the leaf {name!r} is a {type(x).__name__}, expected an "
+                "array. Pass the arrays of a model alone, such as nnx.state(model, "
+                "nnx.Param) or eqx.filter(model, eqx.is_array)."
+            )
+
+
 def require_real(tree: Any, where: str) -> None:
     """Raises for a complex leaf: squares and projections here are those of reals."""
     for name, x in zip(*flatten_with_names(tree), strict=True):

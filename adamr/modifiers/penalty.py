@@ -56,6 +56,8 @@ def widen(x: jax.Array) -> jax.Array:
 
 def anchor_at(params: Any, importance: Any) -> Anchor:
     """Fresh buffers: the state may be donated, parameters and argument may not."""
+    _tree.require_arrays(params, "params")
+    params = jax.tree.map(jnp.asarray, params)
     positions = _tree.flatten(params)[0]
     one = jax.tree_util.all_leaves([importance]) and jnp.ndim(importance) == 0
     if one or not positions:

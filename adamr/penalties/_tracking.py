@@ -109,6 +109,7 @@ def end_task(
 
 def wide_zeros(params: Any) -> Any:
     """Zeros like the parameters, float32 or wider."""
+    _tree.require_arrays(params, "params")
     return jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
 
 

@@ -159,6 +159,7 @@ def fisher_information(
             f"kind={kind!r} with key {'missing' if key is None else 'given'}: pass "
             "key=jax.random.key(...) for kind='sampled' and for no other."
         )
+    _tree.require_arrays(params, "params")
     n = _num_samples(inputs)
 
     def log_probabilities(p, x):

@@ -110,6 +110,7 @@ def half_fine_tuning(
     inner, rule = optax.with_extra_args_support(optimizer), groups or default_groups
 
     def init_fn(params):
+        _tree.require_arrays(params, "half_fine_tuning")
         names, leaves = _tree.flatten_with_names(params)
         categories = [
             rule(n, x.shape)

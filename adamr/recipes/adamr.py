@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from adamr import _tree
 from adamr._nodes import find_nodes
 from adamr.modifiers.projection import ProjectOutState
 from adamr.routing.carrier import route_with_strength
@@ -185,6 +186,7 @@ def adamr(
         )
 
     def init_fn(params):
+        _tree.require_arrays(params, "adamr")
         state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
         return links(_protection(state)).init(params)
 

@@ -55,13 +55,15 @@ def fan_in(axes: Axes, shape: Sequence[int]) -> int:
     return math.prod(shape[axis] for axis in axes.protected)
 
 
-_VECTORS = ("b", "beta", "bias", "gamma", "offset", "scale")
+_VECTORS = ("beta", "bias", "gamma", "offset", "scale")
 
 
 def _names_a_vector(path: str) -> bool:
     """Whether a leaf is a bias or a scale, which may be stacked or have heads."""
     *modules, name = [p for p in path.lower().split("/") if p != "value"] or [""]
-    if name in _VECTORS or name.endswith(("_bias", "_scale", "_b")):
+    if name == "b":  # alone it is as likely the second of two kernels, a and b
+        return bool(modules)
+    if name in _VECTORS or name.endswith(("_bias", "_scale")):
         return True
     return "norm" in name or (name == "weight" and any("norm" in m for m in modules))
 
@@ -82,9 +84,9 @@ def default_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
     four axes and more: convolution       (*window, in, out)       window and in
     ====================================  =======================  ==============
 
-    `bias and the like`: the last part of the name is b, beta, bias, gamma, offset or
-    scale, ends in _b, _bias or _scale, or speaks of a norm. Other layouts need `axes=`,
-    for which `capture.contracted_axes` reads them off the model.
+    `bias and the like`: the last part of the name is beta, bias, gamma, offset, scale
+    or (in a module) b, ends in _bias or _scale, or speaks of a norm. Other layouts need
+    `axes=`, for which `capture.contracted_axes` reads them off the model.
 
     Args:
       path: the leaf's name, parts separated by `/`.

@@ -201,6 +201,7 @@ def empty_directions(
     """
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}.")
+    _tree.require_arrays(params, "params")
     names, leaves = _tree.flatten_with_names(params)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a sequence of str, got {exclude!r}.")
@@ -215,13 +216,13 @@ def empty_directions(
         return any(part in name for part in parts)
 
     def leaf(name, x):
-        if _tree.is_hole(x) or excluded(name, x.shape):
+        if _tree.is_hole(x) or excluded(name, jnp.shape(x)):
             return None
         place = None
         like = None if _tree.is_traced(x) else getattr(x, "sharding", None)
         if isinstance(like, NamedSharding):
             place = NamedSharding(like.mesh, PartitionSpec(None, *like.spec))
-        return jnp.zeros((capacity, *x.shape), jnp.float32, device=place)
+        return jnp.zeros((capacity, *jnp.shape(x)), jnp.float32, device=place)
 
     rows = tuple(map(leaf, names, leaves))
     return Directions(rows, jnp.zeros([], jnp.int32))

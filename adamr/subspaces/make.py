@@ -24,7 +24,8 @@ def _axes_for(name, leaf, given: Axes | None, basis) -> Axes:
     """The axes a basis is meant for: what is said, else what its shape fits."""
     if given is not None:
         return Axes(*given).normalized(leaf.ndim)
-    fallback = default_axes(name, leaf.shape)
+    # A basis that is given says more than a name that sounds like a bias.
+    fallback = default_axes(name, leaf.shape) or default_axes("", leaf.shape)
     if fallback is None:
         raise ValueError(f"bases has a basis at {name}, which has no fan-in axis.")
     last = leaf.ndim - 1

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adamr import _tree
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.subspace import Subspace
 
@@ -137,6 +138,7 @@ def beside(source: Source, params: Any, link: str, kind: Any = Protected) -> Any
     if not jax.tree.leaves(params):
         known = isinstance(source, Protected)
         return source.beside(params) if known else jnp.zeros([], _UNMADE)
+    _tree.require_arrays(params, link)
     here = made(source, params, link, kind).restrict(params)
     here.check(params, f"{link}({_WORDS[kind].argument})")
     return here.beside(params)

@@ -789,5 +789,5 @@ def test_orbax_is_imported_late(tmp_path, monkeypatch):
     code = "import sys, adamr.checkpoint; sys.exit('orbax.checkpoint' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ImportError, match=r"adamr\[examples\]"):
+    with pytest.raises(ImportError, match=r"adamr-jax\[orbax\]"):
         opened(tmp_path).__enter__()

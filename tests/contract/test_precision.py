@@ -74,3 +74,31 @@ def test_a_complex_leaf_is_named(case: Case) -> None:
 
 def test_every_row_is_met() -> None:
     assert {case.name for case in CASES} >= COMPOSED
+
+
+@each_link
+def test_a_leaf_that_is_no_array_is_named(case: Case) -> None:
+    """An Equinox module holds its activation function among the leaves."""
+    p = params() | {"scale": jax.nn.relu}
+    tx = case.build(subspace())()
+    try:
+        tx.init(p)
+    except TypeError as error:
+        assert str(error)
+        if case.holds_subspace and case.name not in OPTAX_FIRST:
+            assert "the leaf 'scale' is a custom_jvp, expected an array" in str(error)
+
+
+def test_what_needs_arrays_says_so() -> None:
+    p = {"w": jnp.ones((3, 2)), "act": jax.nn.relu}
+    calls = (
+        lambda: adamr.empty_directions(p, 2),
+        lambda: adamr.ewc(0.1, 1.0).init(p),
+        lambda: adamr.adamr(0.1, optax.identity()).init(p),
+        lambda: adamr.fisher_information(lambda p, x: x @ p["w"], p, jnp.ones((2, 3))),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match="leaf 'act' is a custom_jvp.*eqx.filter"):
+            call()
+    adamr.empty_directions({"w": jnp.ones(3), "number": 1.0}, 2)
+    adamr.ewc(0.1, 1.0).init({"w": jnp.ones(3), "number": 1.0})
