@@ -145,15 +145,32 @@ def extend_by_spectrum(
 def orthonormal_new(
     columns: jax.Array, vectors: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """The first `count` of `vectors`, orthonormal and orthogonal to `columns`."""
+    """The first `count` of `vectors`, orthonormal and orthogonal to `columns`.
+
+    A QR of all vectors would cost most of the time where few are chosen: the narrowest
+    of a few widths that holds them is taken.
+    """
     vectors = vectors[..., : columns.shape[-1]]
-    chosen = column_numbers(vectors.shape[-1], count.shape) < count[..., None]
-    new = jnp.where(chosen[..., None, :], vectors, 0.0)
-    # Twice is enough. QR turns zero columns into arbitrary ones: mask after it.
-    for _ in range(2):
-        new = jnp.linalg.qr(residual_columns(columns, new)).Q
-        new = jnp.where(chosen[..., None, :], new, 0.0)
-    return new
+    width = vectors.shape[-1]
+    widths = sorted({min(width, max(64, width // part)) for part in (8, 4, 2, 1)})
+
+    def within(narrow: int) -> Callable[[], jax.Array]:
+        def orthonormal() -> jax.Array:
+            chosen = column_numbers(narrow, count.shape) < count[..., None]
+            new = jnp.where(chosen[..., None, :], vectors[..., :narrow], 0.0)
+            # Twice is enough. QR turns zero columns into arbitrary ones: mask after it.
+            for _ in range(2):
+                new = jnp.linalg.qr(residual_columns(columns, new)).Q
+                new = jnp.where(chosen[..., None, :], new, 0.0)
+            return jnp.pad(new, [(0, 0)] * (new.ndim - 1) + [(0, width - narrow)])
+
+        return orthonormal
+
+    if len(widths) == 1:
+        return within(width)()
+    most = jnp.max(count, initial=0)
+    which = jnp.sum(most > jnp.array(widths[:-1]), dtype=jnp.int32)
+    return jax.lax.switch(which, [within(narrow) for narrow in widths])
 
 
 def normalized_samples(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
