@@ -42,15 +42,8 @@ def decode(source: Path | bytes | Any, where: str, size: int | None) -> np.ndarr
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         given = hasattr(source, "save")
-        with contextlib.nullcontext(source) if given else pillow.open(source) as file:
-            picture = file
-            wide = picture.mode == "F" or picture.mode.startswith("I")
-            grey = wide or picture.mode in ("1", "L")
-            if wide:
-                unit = np.float32(1 if picture.mode == "F" else 257)
-                picture = pillow.fromarray(np.asarray(picture, np.float32) / unit)
-            else:
-                picture = picture.convert("L" if grey else "RGB")
+        with contextlib.nullcontext(source) if given else pillow.open(source) as stored:
+            picture = _in_units_of_8_bits(stored, pillow)
             if size is not None:
                 width, height = picture.size
                 side = min(width, height)
@@ -64,7 +57,16 @@ def decode(source: Path | bytes | Any, where: str, size: int | None) -> np.ndarr
             f"{where}: found a picture that Pillow cannot read ({error}), expected a "
             "complete one."
         ) from error
-    return pixels[..., None] if grey else pixels
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _in_units_of_8_bits(picture: Any, pillow: Any) -> Any:
+    """The picture in one of the modes L, RGB and F."""
+    if picture.mode.startswith("I"):
+        return pillow.fromarray(np.asarray(picture, np.float32) / np.float32(257))
+    if picture.mode == "F":
+        return picture
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 def _together(pictures: list[np.ndarray], where: object) -> np.ndarray:
