@@ -116,48 +116,42 @@ class OverlapState(NamedTuple):
     strength: jax.Array  # α of the last step
 
 
-def _squared_norms(routed: Routed) -> jax.Array:
+def _over(x: jax.Array, unit: jax.Array | None) -> jax.Array:
+    """x in this unit, float32."""
+    return (x if unit is None else x / unit).astype(jnp.float32)
+
+
+def _squared_norms(routed: Routed, units: list[Any]) -> jax.Array:
     """‖raw‖² per leaf, in float32.
 
     By way of the means over the fan-in: a v shared there takes the same means, and the
     compiler computes an expression that occurs twice only once.
     """
-
-    def norm(name, x):
-        mean = mean_square(x, fan_in(name, x.shape), jnp.float32)
-        return x.size // mean.size * jnp.sum(mean)
-
     names, leaves = _tree.flatten_with_names(routed.raw)
-    pairs = zip(names, leaves, strict=True)
-    return jnp.stack([norm(n, x) for n, x in pairs if not _tree.is_hole(x)])
+    there = [(n, x) for n, x in zip(names, leaves, strict=True) if not _tree.is_hole(x)]
+    norms = []
+    for (name, x), unit in zip(there, units, strict=True):
+        mean = mean_square(_over(x, unit), fan_in(name, x.shape), jnp.float32)
+        norms.append(x.size // max(mean.size, 1) * jnp.sum(mean))
+    return jnp.stack(norms)
 
 
-def _squared_distances(routed: Routed, known: Sequence[jax.Array] | None) -> jax.Array:
+def _squared_distances(routed: Routed, units: list[Any]) -> jax.Array:
     """‖raw − x‖² per leaf, x the field that the modifier changed."""
-    if known is not None:
-        return jnp.stack(known)
 
-    def distance(x, g):
+    def distance(x, g, unit):
         if x is g:
             return jnp.zeros([], jnp.float32)
-        return _tree.squared_norm(g.astype(jnp.float32) - x.astype(jnp.float32))
+        return _tree.squared_norm(_over(g, unit) - _over(x, unit))
 
     def changed(field):
-        return jnp.stack(jax.tree.leaves(jax.tree.map(distance, field, routed.raw)))
+        pairs = zip(*map(jax.tree.leaves, (field, routed.raw)), units, strict=True)
+        return jnp.stack([distance(*each) for each in pairs])
 
     away = changed(routed.first)
     if routed.second is not routed.first and routed.second is not routed.raw:
         away = jnp.maximum(away, changed(routed.second))
     return away
-
-
-def _energies(
-    routed: Routed, distances: Sequence[jax.Array] | None
-) -> tuple[jax.Array, jax.Array]:
-    """‖raw − x‖² and ‖raw‖² per leaf."""
-    if not jax.tree.leaves(routed.raw):
-        return jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32)
-    return _squared_distances(routed, distances), _squared_norms(routed)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -169,6 +163,41 @@ _AGGREGATES = {
     "mean": lambda away, raw: jnp.mean(_share(away, raw)),
     "leaf": _share,
 }
+
+# Of a smaller ‖raw‖², float32 may have lost a part: squares below 1e-38 are 0.
+_LEAST_ENERGY = 1e-20
+
+
+def _step_overlap(
+    routed: Routed, aggregate: str, distances: Sequence[jax.Array] | None
+) -> jax.Array:
+    """s_t, for gradients of any scale.
+
+    Where squares leave the range of float32, they are those of the gradient in units of
+    its largest entry. That is rare, and only then are these passes paid for.
+    """
+    leaves, share = jax.tree.leaves(routed.raw), _AGGREGATES[aggregate]
+    if not leaves:
+        return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
+    plain: list[Any] = [None] * len(leaves)
+    raw = _squared_norms(routed, plain)
+    away = (
+        _squared_distances(routed, plain) if distances is None else jnp.stack(distances)
+    )
+    usual = share(away, raw)
+
+    def in_units():
+        wide = [_tree.widened(g, jnp.zeros([], jnp.float32)) for g in leaves]
+        tops = list(map(_tree.largest, wide))
+        if aggregate == "global":
+            tops = [_tree.largest(jnp.stack(tops))] * len(leaves)
+        units = [jnp.where(top == 0, jnp.ones_like(top), top) for top in tops]
+        away, raw = _squared_distances(routed, units), _squared_norms(routed, units)
+        return share(away, raw)
+
+    whole = jnp.sum(raw) if aggregate == "global" else raw
+    sound = jnp.all((whole >= _LEAST_ENERGY) & jnp.isfinite(whole))
+    return jax.lax.cond(sound, lambda: usual, in_units)
 
 
 def overlap_adaptive_scale(
@@ -238,7 +267,7 @@ def overlap_adaptive_scale(
     def update_fn(updates, state, params=None, *, distances=None, **extra_args):
         del params, extra_args
         require_routed(updates, "overlap_adaptive_scale")
-        step = _AGGREGATES[aggregate](*_energies(updates, distances))
+        step = _step_overlap(updates, aggregate, distances)
         smoothed = decay * state.overlap + (1.0 - decay) * step
         overlap = jnp.where(jnp.isfinite(step), smoothed, state.overlap)
         count = optax.safe_increment(state.count)
