@@ -16,6 +16,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+# A unit per leaf -> the squared length of something in these units, in leaf order.
+Distances = Callable[[Sequence[jax.Array]], list[jax.Array]]
+
 
 def is_traced(value: Any) -> bool:
     """Whether a value is known only under a trace, as inside jit."""

@@ -9,6 +9,7 @@ Links on a `Routed` carrier, with the argument names of this file:
     α_t = alpha_max · (1 − s̄_t)                    `strength`
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -116,41 +117,41 @@ class OverlapState(NamedTuple):
     strength: jax.Array  # α of the last step
 
 
-def _over(x: jax.Array, unit: jax.Array | None) -> jax.Array:
-    """x in this unit, float32."""
-    return (x if unit is None else x / unit).astype(jnp.float32)
+def _in_unit(x: jax.Array, unit: jax.Array | float) -> jax.Array:
+    """x / unit, float32."""
+    return (_tree.widened(x, jnp.zeros([], jnp.float32)) / unit).astype(jnp.float32)
 
 
-def _squared_norms(routed: Routed, units: list[Any]) -> jax.Array:
-    """‖raw‖² per leaf, in float32.
+def _squared_norms(raw: Any, units: Sequence[jax.Array | float]) -> jax.Array:
+    """‖raw / unit‖² per leaf, in float32.
 
     By way of the means over the fan-in: a v shared there takes the same means, and the
     compiler computes an expression that occurs twice only once.
     """
-    names, leaves = _tree.flatten_with_names(routed.raw)
+    names, leaves = _tree.flatten_with_names(raw)
     there = [(n, x) for n, x in zip(names, leaves, strict=True) if not _tree.is_hole(x)]
     norms = []
     for (name, x), unit in zip(there, units, strict=True):
-        mean = mean_square(_over(x, unit), fan_in(name, x.shape), jnp.float32)
+        mean = mean_square(_in_unit(x, unit), fan_in(name, x.shape), jnp.float32)
         norms.append(x.size // max(mean.size, 1) * jnp.sum(mean))
     return jnp.stack(norms)
 
 
-def _squared_distances(routed: Routed, units: list[Any]) -> jax.Array:
-    """‖raw − x‖² per leaf, x the field that the modifier changed."""
+def _squared_distances(routed: Routed, units: Sequence[jax.Array]) -> list[jax.Array]:
+    """‖(raw − x) / unit‖² per leaf, x the field that the modifier changed."""
 
     def distance(x, g, unit):
         if x is g:
             return jnp.zeros([], jnp.float32)
-        return _tree.squared_norm(_over(g, unit) - _over(x, unit))
+        return _tree.squared_norm(_in_unit(g, unit) - _in_unit(x, unit))
 
     def changed(field):
-        pairs = zip(*map(jax.tree.leaves, (field, routed.raw)), units, strict=True)
-        return jnp.stack([distance(*each) for each in pairs])
+        fields = jax.tree.leaves(field), jax.tree.leaves(routed.raw)
+        return [distance(*each) for each in zip(*fields, units, strict=True)]
 
     away = changed(routed.first)
     if routed.second is not routed.first and routed.second is not routed.raw:
-        away = jnp.maximum(away, changed(routed.second))
+        away = list(map(jnp.maximum, away, changed(routed.second)))
     return away
 
 
@@ -168,36 +169,25 @@ _AGGREGATES = {
 _LEAST_ENERGY = 1e-20
 
 
-def _step_overlap(
-    routed: Routed, aggregate: str, distances: Sequence[jax.Array] | None
-) -> jax.Array:
-    """s_t, for gradients of any scale.
+def _energies_and_units(raw: Any, aggregate: str) -> tuple[jax.Array, jax.Array]:
+    """‖raw / unit‖² and the unit, per leaf, for gradients of any scale.
 
-    Where squares leave the range of float32, they are those of the gradient in units of
-    its largest entry. That is rare, and only then are these passes paid for.
+    The unit is 1. Where squares leave the range of float32 it is the largest entry (of
+    the leaf, or of all leaves for the energy of all); only then are more passes made.
     """
-    leaves, share = jax.tree.leaves(routed.raw), _AGGREGATES[aggregate]
-    if not leaves:
-        return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
-    plain: list[Any] = [None] * len(leaves)
-    raw = _squared_norms(routed, plain)
-    away = (
-        _squared_distances(routed, plain) if distances is None else jnp.stack(distances)
-    )
-    usual = share(away, raw)
+    leaves = jax.tree.leaves(raw)
+    plain = _squared_norms(raw, [1.0] * len(leaves))
 
-    def in_units():
-        wide = [_tree.widened(g, jnp.zeros([], jnp.float32)) for g in leaves]
-        tops = list(map(_tree.largest, wide))
+    def scaled():
+        tops = jnp.stack([_tree.largest(_in_unit(g, 1.0)) for g in leaves])
         if aggregate == "global":
-            tops = [_tree.largest(jnp.stack(tops))] * len(leaves)
-        units = [jnp.where(top == 0, jnp.ones_like(top), top) for top in tops]
-        away, raw = _squared_distances(routed, units), _squared_norms(routed, units)
-        return share(away, raw)
+            tops = jnp.broadcast_to(_tree.largest(tops), tops.shape)
+        units = jnp.where(tops == 0, 1.0, tops)
+        return _squared_norms(raw, list(units)), units
 
-    whole = jnp.sum(raw) if aggregate == "global" else raw
+    whole = jnp.sum(plain) if aggregate == "global" else plain
     sound = jnp.all((whole >= _LEAST_ENERGY) & jnp.isfinite(whole))
-    return jax.lax.cond(sound, lambda: usual, in_units)
+    return jax.lax.cond(sound, lambda: (plain, jnp.ones_like(plain)), scaled)
 
 
 def overlap_adaptive_scale(
@@ -215,8 +205,9 @@ def overlap_adaptive_scale(
     most of the protection away.
 
     Extra argument of `update`:
-      distances: optional, ‖raw − x‖² per leaf in leaf order, from a caller that knows
-        them already, as `adamr` knows those of a projection.
+      distances: optional, a function of a unit per leaf that returns ‖(raw − x)/unit‖²
+        per leaf in leaf order, from a caller for whom that is cheap, as it is for
+        `adamr` with a projection. The unit is 1 unless gradients are extreme.
 
     Args:
       alpha_max: strength at zero overlap, in [0, 1].
@@ -232,7 +223,8 @@ def overlap_adaptive_scale(
     Returns:
       A link on `Routed`; its state keeps `overlap` and `strength` under these names,
       so `optax.tree.get(opt_state, "strength")` reads them. A zero gradient has
-      overlap 0; a step whose overlap is not finite leaves s̄ as it was.
+      overlap 0; a step whose overlap is not finite leaves s̄ as it was. Gradients may be
+      of any scale in float32.
 
     Raises:
       ValueError: for alpha_max or decay outside [0, 1] or an unknown aggregate.
@@ -250,10 +242,19 @@ def overlap_adaptive_scale(
     check_unit("decay", decay)
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected {list(_AGGREGATES)}.")
+    share = _AGGREGATES[aggregate]
 
     def strength_of(overlap):
         alpha = alpha_max * (1.0 - overlap) if rule is None else rule(overlap)
         return jnp.clip(jnp.asarray(alpha, jnp.float32), 0.0, 1.0)
+
+    def step_overlap(routed, distances):
+        if not jax.tree.leaves(routed.raw):
+            return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
+        energies, units = _energies_and_units(routed.raw, aggregate)
+        if distances is None:
+            distances = functools.partial(_squared_distances, routed)
+        return share(jnp.stack(distances(list(units))), energies)
 
     def init_fn(params):
         count = len(jax.tree.leaves(params))
@@ -267,7 +268,7 @@ def overlap_adaptive_scale(
     def update_fn(updates, state, params=None, *, distances=None, **extra_args):
         del params, extra_args
         require_routed(updates, "overlap_adaptive_scale")
-        step = _step_overlap(updates, aggregate, distances)
+        step = step_overlap(updates, distances)
         smoothed = decay * state.overlap + (1.0 - decay) * step
         overlap = jnp.where(jnp.isfinite(step), smoothed, state.overlap)
         count = optax.safe_increment(state.count)

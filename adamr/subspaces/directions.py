@@ -57,15 +57,21 @@ class Directions(NamedTuple):
 
         return _tree.map_positions(leaf, tree, kept)
 
-    def measured_project(self, tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        """`project(tree)`, and ‖g − g̃‖² per leaf that is there."""
+    def measured_project(self, tree: Any) -> tuple[Any, _tree.Distances]:
+        """`project(tree)`, and ‖g − g̃‖² per leaf that is there, as a function of the
+        unit in which each leaf is measured.
+        """
         projected = self.project(tree)
 
-        def distance(g, kept):
-            return _tree.squared_norm(g.astype(jnp.float32) - kept.astype(jnp.float32))
+        def distance(g, kept, unit):
+            g, kept = g.astype(jnp.float32), kept.astype(jnp.float32)
+            return _tree.squared_norm((g - kept) / unit)
 
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(projected), strict=True)
-        return projected, tuple(distance(g, kept) for g, kept in pairs)
+        def distances(units):
+            trees = jax.tree.leaves(tree), jax.tree.leaves(projected)
+            return [distance(*each) for each in zip(*trees, units, strict=True)]
+
+        return projected, distances
 
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""
