@@ -195,6 +195,18 @@ def require_arrays(tree: Any, where: str) -> None:
             )
 
 
+def stored_key(key: jax.Array) -> jax.Array:
+    """A new buffer with a PRNG key as states hold it.
+
+    A typed key becomes uint32 numbers, which every library can save; JAX reads them as
+    a key of the default implementation, so a key of another one stays typed.
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) == jax.config.jax_default_prng_impl:
+            key = jax.random.key_data(key)
+    return jnp.array(key, copy=True)
+
+
 def require_real(tree: Any, where: str) -> None:
     """Raises for a complex leaf: squares and projections here are those of reals."""
     for name, x in zip(*flatten_with_names(tree), strict=True):

@@ -167,27 +167,24 @@ _AGGREGATES = {
 
 # Of a smaller ‖raw‖², float32 may have lost a part: squares below 1e-38 are 0.
 _LEAST_ENERGY = 1e-20
+_SMALL, _LARGE = 2.0**-80, 2.0**80  # units for gradients below 1e-10 and above 1e19
 
 
 def _energies_and_units(raw: Any, aggregate: str) -> tuple[jax.Array, jax.Array]:
     """‖raw / unit‖² and the unit, per leaf, for gradients of any scale.
 
-    The unit is 1. Where squares leave the range of float32 it is the largest entry (of
-    the leaf, or of all leaves for the energy of all); only then are more passes made.
+    The unit is 1 unless squares then leave the range of float32. All units are tried at
+    once: a pass over memory that is made anyway, where reductions are fused.
     """
-    leaves = jax.tree.leaves(raw)
-    plain = _squared_norms(raw, [1.0] * len(leaves))
-
-    def scaled():
-        tops = jnp.stack([_tree.largest(_in_unit(g, 1.0)) for g in leaves])
-        if aggregate == "global":
-            tops = jnp.broadcast_to(_tree.largest(tops), tops.shape)
-        units = jnp.where(tops == 0, 1.0, tops)
-        return _squared_norms(raw, list(units)), units
-
+    count = len(jax.tree.leaves(raw))
+    small, plain, large = (
+        _squared_norms(raw, [unit] * count) for unit in (_SMALL, 1.0, _LARGE)
+    )
     whole = jnp.sum(plain) if aggregate == "global" else plain
-    sound = jnp.all((whole >= _LEAST_ENERGY) & jnp.isfinite(whole))
-    return jax.lax.cond(sound, lambda: (plain, jnp.ones_like(plain)), scaled)
+    low, high = whole < _LEAST_ENERGY, ~jnp.isfinite(whole)
+    energies = jnp.where(low, small, jnp.where(high, large, plain))
+    units = jnp.where(low, _SMALL, jnp.where(high, _LARGE, jnp.ones_like(plain)))
+    return energies, units
 
 
 def overlap_adaptive_scale(
