@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-# A unit per leaf -> the squared length of something in these units, in leaf order.
-Distances = Callable[[Sequence[jax.Array]], list[jax.Array]]
+# A unit -> the squared length of something in this unit, per leaf in leaf order.
+Distances = Callable[[float], Sequence[jax.Array]]
 
 
 def is_traced(value: Any) -> bool:
@@ -202,7 +202,7 @@ def stored_key(key: jax.Array) -> jax.Array:
     a key of the default implementation, so a key of another one stays typed.
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if str(jax.random.key_impl(key)) == jax.config.jax_default_prng_impl:
+        if str(jax.random.key_impl(key)) == jax.config.read("jax_default_prng_impl"):
             key = jax.random.key_data(key)
     return jnp.array(key, copy=True)
 

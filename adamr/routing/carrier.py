@@ -67,8 +67,8 @@ class Measured(NamedTuple):
 
     Attributes:
       gradient: g̃.
-      distances: (unit per leaf) -> ‖(g − g̃) / unit‖² per leaf, float32 scalars in leaf
-        order. The unit keeps squares of extreme gradients in the range of float32.
+      distances: unit -> ‖(g − g̃) / unit‖² per leaf, float32 scalars in leaf order. The
+        unit keeps squares of extreme gradients in the range of float32.
       state: the modifier's state after the update.
     """
 

@@ -117,37 +117,37 @@ class OverlapState(NamedTuple):
     strength: jax.Array  # α of the last step
 
 
-def _in_unit(x: jax.Array, unit: jax.Array | float) -> jax.Array:
+def _in_unit(x: jax.Array, unit: float) -> jax.Array:
     """x / unit, float32."""
     return (_tree.widened(x, jnp.zeros([], jnp.float32)) / unit).astype(jnp.float32)
 
 
-def _squared_norms(raw: Any, units: Sequence[jax.Array | float]) -> jax.Array:
+def _squared_norms(raw: Any, unit: float) -> jax.Array:
     """‖raw / unit‖² per leaf, in float32.
 
     By way of the means over the fan-in: a v shared there takes the same means, and the
     compiler computes an expression that occurs twice only once.
     """
-    names, leaves = _tree.flatten_with_names(raw)
-    there = [(n, x) for n, x in zip(names, leaves, strict=True) if not _tree.is_hole(x)]
-    norms = []
-    for (name, x), unit in zip(there, units, strict=True):
+
+    def norm(name, x):
         mean = mean_square(_in_unit(x, unit), fan_in(name, x.shape), jnp.float32)
-        norms.append(x.size // max(mean.size, 1) * jnp.sum(mean))
-    return jnp.stack(norms)
+        return x.size // max(mean.size, 1) * jnp.sum(mean)
+
+    names, leaves = _tree.flatten_with_names(raw)
+    pairs = zip(names, leaves, strict=True)
+    return jnp.stack([norm(n, x) for n, x in pairs if not _tree.is_hole(x)])
 
 
-def _squared_distances(routed: Routed, units: Sequence[jax.Array]) -> list[jax.Array]:
+def _squared_distances(routed: Routed, unit: float) -> Sequence[jax.Array]:
     """‖(raw − x) / unit‖² per leaf, x the field that the modifier changed."""
 
-    def distance(x, g, unit):
+    def distance(x, g):
         if x is g:
             return jnp.zeros([], jnp.float32)
         return _tree.squared_norm(_in_unit(g, unit) - _in_unit(x, unit))
 
     def changed(field):
-        fields = jax.tree.leaves(field), jax.tree.leaves(routed.raw)
-        return [distance(*each) for each in zip(*fields, units, strict=True)]
+        return jax.tree.leaves(jax.tree.map(distance, field, routed.raw))
 
     away = changed(routed.first)
     if routed.second is not routed.first and routed.second is not routed.raw:
@@ -167,24 +167,30 @@ _AGGREGATES = {
 
 # Of a smaller ‖raw‖², float32 may have lost a part: squares below 1e-38 are 0.
 _LEAST_ENERGY = 1e-20
-_SMALL, _LARGE = 2.0**-80, 2.0**80  # units for gradients below 1e-10 and above 1e19
+_SMALL, _LARGE = 2.0**-80, 2.0**80
 
 
-def _energies_and_units(raw: Any, aggregate: str) -> tuple[jax.Array, jax.Array]:
-    """‖raw / unit‖² and the unit, per leaf, for gradients of any scale.
+def _energies(
+    routed: Routed, aggregate: str, distances: Callable[[float], Sequence[jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
+    """‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
 
-    The unit is 1 unless squares then leave the range of float32. All units are tried at
-    once: a pass over memory that is made anyway, where reductions are fused.
+    The unit is 1, or 2^±80 where squares would leave the range of float32. All three
+    are summed side by side, in one pass and one message between devices.
     """
-    count = len(jax.tree.leaves(raw))
-    small, plain, large = (
-        _squared_norms(raw, [unit] * count) for unit in (_SMALL, 1.0, _LARGE)
+    usual, small, large = (
+        (jnp.stack(distances(unit)), _squared_norms(routed.raw, unit))
+        for unit in (1.0, _SMALL, _LARGE)
     )
-    whole = jnp.sum(plain) if aggregate == "global" else plain
+    raw = usual[1]
+    whole = jnp.sum(raw) if aggregate == "global" else raw
     low, high = whole < _LEAST_ENERGY, ~jnp.isfinite(whole)
-    energies = jnp.where(low, small, jnp.where(high, large, plain))
-    units = jnp.where(low, _SMALL, jnp.where(high, _LARGE, jnp.ones_like(plain)))
-    return energies, units
+
+    def chosen(usual, small, large):
+        return jnp.where(low, small, jnp.where(high, large, usual))
+
+    away, raw = map(chosen, usual, small, large)
+    return away, raw
 
 
 def overlap_adaptive_scale(
@@ -202,9 +208,9 @@ def overlap_adaptive_scale(
     most of the protection away.
 
     Extra argument of `update`:
-      distances: optional, a function of a unit per leaf that returns ‖(raw − x)/unit‖²
-        per leaf in leaf order, from a caller for whom that is cheap, as it is for
-        `adamr` with a projection. The unit is 1 unless gradients are extreme.
+      distances: optional, a function of a unit (a float) that returns
+        ‖(raw − x) / unit‖² per leaf in leaf order, from a caller for whom that is
+        cheap, as it is for `adamr` with a projection.
 
     Args:
       alpha_max: strength at zero overlap, in [0, 1].
@@ -248,10 +254,9 @@ def overlap_adaptive_scale(
     def step_overlap(routed, distances):
         if not jax.tree.leaves(routed.raw):
             return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
-        energies, units = _energies_and_units(routed.raw, aggregate)
         if distances is None:
             distances = functools.partial(_squared_distances, routed)
-        return share(jnp.stack(distances(list(units))), energies)
+        return share(*_energies(routed, aggregate, distances))
 
     def init_fn(params):
         count = len(jax.tree.leaves(params))

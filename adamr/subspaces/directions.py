@@ -58,18 +58,15 @@ class Directions(NamedTuple):
         return _tree.map_positions(leaf, tree, kept)
 
     def measured_project(self, tree: Any) -> tuple[Any, _tree.Distances]:
-        """`project(tree)`, and ‖g − g̃‖² per leaf that is there, as a function of the
-        unit in which each leaf is measured.
-        """
+        """`project(tree)`, and ‖g − g̃‖² per leaf, as a function of the unit of g."""
         projected = self.project(tree)
 
-        def distance(g, kept, unit):
-            g, kept = g.astype(jnp.float32), kept.astype(jnp.float32)
-            return _tree.squared_norm((g - kept) / unit)
+        def distances(unit):
+            def distance(g, kept):
+                g, kept = g.astype(jnp.float32), kept.astype(jnp.float32)
+                return _tree.squared_norm((g - kept) / unit)
 
-        def distances(units):
-            trees = jax.tree.leaves(tree), jax.tree.leaves(projected)
-            return [distance(*each) for each in zip(*trees, units, strict=True)]
+            return jax.tree.leaves(jax.tree.map(distance, tree, projected))
 
         return projected, distances
 

@@ -46,7 +46,7 @@ class Subspace(NamedTuple):
 
     def measured_project(self, tree: Any) -> tuple[Any, _tree.Distances]:
         """`project(tree)`, and ‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf that is there, as a
-        function of the unit in which each leaf is measured.
+        function of the unit of g.
 
         Both come from the same coordinates, which cross devices once where g is sharded
         along its fan-in.
@@ -64,12 +64,12 @@ class Subspace(NamedTuple):
             positions[i] = without(basis, weights, g, coords)
             removed.append(coords)
 
-        def distances(units):
+        def distances(unit):
             return [
                 jnp.zeros([], jnp.float32)
                 if x is None
                 else _tree.squared_norm(x / unit)
-                for x, unit in zip(removed, units, strict=True)
+                for x in removed
             ]
 
         return jax.tree.unflatten(treedef, positions), distances
