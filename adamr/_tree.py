@@ -202,7 +202,7 @@ def stored_key(key: jax.Array) -> jax.Array:
     a key of the default implementation, so a key of another one stays typed.
     """
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if str(jax.random.key_impl(key)) == jax.config.read("jax_default_prng_impl"):
+        if key.dtype == jax.eval_shape(jax.random.key, 0).dtype:
             key = jax.random.key_data(key)
     return jnp.array(key, copy=True)
 
