@@ -45,7 +45,8 @@ class Rows(NamedTuple):
 def align(updates: Any, tree: Any, argument: str) -> list[Any]:
     """The leaves of `tree` that belong to the leaves of `updates`, without the holes.
 
-    `optax.masked` puts holes into the updates but not into extra arguments.
+    `optax.masked` puts holes into the updates but not into extra arguments. A hole in
+    `tree` alone is an error: whether it means zero is not for this function to guess.
     """
     here, there = _tree.flatten(updates)[0], _tree.positions_like(tree, updates)
     if there is None:
@@ -55,7 +56,15 @@ def align(updates: Any, tree: Any, argument: str) -> list[Any]:
             f"expected {names[1]}."
         )
     pairs = zip(here, there, strict=True)
-    return [x for u, x in pairs if not _tree.is_hole(u)]
+    found = [x for u, x in pairs if not _tree.is_hole(u)]
+    for name, x in zip(_names(updates), found, strict=True):
+        if _tree.is_hole(x):
+            raise ValueError(
+                f"{argument} at {name!r} is {x}, expected an array: zeros where the "
+                "leaf has no part in the loss, or optax.masked around the link, which "
+                "leaves the leaf out."
+            )
+    return found
 
 
 def read_rows(

@@ -16,6 +16,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+# A unit -> the squared length of something in this unit, per leaf in leaf order.
+Distances = Callable[[float], Sequence[jax.Array]]
+
 
 def is_traced(value: Any) -> bool:
     """Whether a value is known only under a trace, as inside jit."""
@@ -190,6 +193,18 @@ def require_arrays(tree: Any, where: str) -> None:
                 "array. Pass the arrays of a model alone, such as nnx.state(model, "
                 "nnx.Param) or eqx.filter(model, eqx.is_array)."
             )
+
+
+def stored_key(key: jax.Array) -> jax.Array:
+    """A new buffer with a PRNG key as states hold it.
+
+    A typed key becomes uint32 numbers, which every library can save; JAX reads them as
+    a key of the default implementation, so a key of another one stays typed.
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype == jax.eval_shape(jax.random.key, 0).dtype:
+            key = jax.random.key_data(key)
+    return jnp.array(key, copy=True)
 
 
 def require_real(tree: Any, where: str) -> None:

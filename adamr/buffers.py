@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from adamr import _tree
+
 __all__ = [
     "Reservoir",
     "Ring",
@@ -42,7 +44,8 @@ class Reservoir(NamedTuple):
       items: pytree like one item with leaves (capacity, *item), zeros where not filled.
       seen: int32: items offered so far; saturates at 2³¹ − 1.
       drawn: uint32: calls of `sample` so far.
-      key: the PRNG key of all draws.
+      key: the PRNG key of all draws: uint32, or typed where its implementation is not
+        JAX's default one.
     """
 
     items: Any
@@ -59,7 +62,8 @@ class Ring(NamedTuple):
         filled.
       seen: int32 (tasks,): items offered so far per task, fewer than 2³¹.
       drawn: uint32: calls of `sample` so far.
-      key: the PRNG key of all draws.
+      key: the PRNG key of all draws: uint32, or typed where its implementation is not
+        JAX's default one.
     """
 
     items: Any
@@ -97,7 +101,7 @@ def empty_reservoir(capacity: int, example: Any, key: jax.Array) -> Reservoir:
       capacity: M ≥ 1, the number of slots.
       example: one item, a pytree of arrays or `jax.ShapeDtypeStruct`s without a batch
         axis; only shapes and dtypes are read.
-      key: PRNG key of all draws of the buffer; it is copied.
+      key: PRNG key of all draws of the buffer, typed or uint32; it is copied.
 
     Returns:
       A `Reservoir`.
@@ -120,7 +124,7 @@ def empty_reservoir(capacity: int, example: Any, key: jax.Array) -> Reservoir:
         items=_zeros(example, capacity),
         seen=jnp.zeros([], jnp.int32),
         drawn=jnp.zeros([], jnp.uint32),
-        key=jnp.array(key, copy=True),
+        key=_tree.stored_key(key),
     )
 
 
@@ -132,7 +136,7 @@ def empty_ring(tasks: int, capacity: int, example: Any, key: jax.Array) -> Ring:
       capacity: slots of each ring, at least 1.
       example: one item, a pytree of arrays or `jax.ShapeDtypeStruct`s without a batch
         axis; only shapes and dtypes are read.
-      key: PRNG key of all draws of `sample`; it is copied.
+      key: PRNG key of all draws of `sample`, typed or uint32; it is copied.
 
     Returns:
       A `Ring`.
@@ -155,7 +159,7 @@ def empty_ring(tasks: int, capacity: int, example: Any, key: jax.Array) -> Ring:
         items=_zeros(example, tasks, capacity),
         seen=jnp.zeros([tasks], jnp.int32),
         drawn=jnp.zeros([], jnp.uint32),
-        key=jnp.array(key, copy=True),
+        key=_tree.stored_key(key),
     )
 
 

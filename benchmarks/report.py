@@ -20,7 +20,14 @@ import numpy as np
 import tyro
 
 from benchmarks._pages import html_parts
-from examples.harness.statistics import by_method, comparisons, interval
+from examples.harness.report import outcome
+from examples.harness.statistics import (
+    best_first,
+    by_method,
+    comparisons,
+    interval,
+    means,
+)
 
 
 @dataclasses.dataclass
@@ -39,8 +46,8 @@ class Report:
 
     Attributes:
       title: of its section.
-      rows: one per method and seed: method, seed, learning_rate, metrics, matrix, curve
-        (one number per evaluation), seconds.
+      rows: one per method and seed: method, seed, learning_rate, metrics, loss, matrix,
+        curve (one number per evaluation), seconds.
       tasks: names.
       better: "higher" or "lower", for the matrix and the first metric.
       curve: what the curves show.
@@ -73,6 +80,7 @@ def _vision(path: Path, found: dict) -> Report:
             {
                 **{k: row[k] for k in ("method", "seed", "learning_rate", "seconds")},
                 "metrics": {k: _numbers(v) for k, v in row["metrics"].items()},
+                "loss": row.get("loss", []),
                 "matrix": _numbers(row["matrix"]),
                 "curve": [float(tensor[t, h, : t + 1].mean()) for t, h in places],
             }
@@ -95,6 +103,7 @@ def _lm(path: Path, found: dict) -> Report:
         {
             **{k: row[k] for k in ("method", "seed", "learning_rate", "seconds")},
             "metrics": {k: _numbers(row[k]) for k in names},
+            "loss": row["loss_matrix"],
             "matrix": _numbers(row["loss_matrix"]),
             "curve": _numbers(row["curves"]["loss"]),
         }
@@ -130,16 +139,17 @@ def read(folder: Path) -> Report:
 
 
 def _ordered(report: Report) -> dict[str, list[dict]]:
-    """Rows by method, the best first."""
-    groups = by_method(report.rows)
-    first = next(iter(report.rows[0]["metrics"]))
-    sign = -1 if report.better == "higher" else 1
+    """Rows by method, the best first; those with a run that diverged come last."""
+    groups, sign = by_method(report.rows), 1 if report.better == "higher" else -1
+    scores = means(report.rows, next(iter(report.rows[0]["metrics"])))
+    names = best_first({name: sign * x for name, x in scores.items()})
+    return {name: groups[name] for name in names}
 
-    def score(name):
-        mean = np.mean([row["metrics"][first] for row in groups[name]])
-        return sign * mean if np.isfinite(mean) else math.inf
 
-    return {name: groups[name] for name in sorted(groups, key=score)}
+def _cell(own: list[dict], metric: str) -> str:
+    mean, half = interval([row["metrics"][metric] for row in own])
+    spread = "" if math.isnan(half) else f" <small>±{half:.3f}</small>"
+    return f"{mean:.3f}{spread}" if math.isfinite(mean) else "–"
 
 
 def _table(report: Report, groups: dict[str, list[dict]]) -> str:
@@ -152,10 +162,11 @@ def _table(report: Report, groups: dict[str, list[dict]]) -> str:
         about, label = html.escape(report.about[name]), html.escape(name)
         cells = [f'<th scope=row title="{about}">{label}</th>']
         cells.append(f"<td>{own[0]['learning_rate']:g}</td>")
-        for metric in metrics:
-            mean, half = interval([row["metrics"][metric] for row in own])
-            spread = "" if math.isnan(half) else f" <small>±{half:.3f}</small>"
-            cells.append(f"<td>{mean:.3f}{spread}</td>")
+        failed = outcome(own, metrics[0])
+        if failed is None:
+            cells += [f"<td>{_cell(own, metric)}</td>" for metric in metrics]
+        else:
+            cells += [f"<td>{failed}</td>", *["<td>–</td>"] * (len(metrics) - 1)]
         p = tests.get(name, math.nan)
         cells.append(f"<td>{'' if math.isnan(p) else f'{p:.3f}'}</td>")
         cells.append(f"<td>{own[0]['seconds']:.0f}</td>")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _rows as evidence
+from adamr import _tree
 from adamr.modifiers.dual import box_program, unit_rows
 from adamr.routing.carrier import plain_gradient
 
@@ -24,7 +25,7 @@ _BISECTIONS = 26
 
 
 class PCGradState(NamedTuple):
-    key: Any  # None for a fixed order
+    key: Any  # uint32, typed for another implementation, or None for a fixed order
 
 
 def _combined(updates, task_gradients, task_mask, link, coefficients):
@@ -84,8 +85,8 @@ def pcgrad(
       task_mask: (T,) bool, optional: tasks that count.
 
     Args:
-      key: a PRNG key, for a new random order of the j at every step and for every i, as
-        in the paper; None: their index order, as in its code.
+      key: a PRNG key, typed or uint32, for a new random order of the j at every step
+        and for every i, as in the paper; None: their index order, as in its code.
       reduction: "sum" as in the authors' code, "mean" as in many ports. The incoming
         gradient, which is replaced, should be the same of the raw task gradients: then
         a strength link measures what the surgery changed.
@@ -112,7 +113,7 @@ def pcgrad(
 
     def init_fn(params):
         del params
-        return PCGradState(None if key is None else jnp.array(key, copy=True))
+        return PCGradState(None if key is None else _tree.stored_key(key))
 
     def update_fn(
         updates,

@@ -55,16 +55,18 @@ def _stored(x: jax.Array) -> jax.Array:
 def _align(task_gradient: Any, updates: Any) -> Any:
     """`task_gradient` in the structure of `updates`, float32 or wider."""
     leaves = _tree.flatten_like(task_gradient, "task_gradient", updates)
+    names = _tree.flatten_with_names(updates)[0]
 
-    def leaf(u, g):
-        if jnp.shape(g) != u.shape:
+    def leaf(u, g, name):
+        found = g if _tree.is_hole(g) else f"of shape {jnp.shape(g)}"
+        if _tree.is_hole(g) or jnp.shape(g) != u.shape:
             raise ValueError(
-                f"task_gradient has a leaf of shape {jnp.shape(g)}, expected "
+                f"task_gradient at {name!r} is {found}, expected an array of shape "
                 f"{u.shape}: pass the gradient of the task's loss, like params."
             )
         return widen(jnp.asarray(g))
 
-    return _tree.map_positions(leaf, updates, leaves)
+    return _tree.map_positions(leaf, updates, leaves, names)
 
 
 def observe(

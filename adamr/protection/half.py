@@ -57,7 +57,7 @@ def default_groups(path: str, shape: tuple[int, ...]) -> str | None:
 
 class HalfFineTuningState(NamedTuple):
     inner: Any
-    key: jax.Array
+    key: jax.Array  # uint32, or typed where it is not of JAX's default implementation
     groups: jax.Array  # (leaves,) int32 in leaf order: the category, −1 for none
     trained: jax.Array  # (leaves,) bool
 
@@ -88,7 +88,7 @@ def half_fine_tuning(
 
     Args:
       optimizer: any, such as `optax.adamw(...)`.
-      key: a PRNG key; all draws come from it.
+      key: a PRNG key, typed or uint32; all draws come from it.
       groups: (path, shape) -> category, or None for a leaf that always trains; path is
         the leaf's name such as `block_0/attention/query/kernel`. None:
         `default_groups`, the paper's choice with one difference: the paper halves
@@ -120,7 +120,7 @@ def half_fine_tuning(
         known = dict.fromkeys(c for c in categories if c is not None)
         number = {None: -1, **{c: i for i, c in enumerate(known)}}
         where = jnp.array([number[c] for c in categories], jnp.int32)
-        following, now = jax.random.split(key)
+        following, now = jax.random.split(_tree.stored_key(key))
         return HalfFineTuningState(
             inner.init(params), following, where, _draw(now, where)
         )

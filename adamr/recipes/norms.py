@@ -178,7 +178,7 @@ def remove_radial(
 
         def leaf(u, g, w):
             step, invariant = u.astype(jnp.float32), jnp.zeros([], bool)
-            if w.ndim > 1:
+            if w.ndim > 1 and w.size:
                 step, invariant = _without_radial(u, g, w, delta)
             decay = weight_decay * jnp.where(invariant, wd_ratio, 1.0)
             return (step + decay * w.astype(jnp.float32)).astype(u.dtype)

@@ -31,7 +31,6 @@ parameters: a route widens gradients of a narrower dtype. The rooms:
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import optax
 
 from adamr import _tree
@@ -68,12 +67,13 @@ class Measured(NamedTuple):
 
     Attributes:
       gradient: g̃.
-      distances: ‖g − g̃‖² per leaf, float32 scalars in leaf order.
+      distances: unit -> ‖(g − g̃) / unit‖² per leaf, float32 scalars in leaf order. The
+        unit keeps squares of extreme gradients in the range of float32.
       state: the modifier's state after the update.
     """
 
     gradient: Any
-    distances: tuple[jax.Array, ...]
+    distances: _tree.Distances
     state: Any
 
 

@@ -95,9 +95,10 @@ def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:
 
 
 def mean_square(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    """⟨x²⟩ along the axes, which keep size 1; x² without axes."""
+    """⟨x²⟩ along the axes, which keep size 1; x² without axes; 0 for no entries."""
     square = jnp.square(x.astype(dtype))
-    return jnp.mean(square, axis=axes, keepdims=True) if axes else square
+    reduce = jnp.mean if x.size else jnp.sum
+    return reduce(square, axis=axes, keepdims=True) if axes else square
 
 
 def squares(first: Any, second: Any, shapes: Any, *, guard: Guard) -> Any:

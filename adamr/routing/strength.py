@@ -9,6 +9,7 @@ Links on a `Routed` carrier, with the argument names of this file:
     α_t = alpha_max · (1 − s̄_t)                    `strength`
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -116,48 +117,42 @@ class OverlapState(NamedTuple):
     strength: jax.Array  # α of the last step
 
 
-def _squared_norms(routed: Routed) -> jax.Array:
-    """‖raw‖² per leaf, in float32.
+def _in_unit(x: jax.Array, unit: float) -> jax.Array:
+    """x / unit, float32."""
+    return (_tree.widened(x, jnp.zeros([], jnp.float32)) / unit).astype(jnp.float32)
+
+
+def _squared_norms(raw: Any, unit: float) -> jax.Array:
+    """‖raw / unit‖² per leaf, in float32.
 
     By way of the means over the fan-in: a v shared there takes the same means, and the
     compiler computes an expression that occurs twice only once.
     """
 
     def norm(name, x):
-        mean = mean_square(x, fan_in(name, x.shape), jnp.float32)
-        return x.size // mean.size * jnp.sum(mean)
+        mean = mean_square(_in_unit(x, unit), fan_in(name, x.shape), jnp.float32)
+        return x.size // max(mean.size, 1) * jnp.sum(mean)
 
-    names, leaves = _tree.flatten_with_names(routed.raw)
+    names, leaves = _tree.flatten_with_names(raw)
     pairs = zip(names, leaves, strict=True)
     return jnp.stack([norm(n, x) for n, x in pairs if not _tree.is_hole(x)])
 
 
-def _squared_distances(routed: Routed, known: Sequence[jax.Array] | None) -> jax.Array:
-    """‖raw − x‖² per leaf, x the field that the modifier changed."""
-    if known is not None:
-        return jnp.stack(known)
+def _squared_distances(routed: Routed, unit: float) -> Sequence[jax.Array]:
+    """‖(raw − x) / unit‖² per leaf, x the field that the modifier changed."""
 
     def distance(x, g):
         if x is g:
             return jnp.zeros([], jnp.float32)
-        return _tree.squared_norm(g.astype(jnp.float32) - x.astype(jnp.float32))
+        return _tree.squared_norm(_in_unit(g, unit) - _in_unit(x, unit))
 
     def changed(field):
-        return jnp.stack(jax.tree.leaves(jax.tree.map(distance, field, routed.raw)))
+        return jax.tree.leaves(jax.tree.map(distance, field, routed.raw))
 
     away = changed(routed.first)
     if routed.second is not routed.first and routed.second is not routed.raw:
-        away = jnp.maximum(away, changed(routed.second))
+        away = list(map(jnp.maximum, away, changed(routed.second)))
     return away
-
-
-def _energies(
-    routed: Routed, distances: Sequence[jax.Array] | None
-) -> tuple[jax.Array, jax.Array]:
-    """‖raw − x‖² and ‖raw‖² per leaf."""
-    if not jax.tree.leaves(routed.raw):
-        return jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32)
-    return _squared_distances(routed, distances), _squared_norms(routed)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -169,6 +164,33 @@ _AGGREGATES = {
     "mean": lambda away, raw: jnp.mean(_share(away, raw)),
     "leaf": _share,
 }
+
+# Of a smaller ‖raw‖², float32 may have lost a part: squares below 1e-38 are 0.
+_LEAST_ENERGY = 1e-20
+_SMALL, _LARGE = 2.0**-80, 2.0**80
+
+
+def _energies(
+    routed: Routed, aggregate: str, distances: Callable[[float], Sequence[jax.Array]]
+) -> tuple[jax.Array, jax.Array]:
+    """‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
+
+    The unit is 1, or 2^±80 where squares would leave the range of float32. All three
+    are summed side by side, in one pass and one message between devices.
+    """
+    usual, small, large = (
+        (jnp.stack(distances(unit)), _squared_norms(routed.raw, unit))
+        for unit in (1.0, _SMALL, _LARGE)
+    )
+    raw = usual[1]
+    whole = jnp.sum(raw) if aggregate == "global" else raw
+    low, high = whole < _LEAST_ENERGY, ~jnp.isfinite(whole)
+
+    def chosen(usual, small, large):
+        return jnp.where(low, small, jnp.where(high, large, usual))
+
+    away, raw = map(chosen, usual, small, large)
+    return away, raw
 
 
 def overlap_adaptive_scale(
@@ -186,8 +208,9 @@ def overlap_adaptive_scale(
     most of the protection away.
 
     Extra argument of `update`:
-      distances: optional, ‖raw − x‖² per leaf in leaf order, from a caller that knows
-        them already, as `adamr` knows those of a projection.
+      distances: optional, a function of a unit (a float) that returns
+        ‖(raw − x) / unit‖² per leaf in leaf order, from a caller for whom that is
+        cheap, as it is for `adamr` with a projection.
 
     Args:
       alpha_max: strength at zero overlap, in [0, 1].
@@ -203,7 +226,8 @@ def overlap_adaptive_scale(
     Returns:
       A link on `Routed`; its state keeps `overlap` and `strength` under these names,
       so `optax.tree.get(opt_state, "strength")` reads them. A zero gradient has
-      overlap 0; a step whose overlap is not finite leaves s̄ as it was.
+      overlap 0; a step whose overlap is not finite leaves s̄ as it was. Gradients may be
+      of any scale in float32.
 
     Raises:
       ValueError: for alpha_max or decay outside [0, 1] or an unknown aggregate.
@@ -221,10 +245,18 @@ def overlap_adaptive_scale(
     check_unit("decay", decay)
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected {list(_AGGREGATES)}.")
+    share = _AGGREGATES[aggregate]
 
     def strength_of(overlap):
         alpha = alpha_max * (1.0 - overlap) if rule is None else rule(overlap)
         return jnp.clip(jnp.asarray(alpha, jnp.float32), 0.0, 1.0)
+
+    def step_overlap(routed, distances):
+        if not jax.tree.leaves(routed.raw):
+            return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
+        if distances is None:
+            distances = functools.partial(_squared_distances, routed)
+        return share(*_energies(routed, aggregate, distances))
 
     def init_fn(params):
         count = len(jax.tree.leaves(params))
@@ -238,7 +270,7 @@ def overlap_adaptive_scale(
     def update_fn(updates, state, params=None, *, distances=None, **extra_args):
         del params, extra_args
         require_routed(updates, "overlap_adaptive_scale")
-        step = _AGGREGATES[aggregate](*_energies(updates, distances))
+        step = step_overlap(updates, distances)
         smoothed = decay * state.overlap + (1.0 - decay) * step
         overlap = jnp.where(jnp.isfinite(step), smoothed, state.overlap)
         count = optax.safe_increment(state.count)

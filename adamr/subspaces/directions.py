@@ -57,15 +57,18 @@ class Directions(NamedTuple):
 
         return _tree.map_positions(leaf, tree, kept)
 
-    def measured_project(self, tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        """`project(tree)`, and ‖g − g̃‖² per leaf that is there."""
+    def measured_project(self, tree: Any) -> tuple[Any, _tree.Distances]:
+        """`project(tree)`, and ‖g − g̃‖² per leaf, as a function of the unit of g."""
         projected = self.project(tree)
 
-        def distance(g, kept):
-            return _tree.squared_norm(g.astype(jnp.float32) - kept.astype(jnp.float32))
+        def distances(unit):
+            def distance(g, kept):
+                g, kept = g.astype(jnp.float32), kept.astype(jnp.float32)
+                return _tree.squared_norm((g - kept) / unit)
 
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(projected), strict=True)
-        return projected, tuple(distance(g, kept) for g, kept in pairs)
+            return jax.tree.leaves(jax.tree.map(distance, tree, projected))
+
+        return projected, distances
 
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""

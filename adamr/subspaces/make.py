@@ -296,6 +296,9 @@ def empty_subspace(
         if not wanted or spec is None or isinstance(spec, Unread):
             entries.append((None, None))
             continue
+        if not math.prod(leaf.shape):  # without entries there is nothing to protect
+            entries.append((None, None))
+            continue
         spec = Axes(*spec).normalized(leaf.ndim)
         size = fan_in(spec, leaf.shape)
         if max_fan_in is not None and size > max_fan_in:

@@ -3,7 +3,7 @@
 Both answer the same calls, so a link does not ask which of them it holds:
 
     project(tree)            g̃, without the protected part
-    measured_project(tree)   g̃, and ‖g − g̃‖² per leaf
+    measured_project(tree)   g̃, and unit -> ‖(g − g̃) / unit‖² per leaf
     check(tree, argument)    raises unless the tree has the leaves it was made for
     restrict(tree)           over the leaves that are not holes in the tree
     beside(params)           fresh buffers, placed as the parameters are

@@ -44,25 +44,35 @@ class Subspace(NamedTuple):
 
         return _tree.map_positions(leaf, tree, *self.at(tree))
 
-    def measured_project(self, tree: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        """`project(tree)`, and ‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf that is there.
+    def measured_project(self, tree: Any) -> tuple[Any, _tree.Distances]:
+        """`project(tree)`, and ‖g − g̃‖² = ‖λ ∘ Uᵀg‖² per leaf that is there, as a
+        function of the unit of g.
 
         Both come from the same coordinates, which cross devices once where g is sharded
         along its fan-in.
         """
         positions, treedef = _tree.flatten(tree)
-        distances: list[jax.Array] = []
+        removed: list[jax.Array | None] = []
         here = self.at(tree)
         for i, (g, basis, weights) in enumerate(zip(positions, *here, strict=True)):
             if _tree.is_hole(g):
                 continue
             if basis is None or weights is None:
-                distances.append(jnp.zeros([], jnp.float32))
+                removed.append(None)
                 continue
             coords = weighted(weights, coordinates(basis, weights, g))
             positions[i] = without(basis, weights, g, coords)
-            distances.append(_tree.squared_norm(coords))
-        return jax.tree.unflatten(treedef, positions), tuple(distances)
+            removed.append(coords)
+
+        def distances(unit):
+            return [
+                jnp.zeros([], jnp.float32)
+                if x is None
+                else _tree.squared_norm(x / unit)
+                for x in removed
+            ]
+
+        return jax.tree.unflatten(treedef, positions), distances
 
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves it was made for; a hole fits any."""

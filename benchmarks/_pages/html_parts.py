@@ -83,7 +83,9 @@ def matrices(matrices: dict[str, np.ndarray], better: str) -> str:
     seen = [m[np.tri(len(m), dtype=bool)] for m in matrices.values()]
     shown = np.concatenate(seen)
     shown = shown[np.isfinite(shown)]
-    low, high = (0.0, 1.0) if better == "higher" else (shown.min(), shown.max())
+    low, high = 0.0, 1.0
+    if better == "lower" and len(shown):
+        low, high = shown.min(), shown.max()
     return "".join(
         f"<figure><figcaption>{html.escape(name)}</figcaption>"
         f"{_heat(matrix, low, high, better)}</figure>"

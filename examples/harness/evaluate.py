@@ -34,7 +34,11 @@ def in_portions(test: Data, weight: Any) -> tuple[Data, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="problem")
 def accuracy_and_loss(problem, test, weight, params):
-    """Accuracy and loss, (runs, tasks), in portions so that memory stays small."""
+    """Accuracy and loss, (runs, tasks), in portions so that memory stays small.
+
+    Where the loss is not finite the run has diverged, and its accuracy is NaN: the
+    argmax over NaN would name a class, and be right for some examples.
+    """
 
     def run(params):
         def task(both):
@@ -49,7 +53,8 @@ def accuracy_and_loss(problem, test, weight, params):
                 return weight @ right.mean(over), weight @ losses.mean(over)
 
             right, loss = jax.lax.map(portion, (data.inputs, data.labels, weight))
-            return right.sum() / weight.sum(), loss.sum() / weight.sum()
+            right, loss = right.sum() / weight.sum(), loss.sum() / weight.sum()
+            return jnp.where(jnp.isfinite(loss), right, jnp.nan), loss
 
         return jax.lax.map(task, (test, weight))
 

@@ -1,12 +1,14 @@
 """Pictures of accuracies: what is left of each task, and how it got there."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.harness.statistics import by_method, interval
+from examples.harness.report import outcome
+from examples.harness.statistics import best_first, by_method, interval, means
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers help in print.
 COLOURS = (
@@ -16,14 +18,10 @@ COLOURS = (
 MARKERS = "osv^DPX*"
 
 
-def _mean_acc(own: list[dict]) -> float:
-    return float(np.mean([row["metrics"]["ACC"] for row in own]))
-
-
 def matrices(rows: list[dict], tasks: list[str]) -> Figure:
     """One heat map per method: accuracy on every task after learning each."""
-    groups = by_method(rows)
-    names = sorted(groups, key=lambda name: -_mean_acc(groups[name]))
+    groups, ends = by_method(rows), means(rows)
+    names = best_first(ends)
     columns = min(len(names), 4)
     lines = -(-len(names) // columns)
     figure = Figure(
@@ -45,19 +43,20 @@ def matrices(rows: list[dict], tasks: list[str]) -> Figure:
                 axes.text(
                     j, i, text, ha="center", va="center", fontsize=7, color=colour
                 )
-        axes.set_title(f"{name}: {_mean_acc(groups[name]):.3f} at the end", fontsize=10)
+        known = math.isfinite(ends[name])
+        end = f"{ends[name]:.3f} at the end" if known else outcome(groups[name])
+        axes.set_title(f"{name}: {end}", fontsize=10)
         axes.set_xlabel("accuracy (%) on task", fontsize=8)
         axes.set_ylabel("after learning task", fontsize=8)
         places = range(0, len(matrix), 1 + len(matrix) // 11)
         axes.set_xticks(places)
         axes.set_yticks(places)
         axes.tick_params(labelsize=7)
-    best, worst = names[0], names[-1]
-    figure.suptitle(
-        f"{best} ends at {_mean_acc(groups[best]):.3f}"
-        + (f", {worst} at {_mean_acc(groups[worst]):.3f}" if worst != best else "")
-        + f", over {len(tasks)} tasks"
-    )
+    sound = [name for name in names if math.isfinite(ends[name])]
+    told = f"{sound[0]} ends at {ends[sound[0]]:.3f}" if sound else "all diverged"
+    if len(sound) > 1:
+        told += f", {sound[-1]} at {ends[sound[-1]]:.3f}"
+    figure.suptitle(f"{told}, over {len(tasks)} tasks")
     figure.colorbar(image, ax=grid, pad=0.01, aspect=40)
     return figure
 

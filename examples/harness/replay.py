@@ -108,7 +108,16 @@ def from_first_task(replay: optax.GradientTransformationExtraArgs):
 
     def update(g, state, params=None, *, memory_gradient, **extra):
         empty = optax.tree.norm(memory_gradient, squared=True) == 0
-        other = jax.tree.map(lambda a, b: jnp.where(empty, a, b), g, memory_gradient)
+
+        def left_out(x):
+            return x is None or isinstance(x, optax.MaskedNode)
+
+        def mixed_in(g, memory):
+            # What one of the trees leaves out is for the link to judge.
+            keep = left_out(g) or left_out(memory)
+            return memory if keep else jnp.where(empty, g, memory)
+
+        other = jax.tree.map(mixed_in, g, memory_gradient, is_leaf=left_out)
         return replay.update(g, state, params, memory_gradient=other, **extra)
 
     return optax.GradientTransformationExtraArgs(replay.init, update)

@@ -10,12 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from examples.harness.statistics import by_method, comparisons, interval
+from examples.harness.statistics import (
+    best_first,
+    by_method,
+    comparisons,
+    diverged,
+    interval,
+    means,
+)
 
-__all__ = ["commit", "finite", "table", "versions", "write"]
+__all__ = ["commit", "finite", "outcome", "table", "versions", "write"]
 
 
 def commit() -> str | None:
@@ -55,6 +61,14 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(draft, path)
 
 
+def outcome(own: list[dict], metric: str = "ACC") -> str | None:
+    """What a table says of a method with runs that diverged, in place of a number."""
+    count = sum(diverged(row, metric) for row in own)
+    if not count:
+        return None
+    return "diverged" if count == len(own) else f"{count} of {len(own)} diverged"
+
+
 def _cell(own: list[dict], name: str) -> str:
     values = [row["metrics"].get(name, math.nan) for row in own]
     mean, half = interval(values)
@@ -72,7 +86,10 @@ SHOWN = ("ACC", "LA", "forgetting", "intransigence", "AAA", "min-ACC")
 
 
 def table(rows: list[dict]) -> Table:
-    """Final table, best ACC first, with 95 % intervals over seeds."""
+    """Final table, best ACC first, with 95 % intervals over seeds.
+
+    Methods with a run that diverged come last, without numbers.
+    """
     groups = by_method(rows)
     seeds = max(len(own) for own in groups.values())
     made = Table(
@@ -85,16 +102,17 @@ def table(rows: list[dict]) -> Table:
     for heading in (*shown, *["p"] * (seeds > 1), "s"):
         made.add_column(heading, justify="right", no_wrap=True)
     tests = {c["method"]: c["p"] for c in comparisons(rows)}
-    order = sorted(
-        groups, key=lambda n: -np.mean([r["metrics"]["ACC"] for r in groups[n]])
-    )
-    for name in order:
-        own = groups[name]
+    for name in best_first(means(rows)):
+        own, failed = groups[name], outcome(groups[name])
+        if failed is None:
+            cells = [_cell(own, metric) for metric in shown]
+        else:
+            cells = [failed, *["–"] * (len(shown) - 1)]
         p = tests.get(name, math.nan)
         made.add_row(
             name,
             f"{own[0]['learning_rate']:g}",
-            *(_cell(own, metric) for metric in shown),
+            *cells,
             *["" if math.isnan(p) else f"{p:.3f}"] * (seeds > 1),
             f"{own[0]['seconds']:.0f}",
         )

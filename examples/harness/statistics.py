@@ -9,7 +9,17 @@ from scipy import stats
 
 from adamr import metrics
 
-__all__ = ["METRICS", "by_method", "comparisons", "interval", "paired", "summarize"]
+__all__ = [
+    "METRICS",
+    "best_first",
+    "by_method",
+    "comparisons",
+    "diverged",
+    "interval",
+    "means",
+    "paired",
+    "summarize",
+]
 
 METRICS = {
     "ACC": "accuracy over all tasks at the end of the stream",
@@ -80,16 +90,44 @@ def by_method(rows: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def comparisons(rows: list[dict], metric: str = "ACC") -> list[dict[str, Any]]:
-    """Each method against the best one, on the seeds that both have."""
-    groups = by_method(rows)
-    values = {
-        name: {row["seed"]: row["metrics"][metric] for row in own}
-        for name, own in groups.items()
+def diverged(row: dict, metric: str = "ACC") -> bool:
+    """Whether a loss of the run, or its metric, is not finite (null in JSON)."""
+    numbers = [row["metrics"][metric], *np.ravel(row.get("loss", []))]
+    return not np.isfinite(np.array(numbers, float)).all()
+
+
+def means(rows: list[dict], metric: str = "ACC") -> dict[str, float]:
+    """Each method's mean over seeds; NaN where one of its runs diverged."""
+    return {
+        name: math.nan
+        if any(diverged(row, metric) for row in own)
+        else float(np.mean([row["metrics"][metric] for row in own]))
+        for name, own in by_method(rows).items()
     }
-    best = max(values, key=lambda name: np.mean(list(values[name].values())))
+
+
+def best_first(scores: dict[str, float]) -> list[str]:
+    """Names by falling score; those without a finite score come last, in order."""
+    known = {name: x if math.isfinite(x) else -math.inf for name, x in scores.items()}
+    return sorted(known, key=lambda name: -known[name])
+
+
+def comparisons(rows: list[dict], metric: str = "ACC") -> list[dict[str, Any]]:
+    """Each method against the best one, on the seeds that both have.
+
+    A method with a run that diverged is neither the best one nor compared.
+    """
+    scores = means(rows, metric)
+    names = [name for name in scores if math.isfinite(scores[name])]
+    if not names:
+        return []
+    groups, best = by_method(rows), max(names, key=lambda name: scores[name])
+    values = {
+        name: {row["seed"]: row["metrics"][metric] for row in groups[name]}
+        for name in names
+    }
     made = []
-    for name in groups:
+    for name in names:
         seeds = sorted(values[name].keys() & values[best].keys())
         if name != best and seeds:
             test = paired(*([values[m][s] for s in seeds] for m in (name, best)))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from examples.harness.pictures import COLOURS, MARKERS
-from examples.harness.statistics import by_method
+from examples.harness.statistics import best_first, by_method
 from examples.lm.report import mean_of
 
 
@@ -63,18 +63,33 @@ def matrices(groups: dict[str, list[dict]], domains: list[str]) -> Figure:
         first = i % columns == 0
         axes.set_yticks(range(len(names)), names if first else [], fontsize=8)
         axes.set_ylabel("after learning" if first else "")
-    best = min(groups, key=lambda name: _final(groups, name))
-    worst = max(groups, key=lambda name: _final(groups, name))
     figure.suptitle(
-        f"{_short(best)} ends best at {_final(groups, best):.2f} nats per byte, "
-        f"{_short(worst)} worst at {_final(groups, worst):.2f} "
-        f"(seeds: {len(groups[best])})\n"
+        f"{_best_and_worst(groups)}\n"
         "held-out loss per domain (columns) after learning each domain (rows); "
         "framed: just learnt, below it: what is left"
     )
     label = "nats per byte: dark is bad"
     figure.colorbar(image, ax=grid, label=label, pad=0.01, aspect=40)
     return figure
+
+
+def _least_first(groups: dict[str, list[dict]], key: str) -> list[str]:
+    """Methods by a mean over seeds, without those that have a run that diverged."""
+    means = {name: float(mean_of(rows, key)) for name, rows in groups.items()}
+    names = best_first({name: -mean for name, mean in means.items()})
+    return [name for name in names if np.isfinite(means[name])]
+
+
+def _best_and_worst(groups: dict[str, list[dict]]) -> str:
+    names = _least_first(groups, "final_loss")
+    if not names:
+        return "every method diverged"
+    best, worst = names[0], names[-1]
+    return (
+        f"{_short(best)} ends best at {_final(groups, best):.2f} nats per byte, "
+        f"{_short(worst)} worst at {_final(groups, worst):.2f} "
+        f"(seeds: {len(groups[best])})"
+    )
 
 
 def _final(groups: dict[str, list[dict]], name: str) -> float:
@@ -97,8 +112,6 @@ def forgetting(groups: dict[str, list[dict]], domains: list[str]) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
     styles = _style(groups)
-    least = min(groups, key=lambda name: mean_of(groups[name], "forgetting"))
-    best = min(groups, key=lambda name: mean_of(groups[name], "final_loss"))
     for i, (name, rows) in enumerate(groups.items()):
         style = styles[name]
         x, y = ([row[key] for row in rows] for key in ("learned_loss", "forgetting"))
@@ -109,7 +122,10 @@ def forgetting(groups: dict[str, list[dict]], domains: list[str]) -> Figure:
         right.bar(place, lost, 0.8 / len(groups), color=style["color"])
     left.set_xlabel("loss when just learnt (nats per byte): left learns better")
     left.set_ylabel("forgetting (nats per byte): lower keeps more")
-    left.set_title(f"{_short(least)} forgets least, {_short(best)} ends best")
+    orders = [_least_first(groups, key) for key in ("forgetting", "final_loss")]
+    if all(orders):
+        least, best = (_short(names[0]) for names in orders)
+        left.set_title(f"{least} forgets least, {best} ends best")
     left.margins(0.15)
     names = [_short(domain) for domain in domains[:-1]]
     right.set_xticks(range(len(names)), names, rotation=30, ha="right")
@@ -180,7 +196,7 @@ def _leak_finding(groups: dict[str, list[dict]]) -> str:
     tight = [
         _short(name)
         for name, rows in groups.items()
-        if name != "adam" and max(max(row["curves"]["leak"]) for row in rows) < 1e-3
+        if name != "adam" and np.max([row["curves"]["leak"] for row in rows]) < 1e-3
     ]
     if not tight:
         return "Every method's updates leak into the protected directions"

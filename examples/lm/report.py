@@ -10,7 +10,7 @@ from adamr import metrics
 from examples.harness.example import Done
 from examples.harness.methods import named
 from examples.harness.report import versions
-from examples.harness.statistics import by_method
+from examples.harness.statistics import best_first, by_method
 from examples.lm.methods import METHODS
 from examples.streams.domains import Domain
 
@@ -113,7 +113,10 @@ def _cell(rows: list[dict], key: str, digits: int = 3) -> str:
 
 
 def table(rows: list[dict]) -> Table:
-    """Final table, best final loss first; means and deviations over seeds."""
+    """Final table, best final loss first; means and deviations over seeds.
+
+    Methods with a run that diverged come last.
+    """
     groups = by_method(rows)
     made = Table(
         title="losses in nats per byte; ppl: per byte; rate: learning rate",
@@ -134,8 +137,8 @@ def table(rows: list[dict]) -> Table:
     made.add_column("rate", justify="right")
     for heading in columns:
         made.add_column(heading, justify="right", no_wrap=True)
-    ordered = sorted(groups, key=lambda name: mean_of(groups[name], "final_loss"))
-    for name in ordered:
+    scores = {n: -float(mean_of(own, "final_loss")) for n, own in groups.items()}
+    for name in best_first(scores):
         own = groups[name]
         cells = [_cell(own, key, digits) for key, digits in columns.values()]
         made.add_row(name, f"{own[0]['learning_rate']:g}", *cells)

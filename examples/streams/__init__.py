@@ -12,7 +12,8 @@
   domains.py    a domain of text, folders of them, windows; `DataError`
   installed.py  text that is installed with Python and the packages   (more_text.py)
   synthetic.py  Markov chains whose entropy and overlap are known
-  sources.py    finds a data set and its reader: readers.py, folders.py, tfds.py, hub.py
+  sources.py    finds a data set and its reader: readers.py, cifar.py, folders.py,
+                tfds.py, hub.py
 
 `python -m examples.streams` lists the names; with a name it describes the stream.
 """

@@ -1,10 +1,13 @@
 """Domains of text: what one is, how a folder of them is read, how windows are drawn."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from examples.streams.files import visible
 
 HELD_OUT_SHARE = 0.1
 
@@ -70,7 +73,8 @@ def load_folder(folder: Path, names: Sequence[str] | None = None) -> list[Domain
     """
     if not folder.is_dir():
         raise DataError(f"--data: got {folder}, expected a folder that exists.")
-    found = sorted({path.name.split(".")[0] for path in folder.glob("*.txt")})
+    files = visible(folder.glob("*.txt"), folder)
+    found = sorted({re.sub(r"(\.(train|valid))?\.txt$", "", p.name) for p in files})
     if not found:
         raise DataError(
             f"--data: {folder} has no text, expected files <domain>.train.txt and "

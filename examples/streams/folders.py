@@ -1,5 +1,6 @@
 """Pictures: decoding, and folders of them sorted by class."""
 
+import contextlib
 import importlib
 import io
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from examples.streams.domains import DataError
-from examples.streams.readers import Images, as_images, listing
+from examples.streams.files import listing, visible
+from examples.streams.readers import Images, as_images
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -24,17 +26,24 @@ def library(name: str, package: str, purpose: str) -> Any:
         ) from error
 
 
-def decode(source: Path | bytes, where: str, size: int | None) -> np.ndarray:
+def decode(source: Path | bytes | Any, where: str, size: int | None) -> np.ndarray:
     """A picture as uint8 (height, width, 1 or 3).
 
-    With `size`: the largest centred square, scaled to size x size.
+    Grey of 16 bits, which Pillow would clip at 255, is float32 in units of 8 bits: its
+    white is 255. Pictures of floats keep their values.
+
+    Args:
+      source: a file, its content, or a Pillow picture.
+      where: for messages.
+      size: scale the largest centred square to size x size; None: unscaled.
     """
     pillow = library("PIL.Image", "pillow", "to read pictures")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with pillow.open(file) as picture:
-            grey = picture.mode in ("1", "L")
-            picture = picture.convert("L" if grey else "RGB")
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        given = hasattr(source, "save")
+        with contextlib.nullcontext(source) if given else pillow.open(source) as stored:
+            picture = _in_units_of_8_bits(stored, pillow)
             if size is not None:
                 width, height = picture.size
                 side = min(width, height)
@@ -48,7 +57,16 @@ def decode(source: Path | bytes, where: str, size: int | None) -> np.ndarray:
             f"{where}: found a picture that Pillow cannot read ({error}), expected a "
             "complete one."
         ) from error
-    return pixels[..., None] if grey else pixels
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _in_units_of_8_bits(picture: Any, pillow: Any) -> Any:
+    """The picture in one of the modes L, RGB and F."""
+    if picture.mode.startswith("I"):
+        return pillow.fromarray(np.asarray(picture, np.float32) / np.float32(257))
+    if picture.mode == "F":
+        return picture
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 def _together(pictures: list[np.ndarray], where: object) -> np.ndarray:
@@ -97,8 +115,10 @@ def read_image_folder(
             f"{folder}: found {listing(folder)}, expected folders train/ and test/ (or "
             "val/) with a folder for each class."
         )
-    names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
-    own = sorted(p.name for p in (folder / found).iterdir() if p.is_dir())
+    names, own = (
+        [p.name for p in visible(part.iterdir(), part) if p.is_dir()]
+        for part in (folder / "train", folder / found)
+    )
     if not names or own != names:
         odd = sorted(set(names) ^ set(own))
         raise DataError(
@@ -110,15 +130,16 @@ def read_image_folder(
     def part(name, most):
         x, y = [], []
         for label, class_name in enumerate(names):
-            files = sorted(
-                p
-                for p in (folder / name / class_name).rglob("*")
-                if p.suffix.lower() in PICTURES
-            )
+            own = folder / name / class_name
+            files = [
+                path
+                for path in visible(own.rglob("*"), own)
+                if path.suffix.lower() in PICTURES
+            ]
             if not files:
                 raise DataError(
-                    f"{folder / name / class_name}: found no pictures, expected files "
-                    f"ending in {', '.join(PICTURES)}."
+                    f"{own}: found no pictures, expected files ending in "
+                    f"{', '.join(PICTURES)}."
                 )
             x += [decode(file, str(file), size) for file in files[:most]]
             y += [label] * len(files[:most])

@@ -1,6 +1,5 @@
 """Hugging Face datasets, where the package `datasets` is installed."""
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,7 @@ def read_huggingface(
 def _pixels(value: Any, where: str, size: int | None) -> np.ndarray:
     """A Pillow picture or nested lists of numbers, as `decode` returns it."""
     if hasattr(value, "save"):
-        stored = io.BytesIO()
-        value.save(stored, "PNG")
-        return decode(stored.getvalue(), where, size)
+        return decode(value, where, size)
     pixels = np.asarray(value)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

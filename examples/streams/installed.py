@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from examples.streams.domains import HELD_OUT_SHARE, DataError, Domain, as_bytes, choose
+from examples.streams.files import visible
 
 PACKAGES = ("flax", "jax", "matplotlib", "optax", "orbax-checkpoint", "rich", "tyro")
 DOCUMENTED = ("numpy", "scipy", "matplotlib", "jax")
@@ -62,14 +63,15 @@ def standard_library() -> Files:
     left_out |= {"encodings", "idle_test", "__pycache__"}
     return {
         path.relative_to(root).as_posix(): path
-        for path in root.rglob("*.py")
+        for path in visible(root.rglob("*.py"), root)
         if not left_out & set(path.relative_to(root).parts)
     }
 
 
 def python_headers() -> Files:
     root = Path(sysconfig.get_path("include"))
-    return {f"include/{p.relative_to(root).as_posix()}": p for p in root.rglob("*.h")}
+    files = visible(root.rglob("*.h"), root)
+    return {f"include/{path.relative_to(root).as_posix()}": path for path in files}
 
 
 def read_docstrings(path: Path) -> str:

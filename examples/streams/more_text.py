@@ -7,6 +7,7 @@ different kinds, so they have more in common than the first eight.
 import sysconfig
 from pathlib import Path
 
+from examples.streams.files import visible
 from examples.streams.installed import Files, Source
 
 
@@ -28,7 +29,7 @@ def _is_cython(name: str) -> bool:
 
 def character_tables() -> Files:
     root = Path(sysconfig.get_path("stdlib")) / "encodings"
-    return {f"encodings/{path.name}": path for path in root.glob("*.py")}
+    return {f"encodings/{path.name}": path for path in visible(root.glob("*.py"), root)}
 
 
 MORE_SOURCES = {

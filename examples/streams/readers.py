@@ -1,12 +1,12 @@
 """Image data sets in the formats people have them in, as arrays.
 
 Every reader returns `Images` or raises a `DataError` that names the path, what was
-found there and what was expected. Pictures in folders are read by folders.py, TFDS by
-tfds.py, Hugging Face datasets by hub.py; sources.py chooses among them.
+found there and what was expected. CIFAR is read by cifar.py, pictures in folders by
+folders.py, TFDS by tfds.py, Hugging Face datasets by hub.py; sources.py chooses among
+them.
 """
 
 import gzip
-import pickle
 import struct
 import zipfile
 import zlib
@@ -17,15 +17,19 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.streams.domains import DataError
+from examples.streams.files import listing
+
+MOST_CHANNELS = 4  # of pictures; a larger last axis may be the width
+OTHER_RANGE = 10  # parts of one range differ less in their largest pixels
 
 
 class Images(NamedTuple):
     """A data set as read.
 
     Attributes:
-      x_train: (n, height, width, channels), uint8 or float32, unscaled.
-      y_train: int32 (n,), labels from 0.
-      x_test: as `x_train`.
+      x_train: (n, height, width, channels), uint8 or float32, unscaled, finite.
+      y_train: int32 (n,), labels from 0, every class of `class_names` among them.
+      x_test: as `x_train`, in the same range.
       y_test: as `y_train`.
       class_names: name of each label.
     """
@@ -37,13 +41,6 @@ class Images(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def listing(folder: Path) -> str:
-    """What lies in a folder, for messages."""
-    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "nothing") + more
-
-
 def need_file(path: Path) -> Path:
     if not path.is_file():
         where = path.parent
@@ -52,43 +49,116 @@ def need_file(path: Path) -> Path:
     return path
 
 
+def _pixels(where: Path | str, part: str, x: np.ndarray) -> np.ndarray:
+    """Checked images (n, height, width, channels), uint8 or float32."""
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or not x.size or x.dtype.kind not in "buif":
+        raise DataError(
+            f"{where}: the {part} images have shape {x.shape} and type {x.dtype}, "
+            "expected numbers (n, height, width) or (n, height, width, channels) and "
+            "at least one image."
+        )
+    _, first, second, last = x.shape
+    if last > MOST_CHANNELS and (first <= MOST_CHANNELS or first < second == last):
+        raise DataError(
+            f"{where}: the {part} images have shape {x.shape}, which looks like "
+            "channels first, expected (n, height, width, channels): store "
+            "np.moveaxis(images, 1, -1)."
+        )
+    if x.dtype == np.uint8:
+        return x
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
+    wrong = x.size - np.isfinite(x).sum()
+    if wrong:
+        images = np.flatnonzero(~np.isfinite(x).all((1, 2, 3)))
+        raise DataError(
+            f"{where}: {wrong} of the {x.size} pixels of the {part} images are NaN, "
+            f"infinite or beyond float32 ({len(images)} images, the first is image "
+            f"{images[0]}), expected finite numbers."
+        )
+    return x
+
+
+def _labels(where: Path | str, part: str, y: np.ndarray, count: int) -> np.ndarray:
+    """Checked labels (count,), int32."""
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y  # Keras' CIFAR
+    if y.shape != (count,) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise DataError(
+            f"{where}: the {part} labels have shape {y.shape} and type {y.dtype}, "
+            f"expected {count} whole numbers from 0."
+        )
+    return y.astype(np.int32)
+
+
+def _check_ranges(where: Path | str, train: np.ndarray, test: np.ndarray) -> None:
+    """Raises where one part was scaled and the other was not."""
+    ranges = [(float(x.min()), float(x.max())) for x in (train, test)]
+    tops = sorted(max(-low, high) for low, high in ranges)
+    signs = [low < -0.05 * max(-low, high) for low, high in ranges]
+    if tops[1] > OTHER_RANGE * tops[0] or signs[0] != signs[1]:
+        told = [f"{low:g} to {high:g}" for low, high in ranges]
+        raise DataError(
+            f"{where}: train images range from {told[0]} and test images from "
+            f"{told[1]}, expected one range: scale both in the same way."
+        )
+
+
+def _check_classes(
+    where: Path | str, train: np.ndarray, test: np.ndarray, names: Sequence[str]
+) -> None:
+    """Raises unless both parts have images of every class."""
+    for part, y in (("train", train), ("test", test)):
+        lacking = np.setdiff1d(np.arange(len(names)), y)
+        if len(lacking):
+            told = ", ".join(f"{label} ({names[label]})" for label in lacking[:5])
+            more = f" and {len(lacking) - 5} more" * (len(lacking) > 5)
+            raise DataError(
+                f"{where}: the {part} part has no image of class {told}{more}, "
+                f"expected at least one image of each of the {len(names)} classes in "
+                "train and in test."
+            )
+
+
 def as_images(
     where: Path | str,
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     class_names: Sequence[str] | None = None,
 ) -> Images:
-    """Checks shapes and labels, and adds the channel axis that grey images lack."""
+    """Checks pixels and labels, and adds the channel axis that grey images lack.
+
+    Raises:
+      DataError: for shapes and types that do not fit, channels first, pixels that are
+        not finite, parts in different ranges, labels that do not count from 0, and
+        classes without images in one of the parts.
+    """
     arrays = []
     for part, (x, y) in (("train", train), ("test", test)):
-        x, y = np.asarray(x), np.asarray(y)
-        x = x[..., None] if x.ndim == 3 else x
-        if x.ndim != 4 or not x.size:
-            raise DataError(
-                f"{where}: the {part} images have shape {x.shape}, expected (n, "
-                "height, width) or (n, height, width, channels) and at least one image."
-            )
-        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y  # Keras' CIFAR
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
-            raise DataError(
-                f"{where}: the {part} labels have shape {y.shape} and type {y.dtype}, "
-                f"expected {len(x)} whole numbers from 0."
-            )
-        x = x if x.dtype == np.uint8 else x.astype(np.float32)
-        arrays += [x, y.astype(np.int32)]
-    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        x = _pixels(where, part, np.asarray(x))
+        arrays += [x, _labels(where, part, np.asarray(y), len(x))]
+    x_train, y_train, x_test, y_test = arrays
+    if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
-            f"{where}: train images are {arrays[0].shape[1:]} and test images "
-            f"{arrays[2].shape[1:]}, expected one size."
+            f"{where}: train images are {x_train.shape[1:]} and test images "
+            f"{x_test.shape[1:]}, expected one size."
         )
-    count = int(max(arrays[1].max(), arrays[3].max())) + 1
+    _check_ranges(where, x_train, x_test)
+    count = int(max(y_train.max(), y_test.max())) + 1
+    named = 0 if class_names is None else len(class_names)
+    if min(y_train.min(), y_test.min()) == 1 and named < count:
+        raise DataError(
+            f"{where}: found labels from 1 to {count - 1}, expected labels from 0: "
+            "subtract 1 in both parts."
+        )
     names = tuple(map(str, range(count) if class_names is None else class_names))
     if len(names) < count:
         raise DataError(
             f"{where}: found label {count - 1} but {len(names)} class names, expected "
             "a name for every label."
         )
-    return Images(*arrays, names)
+    _check_classes(where, y_train, y_test, names)
+    return Images(x_train, y_train, x_test, y_test, names)
 
 
 def read_npz(path: Path) -> Images:
@@ -165,81 +235,6 @@ def read_idx_folder(folder: Path) -> Images:
         for part in ("train", "t10k")
     )
     return as_images(folder, train, test)
-
-
-_BROKEN = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """A pickle can run any code: this one may build NumPy arrays and nothing else."""
-
-    def find_class(self, module: str, name: str):
-        core = {"numpy.core.multiarray", "numpy._core.multiarray"}
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            # CIFAR's files hold dtype("u1", 0, 1), at which NumPy 2.4.0 to 2.4.4 warn.
-            return lambda code, align, copy: np.dtype(code, bool(align), bool(copy))
-        if module in core and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _unpickle(path: Path, keys: Sequence[bytes]) -> dict:
-    try:
-        with need_file(path).open("rb") as file:
-            content = _ArraysOnly(file, encoding="bytes").load()
-    except _BROKEN as error:
-        raise DataError(
-            f"{path}: found a file that is no pickle of arrays ({error}), expected a "
-            "complete CIFAR python pickle."
-        ) from error
-    found = sorted(map(repr, content)) if isinstance(content, dict) else [type(content)]
-    if not isinstance(content, dict) or not set(keys) & set(content):
-        raise DataError(
-            f"{path}: found {', '.join(map(str, found))}, expected "
-            f"{' or '.join(k.decode() for k in keys)}."
-        )
-    return content
-
-
-def read_cifar(folder: Path) -> Images:
-    """`cifar-100-python` (fine labels) or `cifar-10-batches-py`, extracted."""
-    fine = (folder / "train").exists() or not (folder / "data_batch_1").exists()
-    batches = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
-    label, names = (
-        (b"fine_labels", b"fine_label_names") if fine else (b"labels", b"label_names")
-    )
-
-    def part(files):
-        parts = [_unpickle(folder / file, [label]) for file in files]
-        for file, content in zip(files, parts, strict=True):
-            shape = np.shape(content.get(b"data"))
-            if len(shape) != 2 or shape[1] != 3072 or len(content[label]) != shape[0]:
-                raise DataError(
-                    f"{folder / file}: found data of shape {shape} and "
-                    f"{len(content[label])} labels, expected (n, 3072) and n."
-                )
-        data = np.concatenate([content[b"data"] for content in parts])
-        labels = np.concatenate([np.asarray(content[label]) for content in parts])
-        return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
-
-    train, test = part(batches), part(["test" if fine else "test_batch"])
-    meta = folder / ("meta" if fine else "batches.meta")
-    found = _unpickle(meta, [names])[names] if meta.exists() else None
-    found = None if found is None else [name.decode() for name in found]
-    return as_images(folder, train, test, found)
 
 
 def read_svhn(folder: Path) -> Images:

@@ -9,6 +9,7 @@ import numpy as np
 
 from examples.streams import images, readers, sources, synthetic, text
 from examples.streams.domains import DataError
+from examples.streams.files import listing
 from examples.streams.stream import Stream
 
 DIGIT_FIVE = ("mnist", "mnist_m", "usps", "svhn", "syn")
@@ -68,7 +69,7 @@ def _read_digit_five(name: str, data: Any, options: dict) -> dict:
     lacking = [domain for domain, path in paths.items() if path is None]
     if lacking:
         raise DataError(
-            f"{data}: found {readers.listing(Path(data))}, expected also a data set "
+            f"{data}: found {listing(Path(data))}, expected also a data set "
             f"for {', '.join(lacking)} (<name>.npz or a folder), or other names with "
             "domains=."
         )

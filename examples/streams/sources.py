@@ -12,8 +12,9 @@ hf:<name>                           Hugging Face, `load_dataset` (may download)
 
 from pathlib import Path
 
-from examples.streams import folders, hub, readers, tfds
+from examples.streams import cifar, folders, hub, readers, tfds
 from examples.streams.domains import DataError
+from examples.streams.files import listing, visible
 
 ALIASES = {
     "cifar100": ("cifar100python",),
@@ -30,7 +31,7 @@ def _plain(name: str) -> str:
 def find(data: Path, name: str) -> Path | None:
     """The file or folder of data set `name` in the folder `data`."""
     wanted = {_plain(name), *ALIASES.get(name, ())}
-    entries = sorted(data.iterdir()) if data.is_dir() else []
+    entries = visible(data.iterdir(), data) if data.is_dir() else []
     for entry in entries:
         own = entry.is_dir() or entry.suffix == ".npz"
         if own and _plain(entry.name if entry.is_dir() else entry.stem) in wanted:
@@ -66,14 +67,15 @@ def read_images(
         return folders.read_image_folder(path, size, per_class)
     if tfds.find_tfds(path) is not None:
         return tfds.read_tfds(path, size, per_class)
-    if any("-ubyte" in p.name for p in path.iterdir()):
+    names = [p.name for p in visible(path.iterdir(), path)]
+    if any("-ubyte" in name for name in names):
         return readers.read_idx_folder(path)
-    if any(path.glob("*_32x32.mat")):
+    if any(name.endswith("_32x32.mat") for name in names):
         return readers.read_svhn(path)
-    if any((path / name).is_file() for name in ("train", "test", "data_batch_1")):
-        return readers.read_cifar(path)
+    if cifar.is_cifar(path):
+        return cifar.read_cifar(path)
     raise DataError(
-        f"{path}: found {readers.listing(path)}, expected one of the layouts that "
+        f"{path}: found {listing(path)}, expected one of the layouts that "
         "examples/streams/sources.py lists."
     )
 

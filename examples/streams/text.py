@@ -19,6 +19,7 @@ import numpy as np
 
 from examples.streams import hub
 from examples.streams.domains import DataError, Domain, as_bytes, load_folder
+from examples.streams.files import visible
 from examples.streams.installed import SOURCES, load_installed
 from examples.streams.more_text import MORE_SOURCES
 from examples.streams.stream import Part, Stream
@@ -64,7 +65,8 @@ def read_domains(
 
 
 def _saved(folder: Path) -> list[Path]:
-    return [p.parent for p in sorted(folder.glob("*/dataset_dict.json"))]
+    found = visible(folder.glob("*/dataset_dict.json"), folder)
+    return [path.parent for path in found]
 
 
 def _read_saved(folder: Path, names: Sequence[str] | None) -> list[Domain]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from examples.streams.domains import DataError
+from examples.streams.files import listing, visible
 from examples.streams.folders import TEST_NAMES, both_parts, decode
-from examples.streams.readers import Images, listing
+from examples.streams.readers import Images
 
 
 def records(path: Path) -> Iterator[bytes]:
@@ -91,8 +92,8 @@ def parse_example(record: bytes) -> dict[str, Any]:
 
 def find_tfds(folder: Path) -> Path | None:
     """The version folder of a TFDS data set: `folder` or below it, the newest."""
-    found = {p.parent for depth in ("", "*/", "*/*/") for p in
-             folder.glob(f"{depth}*.tfrecord-*")}  # fmt: skip
+    files = (p for d in ("", "*/", "*/*/") for p in folder.glob(f"{d}*.tfrecord-*"))
+    found = {path.parent for path in visible(files, folder)}
     if not found:
         return None
 
@@ -119,7 +120,9 @@ def read_tfds(
 
     def part(splits, most):
         files = [
-            p for s in splits for p in sorted(where.glob(f"*-{s}.tfrecord-*-of-*"))
+            path
+            for split in splits
+            for path in visible(where.glob(f"*-{split}.tfrecord-*-of-*"), where)
         ]
         if not files:
             raise DataError(

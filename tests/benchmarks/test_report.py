@@ -108,6 +108,36 @@ def test_the_page_shows_the_results_and_stands_alone(tmp_path):
     assert page.count("<polygon") == 2  # bands of the method with three seeds
 
 
+@pytest.mark.parametrize("where", ["loss", "metrics"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_runs_that_diverged_are_not_ranked(tmp_path, where, seeds):
+    results = vision_results()
+    for row in results["runs"]:
+        if row["method"] == "good <one>" and row["seed"] < seeds:
+            row["metrics"]["ACC"] = 0.99
+            if where == "loss":
+                row["loss"] = [[[0.1, None]]]
+            else:
+                row["metrics"]["ACC"] = None
+    folder = written(tmp_path / "run", results)
+    assert main(Config((folder,), tmp_path / "page.html")) == 0
+    page = (tmp_path / "page.html").read_text()
+    told = "diverged" if seeds == 3 else "1 of 3 diverged"
+    assert f"<td>{told}</td><td>–</td>" in page and "0.99" not in page
+    assert page.index("bad") < page.index("good &lt;one&gt;")
+    assert "nan" not in page.split("<h3>")[0]
+
+
+def test_a_page_of_nothing_but_losses_that_diverged(tmp_path):
+    results = lm_results()
+    (row,) = results["methods"]
+    row |= {"final_loss": None, "loss_matrix": [[None] * 2] * 2}
+    row["curves"] = {"loss": [None] * 4}
+    folder = written(tmp_path / "run", results)
+    assert main(Config((folder,), tmp_path / "page.html")) == 0
+    assert "<td>diverged</td>" in (tmp_path / "page.html").read_text()
+
+
 def test_two_seeds_have_no_band(tmp_path):
     folder = written(tmp_path / "run", vision_results(seeds=2))
     assert main(Config((folder,), tmp_path / "page.html")) == 0

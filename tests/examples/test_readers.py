@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import pickle
 import struct
 import sys
 import types
@@ -15,7 +16,7 @@ pytest.importorskip("PIL")
 from PIL import Image as pillow
 
 from examples import streams
-from examples.streams import folders, hub, readers, sources, tfds
+from examples.streams import domains, folders, hub, readers, sources, tfds
 from examples.streams.readers import DataError
 
 rng = np.random.default_rng(0)
@@ -211,10 +212,153 @@ def test_damaged_npz(tmp_path):
         ({"y_test": np.arange(10) - 1}, "whole numbers from 0"),
         ({"x_test": COLOUR[:10]}, "train images are (6, 6, 1) and test"),
         ({"class_names": np.array(["a"])}, "found label 9 but 1 class names"),
+        ({"x_train": np.array(list("ab"))}, "type <U1, expected numbers"),
+        ({"y_train": LABELS + 1, "y_test": LABELS[:10] + 1}, "labels from 1 to 10"),
+        ({"y_train": LABELS + 2, "y_test": LABELS[:10] + 2}, "train part has no image"),
     ],
 )
 def test_arrays_that_do_not_fit(tmp_path, changes, message):
     fails(write_npz(tmp_path / "a.npz", **changes), "a.npz", message)
+
+
+# What arrays hold
+
+
+def floats(**at):
+    """Pixels from 0 to 1, with some of them replaced: part=(index, value)."""
+    x = {"x_train": (GREY / 255).astype(np.float64), "x_test": GREY[:10] / 255}
+    for part, (index, value) in at.items():
+        x[part][index] = value
+    return x
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pixels_that_are_not_finite_are_counted(tmp_path, part, value):
+    path = write_npz(tmp_path / "a.npz", **floats(**{f"x_{part}": ((3, 0, 1), value)}))
+    fails(path, f"1 of the {360 if part == 'test' else 1440} pixels of the {part}")
+    fails(path, "1 images, the first is image 3")
+    more = floats(**{f"x_{part}": ((slice(2, 9, 3), slice(2), 1), value)})
+    fails(write_npz(path, **more), "6 of the", "3 images, the first is image 2")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_first_are_refused(tmp_path, channels):
+    x = np.repeat(GREY[:, None], channels, 1)
+    path = write_npz(tmp_path / "a.npz", x_train=x, x_test=x[:10])
+    fails(path, f"shape (40, {channels}, 6, 6)", "channels first", "moveaxis")
+    last = np.moveaxis(x, 1, -1)
+    write_npz(path, x_train=last, x_test=last[:10])
+    check(sources.read_images(path), last)
+
+
+def test_many_channels_may_come_last_but_not_first(tmp_path):
+    x = np.repeat(GREY[:, :, :, None], 5, -1)
+    path = write_npz(tmp_path / "a.npz", x_train=x, x_test=x[:10])
+    check(sources.read_images(path), x)
+    first = np.moveaxis(x, -1, 1)
+    fails(write_npz(path, x_train=first, x_test=first[:10]), "channels first")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (GREY, GREY[:10] / 255, ("range from 0 to 255", "from 0 to 1,")),
+        (GREY / 255, GREY[:10], ("range from 0 to 1 ", "from 0 to 255")),
+        (GREY, GREY[:10] // 16, ("range from 0 to 255", "from 0 to 15")),
+        (GREY / 127.5 - 1, GREY[:10] / 255, ("range from -1 to 1 ", "from 0 to 1,")),
+        (GREY.astype(np.uint16) * 257, GREY[:10], ("0 to 65535", "from 0 to 255")),
+        (GREY, GREY[:10] * 0, ("range from 0 to 255", "from 0 to 0")),
+    ],
+)
+def test_parts_in_different_ranges_are_refused(tmp_path, train, test, message):
+    train, test = train.copy(), test.copy()
+    for x in (train, test):  # both ends are in every part
+        x[0, 0, :2] = x.min(), x.max()
+    fails(write_npz(tmp_path / "a.npz", x_train=train, x_test=test), *message)
+
+
+def test_a_darker_test_part_is_of_the_same_range(tmp_path):
+    path = write_npz(tmp_path / "a.npz", x_test=GREY[:10] // 4)
+    assert sources.read_images(path).x_test.max() < 64
+
+
+def test_a_class_missing_from_one_part_is_named(tmp_path):
+    names = np.array([f"thing {c}" for c in range(10)])
+    path = write_npz(tmp_path / "a.npz", y_test=np.arange(10) % 8, class_names=names)
+    fails(path, "test part has no image of class 8 (thing 8), 9 (thing 9)")
+    few = np.where(LABELS == 3, 4, LABELS)
+    fails(write_npz(path, y_train=few), "train part has no image of class 3 (3)")
+    more = np.array([*names, "unicorn"])
+    fails(write_npz(path, class_names=more), "class 10 (unicorn)", "each of the 11")
+    write_npz(path, y_train=few, y_test=np.arange(10) % 3)
+    fails(path, "train part", "class 3")
+    first = {"y_train": LABELS % 9 + 1, "y_test": np.r_[1:10, 1]}
+    fails(write_npz(path, **first, class_names=names), "no image of class 0 (thing 0)")
+
+
+def test_labels_from_1_can_be_subtracted(tmp_path):
+    path = write_npz(tmp_path / "a.npz", y_train=LABELS + 1, y_test=LABELS[:10] + 1)
+    with pytest.raises(DataError, match="subtract 1"):
+        streams.load("split-mnist", data=path)
+
+
+# Hidden files
+
+
+def hide(folder):
+    """What macOS and notebooks leave behind, beside every file."""
+    for path in [folder, *folder.rglob("*")]:
+        if path != folder:
+            (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7\0")
+        if path.is_dir():
+            (path / ".DS_Store").write_bytes(b"\0")
+            (path / ".ipynb_checkpoints").mkdir()
+            (path / ".ipynb_checkpoints" / "000.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "write", [write_mnist, write_cifar100, write_pictures, write_tfds]
+)
+def test_hidden_files_are_ignored(tmp_path, write):
+    write(tmp_path / "mnist")
+    hide(tmp_path)
+    found = sources.read_images(sources.find(tmp_path, "mnist"))
+    check(found, GREY if write is write_mnist else COLOUR)
+
+
+def test_hidden_files_beside_arrays_and_text_are_ignored(tmp_path):
+    write_npz(tmp_path / "mnist.npz")
+    (tmp_path / "law.txt").write_text("Nobody is above it. " * 9)
+    hide(tmp_path)
+    assert sources.find(tmp_path, "mnist").name == "mnist.npz"
+    assert [d.name for d in domains.load_folder(tmp_path)] == ["law"]
+
+
+def test_only_hidden_files_are_nothing(tmp_path):
+    (tmp_path / "._train-images-idx3-ubyte").write_bytes(b"")
+    (tmp_path / "._a_32x32.mat").write_bytes(b"")
+    (tmp_path / "._law.txt").write_bytes(b"")
+    fails(tmp_path, "found nothing", "layouts")
+    with pytest.raises(DataError, match="has no text"):
+        domains.load_folder(tmp_path)
+
+
+def test_names_of_domains_may_have_dots(tmp_path):
+    texts = {
+        "v1.0.train.txt": "train " * 20,
+        "v1.0.valid.txt": "valid " * 20,
+        "v1.1.txt": "plain " * 20,
+        "a.valid.b.txt": "other " * 20,
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    found = {d.name: d for d in domains.load_folder(tmp_path)}
+    assert list(found) == ["a.valid.b", "v1.0", "v1.1"]
+    assert found["v1.0"].train.tobytes() == b"train " * 20
+    assert found["v1.0"].valid.tobytes() == b"valid " * 20
+    assert found["v1.1"].files["train"] == ["v1.1.txt"]
 
 
 # idx
@@ -260,8 +404,14 @@ def test_cifar10(tmp_path):
         (tmp_path / f"data_batch_{i + 1}").write_bytes(batch)
     (tmp_path / "test_batch").write_bytes(cifar_batch("labels", slice(0, 10)))
     check(sources.read_images(tmp_path), COLOUR)
-    (tmp_path / "data_batch_4").unlink()
-    fails(tmp_path, tmp_path / "data_batch_4", "expected this file")
+    for name in ("data_batch_4", "data_batch_1", "test_batch"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        fails(tmp_path, f"{tmp_path / name}: found", "expected this file")
+        with pytest.raises(DataError) as caught:
+            sources.read_images(tmp_path)
+        assert "pickle" not in str(caught.value)
+        (tmp_path / name).write_bytes(whole)
 
 
 def test_a_pickle_cannot_run_code(tmp_path, capsys):
@@ -271,14 +421,36 @@ def test_a_pickle_cannot_run_code(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_pickles_of_this_numpy_can_be_read(tmp_path):
-    import pickle
-
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("key", [str.encode, str])
+@pytest.mark.parametrize("listed", [list, np.ndarray.tolist, np.asarray])
+def test_pickles_of_this_numpy_can_be_read(tmp_path, protocol, key, listed):
     folder = write_cifar100(tmp_path / "cifar")
     data = COLOUR.transpose(0, 3, 1, 2).reshape(-1, 3072)
-    batch = {b"data": data, b"fine_labels": LABELS.tolist()}
-    (folder / "train").write_bytes(pickle.dumps(batch, protocol=2))
+    batch = {key("data"): data, key("fine_labels"): listed(LABELS)}
+    (folder / "train").write_bytes(pickle.dumps(batch, protocol=protocol))
+    names = {key("fine_label_names"): [key(f"thing {c}") for c in range(10)]}
+    (folder / "meta").write_bytes(pickle.dumps(names, protocol=protocol))
+    found = sources.read_images(folder)
+    check(found, COLOUR)
+    assert found.class_names[3] == "thing 3"
+
+
+def test_arrays_stored_by_columns_and_read_only_can_be_read(tmp_path):
+    folder = write_cifar100(tmp_path / "cifar")
+    data = np.asfortranarray(COLOUR.transpose(0, 3, 1, 2).reshape(-1, 3072))
+    data.flags.writeable = False
+    batch = {"data": data, "fine_labels": LABELS.tolist()}
+    (folder / "train").write_bytes(pickle.dumps(batch, protocol=5))
     check(sources.read_images(folder), COLOUR)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_no_object_is_made_of_a_pickle(tmp_path, protocol):
+    folder = write_cifar100(tmp_path / "cifar")
+    batch = {"data": np.array([print], object), "fine_labels": [0]}
+    (folder / "train").write_bytes(pickle.dumps(batch, protocol=protocol))
+    fails(folder, folder / "train", "it asks for", ".print")
 
 
 def test_damaged_cifar(tmp_path):
@@ -342,6 +514,49 @@ def test_image_folder_scaled_and_grey(tmp_path):
     np.testing.assert_array_equal(grey[..., 0], GREY[0])
     pillow.fromarray(GREY[0]).save(tmp_path / "train" / "n00" / "wide.png")
     assert sources.read_images(tmp_path, size=6).x_train.shape[-1] == 3
+
+
+WIDE = rng.integers(0, 65536, (6, 6)).astype(np.uint16)
+WIDE[0, :2] = 0, 65535
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pgm"])
+def test_grey_of_16_bits_keeps_its_values(tmp_path, suffix):
+    path = tmp_path / f"wide{suffix}"
+    pillow.fromarray(WIDE).save(path)
+    found = folders.decode(path, "here", None)
+    assert found.shape == (6, 6, 1) and found.dtype == np.float32
+    np.testing.assert_allclose(found[..., 0], WIDE / 257, rtol=1e-6)
+    assert found.min() == 0 and found.max() == 255
+    half = folders.decode(path, "here", 3)
+    whole = pillow.fromarray((WIDE / 257).astype(np.float32))
+    expected = np.asarray(whole.resize((3, 3), pillow.Resampling.BILINEAR))
+    np.testing.assert_allclose(half[..., 0], expected, rtol=1e-5)
+
+
+def test_pictures_of_8_and_16_bits_are_of_one_range(tmp_path):
+    for part in ("train", "test"):
+        for label, picture in enumerate((GREY[0], GREY[0].astype(np.uint16) * 257)):
+            (tmp_path / part / str(label)).mkdir(parents=True)
+            file = tmp_path / part / str(label) / "0.png"
+            pillow.fromarray(picture).save(file)
+    found = sources.read_images(tmp_path)
+    np.testing.assert_allclose(found.x_train[0], found.x_train[1], atol=1e-4)
+    np.testing.assert_array_equal(found.x_train[0, ..., 0], GREY[0])
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (WIDE, WIDE / 257),
+        (WIDE.astype(np.int32), WIDE / 257),
+        (WIDE / np.float32(65535), WIDE / 65535),
+        (GREY[0], GREY[0]),
+    ],
+)
+def test_hugging_face_pictures_keep_their_values(stored, expected):
+    found = hub._pixels(pillow.fromarray(stored), "here", None)
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-6)
 
 
 def test_damaged_image_folder(tmp_path):

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import adamr
 from examples import streams
-from examples.harness import loop, statistics
+from examples.harness import loop, pictures, report, statistics
 from examples.harness.cli import TUNING_TASKS
 from examples.harness.methods import METHODS
 from examples.harness.problem import Data, loss_of
@@ -366,6 +366,69 @@ def test_intervals_and_paired_tests():
     assert np.isnan(same["p"]) or same["p"] < 1e-6
     test = statistics.paired([0.9, 0.8, 0.95], [0.5, 0.6, 0.4])
     np.testing.assert_allclose(test["p"], 0.063, atol=0.02)
+
+
+def row(method, seed, acc, loss=0.1):
+    metrics = {"ACC": acc, "LA": acc, "forgetting": 0.0}
+    common = {"learning_rate": 0.1, "seconds": 1.0, "loss": [[[0.1, loss]]]}
+    tensor = {"matrix": [[acc]], "anytime": [[[acc]]]}
+    return {"method": method, "seed": seed, "metrics": metrics, **common, **tensor}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("loss", [np.nan, np.inf, None])
+@pytest.mark.parametrize("acc", [0.99, np.nan])
+def test_a_run_that_diverged_is_never_ranked(loss, acc):
+    rows = [row("broken", 0, acc, loss), row("broken", 1, 0.98)]
+    rows += [row("worse", s, 0.5 + s / 10) for s in (0, 1)]
+    rows += [row("better", s, 0.7 + s / 5) for s in (0, 1)]
+    assert statistics.diverged(rows[0]) and not statistics.diverged(rows[1])
+    means = statistics.means(rows)
+    assert np.isnan(means["broken"])
+    assert statistics.best_first(means) == ["better", "worse", "broken"]
+    (test,) = statistics.comparisons(rows)
+    assert (test["method"], test["best"]) == ("worse", "better")
+    table = report.table(rows)
+    names, _, accuracies = (list(column.cells) for column in table.columns[:3])
+    assert names == ["better", "worse", "broken"]
+    assert accuracies[2] == "1 of 2 diverged"
+    assert list(table.columns[3].cells)[2] == list(table.columns[4].cells)[2] == "–"
+    assert (
+        "better ends at 0.800, worse at 0.550"
+        in pictures.matrices(rows, ["a"]).get_suptitle()
+    )
+
+
+def test_nothing_is_ranked_where_every_run_diverged():
+    rows = [row("one", 0, 0.5, np.nan), row("two", 0, 0.4, np.nan)]
+    assert statistics.comparisons(rows) == []
+    assert [*report.table(rows).columns[2].cells] == ["diverged", "diverged"]
+    assert "all diverged" in pictures.matrices(rows, ["a"]).get_suptitle()
+
+
+def test_methods_that_did_not_diverge_are_compared_as_ever():
+    rows = [row("a", s, 0.5 + s / 10) for s in (0, 1, 2)]
+    rows += [row("b", s, 0.7 + s / 5) for s in (0, 1)]
+    (test,) = statistics.comparisons(rows)
+    assert (test["method"], test["best"], test["seeds"]) == ("a", "b", [0, 1])
+    expected = statistics.paired([0.5, 0.6], [0.7, 0.9])
+    for key, value in expected.items():
+        np.testing.assert_allclose(test[key], value, rtol=1e-12)
+
+
+def test_the_accuracy_of_a_run_that_diverged_is_nan(tmp_path):
+    more = ("--method", "adam,sgd", "--seeds", "2", "--learning-rate", "1e30")
+    assert run(tmp_path, *more) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert all(r["metrics"]["ACC"] is None for r in found["runs"])
+    assert found["comparisons"] == []
+
+
+def test_tuning_does_not_take_a_rate_that_diverges(tmp_path):
+    assert run(tmp_path, "--method", "sgd", "--lr-grid", "1e30,1e-3") == 0
+    found = json.loads((tmp_path / "results.json").read_text())["tuning"]["sgd"]
+    assert found["best"]["learning_rate"] == 1e-3
+    assert found["candidates"][0]["score"] is None
 
 
 @pytest.fixture(scope="module")

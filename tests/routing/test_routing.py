@@ -399,3 +399,58 @@ def test_unknown_names():
         adamr.faithful_second_moment(guard="all")
     with pytest.raises(ValueError, match="aggregate is 'sum', expected"):
         adamr.overlap_adaptive_scale(aggregate="sum")
+
+
+SCALES = (1e-25, 1e-19, 1e-10, 1.0, 1e10, 1e19, 1e25)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("aggregate", ["global", "mean", "leaf"])
+@pytest.mark.parametrize("kind", ["projection", "directions", "other"])
+def test_overlap_of_gradients_of_any_scale(kind, aggregate, scale):
+    """Squares of 1e-25 and of 1e25 are no float32; their ratios are."""
+    rng = np.random.default_rng(0)
+    g = {"u": rng.normal(size=(5, 3)), "w": rng.normal(size=(4, 3))}
+    g = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
+    bases = {n: np.linalg.qr(rng.normal(size=(len(x), 2)))[0] for n, x in g.items()}
+    if kind == "directions":
+        empty = adamr.empty_directions(g, 2)
+        made = adamr.grow_directions(empty, jax.tree.map(lambda x: x[None] ** 2, g))
+    else:
+        made = adamr.make_subspace(g, bases)
+    modifier = adamr.project_out(made)
+    if kind == "other":  # the strength link measures it on its own
+        modifier = optax.chain(modifier, optax.identity())
+    link = adamr.overlap_adaptive_scale(decay=0.0, aggregate=aggregate)
+    tx = adamr.adamr(0.1, modifier, strength=link)
+
+    def overlap(factor):
+        scaled = jax.tree.map(lambda x: x * jnp.float32(factor), g)
+        _, state = jax.jit(tx.update)(scaled, tx.init(g), g)
+        return np.asarray(optax.tree.get(state, "overlap"))
+
+    expected = overlap(1.0)
+    assert np.all((expected > 0.01) & (expected < 0.99))
+    np.testing.assert_allclose(overlap(scale), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "leaf"])
+def test_each_leaf_has_its_own_scale(aggregate):
+    g = {"a": jnp.array([[3e-25], [4e-25]]), "b": jnp.array([[4e22], [3e22]])}
+    first = jax.tree.map(lambda x: x.at[0].set(0.0), g)
+    tx = adamr.overlap_adaptive_scale(decay=0.0, aggregate=aggregate)
+    _, state = tx.update(Routed(first, g, g), tx.init(g))
+    each = np.array([0.36, 0.64])
+    expected = each.mean() if aggregate == "mean" else each
+    np.testing.assert_allclose(state.overlap, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("aggregate", ["global", "mean", "leaf"])
+def test_gradients_that_are_not_finite_leave_the_overlap(aggregate, bad):
+    g = {"a": jnp.array([[bad], [1.0]]), "b": jnp.array([[bad], [1e-25]])}
+    first = jax.tree.map(lambda x: x * jnp.array([[1.0], [0.0]]), g)
+    tx = adamr.overlap_adaptive_scale(decay=0.5, aggregate=aggregate)
+    state = tx.init(g)._replace(overlap=jnp.full_like(tx.init(g).overlap, 0.25))
+    _, after = tx.update(Routed(first, g, g), state)
+    np.testing.assert_array_equal(after.overlap, state.overlap)
