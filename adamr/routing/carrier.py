@@ -86,7 +86,7 @@ class Measuring(Protocol):
 
 class RoutedStrengthState(NamedTuple):
     route: Any  # RouteState
-    strength: Any
+    scale: Any  # of the strength link, which has a field `strength` of its own
 
 
 def plain_gradient(updates: Any, link: str, params: Any = None) -> Any:
@@ -201,9 +201,9 @@ def route_with_strength(
         else:
             routed, inner = route.update(updates, state.route, params, **extra_args)
             known = {}
-        routed, scale = strength.update(
-            routed, state.strength, params, **{**extra_args, **known}
+        routed, scaled = strength.update(
+            routed, state.scale, params, **{**extra_args, **known}
         )
-        return routed, RoutedStrengthState(inner, scale)
+        return routed, RoutedStrengthState(inner, scaled)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

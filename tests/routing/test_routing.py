@@ -454,3 +454,10 @@ def test_gradients_that_are_not_finite_leave_the_overlap(aggregate, bad):
     state = tx.init(g)._replace(overlap=jnp.full_like(tx.init(g).overlap, 0.25))
     _, after = tx.update(Routed(first, g, g), state)
     np.testing.assert_array_equal(after.overlap, state.overlap)
+
+
+@pytest.mark.parametrize("strength", [0.5, adamr.overlap_adaptive_scale()])
+def test_the_strength_of_the_alias_is_found_by_name(strength):
+    tx = adamr.adamr(0.1, optax.scale(0.5), strength=strength)
+    _, state = tx.update(gradients(0), tx.init(params()), params())
+    assert 0 < optax.tree.get(state, "strength") <= 0.5
