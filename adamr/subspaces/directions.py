@@ -45,6 +45,7 @@ class Directions(NamedTuple):
         Exactly 0 where the directions span the whole space: Adam would scale rounding
         up.
         """
+        _tree.require_real(tree, "project")
         here = self.at(tree)
         rows = held(here.rows)
         if not rows:

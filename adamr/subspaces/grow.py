@@ -115,6 +115,8 @@ def sample_rows(
     name: str, samples: jax.Array, basis: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Checks the samples of leaf `name` and shapes them (*batch, num_samples, n)."""
+    if jnp.issubdtype(samples.dtype, jnp.complexfloating):
+        raise TypeError(f"samples is {samples.dtype} at {name}, expected real numbers.")
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     fan_in = tuple(basis.shape[d] for d in how.protected)

@@ -38,6 +38,7 @@ class Subspace(NamedTuple):
 
     def project(self, tree: Any) -> Any:
         """g − U diag(λ) Uᵀ g on every protected leaf, the others unchanged."""
+        _tree.require_real(tree, "project")
 
         def leaf(g, basis, weights):
             return g if basis is None else project_leaf(basis, weights, g)

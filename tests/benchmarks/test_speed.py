@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import adamr
-from benchmarks import accelerator, scaling
+from benchmarks import accelerator, boundary, scaling
 from benchmarks._speed import rivals, timing
 
 
@@ -94,3 +94,19 @@ def test_all_parts_of_accelerator(tmp_path):
     assert {"adam", "muon", "shared", "alias"} <= set(results["update"])
     for told in results["update"].values():
         assert 0 < told["share_of_copy_rate"] < 1.5
+
+
+def test_a_boundary_of_a_small_model(tmp_path):
+    out = tmp_path / "boundary.json"
+    config = boundary.Config(layers=2, rows=24, large=False, out=out)
+    found = boundary.main(config)["small"]
+    assert (found["leaves"], found["distinct"]) == (14, 8)
+    assert json.loads(out.read_text())["small"] == found
+    assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.slow
+def test_the_boundary_of_an_8b_layer_fits_beside_it():
+    peaks = boundary.large(boundary.Config())["peak_bytes"]
+    assert set(peaks) == set(boundary.layer_shapes(1, 1, 1))
+    assert max(peaks.values()) < 2e9

@@ -102,3 +102,13 @@ def test_what_needs_arrays_says_so() -> None:
             call()
     adamr.empty_directions({"w": jnp.ones(3), "number": 1.0}, 2)
     adamr.ewc(0.1, 1.0).init({"w": jnp.ones(3), "number": 1.0})
+
+
+def test_projecting_and_growing_refuse_complex_numbers() -> None:
+    p = {"w": jnp.ones((3, 2), jnp.complex64)}
+    s = adamr.empty_subspace({"w": jnp.ones((3, 2))})
+    for held in (s, adamr.empty_directions({"w": jnp.ones((3, 2))}, 1)):
+        with pytest.raises(TypeError, match="'w' is complex64"):
+            adamr.subspaces.project(held, p)
+    with pytest.raises(TypeError, match="samples is complex64 at w"):
+        adamr.grow_subspace(s, {"w": jnp.ones((4, 3), jnp.complex64)})
