@@ -96,7 +96,7 @@ def test_the_pages_are_read():
     pages = (evidence.README, evidence.PAGE)
     readme, page = ("\n".join(snippets(path)) for path in pages)
     found = {(name, key): value for name, key, value, _ in numbers(readme)}
-    assert found["grow_subspace", "threshold"] == setting.THRESHOLD
+    assert found["protect_inputs", "threshold"] == setting.THRESHOLD
     assert found["overlap_adaptive_scale", "alpha_max"] == 0.5
     assert ("er", "weight", 1 / 6, 0.5) in list(numbers(page))
     wrong = "adamr.consolidate_si(state, params, 0.1); adamr.si(1e-3, c=0.1)"
