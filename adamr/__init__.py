@@ -115,7 +115,6 @@ from adamr.state import set_subspace as set_subspace
 from adamr.subspaces import Axes as Axes
 from adamr.subspaces import Directions as Directions
 from adamr.subspaces import Subspace as Subspace
-from adamr.subspaces import Unread as Unread
 from adamr.subspaces import default_axes as default_axes
 from adamr.subspaces import empty_directions as empty_directions
 from adamr.subspaces import empty_subspace as empty_subspace

@@ -11,6 +11,7 @@ it, whatever library its layers come from:
     Haiku      lambda params, x: transformed.apply(params, None, x)
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from adamr import _tree
 from adamr.capture.interpret import run
 from adamr.capture.origin import of_leaf
 from adamr.capture.walk import Notes, Value, Walk
-from adamr.subspaces.axes import Axes, Unread
+from adamr.subspaces.axes import Axes, read_axes
 
 __all__ = ["Function", "contracted_axes", "plan_of", "traced", "values_of"]
 
@@ -96,6 +97,12 @@ def values_of(function: Function, arrays: Sequence[Any]) -> list[Value]:
     return values
 
 
+class Unread(NamedTuple):
+    """In place of `Axes`: why a leaf cannot be read."""
+
+    reason: str
+
+
 def plan_of(function: Function) -> list[Axes | Unread | None]:
     """How each leaf is protected, from the equations alone."""
     shapes = [tuple(getattr(x, "shape", ())) for x in function.leaves]
@@ -149,22 +156,34 @@ def contracted_axes(forward: Callable[..., Any], params: Any, *inputs: Any) -> A
       *inputs: of `forward`; `ShapeDtypeStruct`s are enough, nothing is computed.
 
     Returns:
-      A tree like `params` of `Axes`, or `Unread(reason)` for a leaf that cannot be
-      protected (added to data, in a while loop, looked up and contracted, …), for
-      `empty_subspace(params, axes=...)`, which warns of them.
+      A tree like `params` of `Axes`, or None for a leaf that cannot be protected (added
+      to data, in a while loop, looked up and contracted, …), for
+      `empty_subspace(params, axes=...)`, which warns of them by name and reason, as
+      `coverage` prints them. `capture.unread_leaves(axes)` returns the reasons.
+
+    Warns:
+      UserWarning: if no leaf can be read.
 
     Raises:
       TypeError: if `forward` cannot be called.
       ValueError: if `forward` uses no leaf of `params`.
 
+    >>> from adamr import capture
     >>> def forward(p, x):
     ...     return jnp.einsum("ti,hio->tho", x, p["w"]) + p["b"][None]
     >>> params = {"w": jnp.ones((2, 3, 4)), "b": jnp.ones((2, 4))}
     >>> axes = contracted_axes(forward, params, jnp.ones((5, 3)))
     >>> axes["w"]
     Axes(protected=(1,), batch=())
-    >>> axes["b"]
-    Unread('added to data')
+    >>> axes["b"] is None, capture.unread_leaves(axes)
+    (True, {'b': 'added to data'})
     """
     function = traced(forward, params, inputs)
-    return jax.tree.unflatten(function.treedef, plan_of(function))
+    plan = plan_of(function)
+    named = zip(function.names, plan, strict=True)
+    unread = {name: a.reason for name, a in named if isinstance(a, Unread)}
+    if unread and not any(isinstance(a, Axes) for a in plan):
+        told = "; ".join(f"{name} ({why})" for name, why in unread.items())
+        warnings.warn(f"no leaf can be read off forward: {told}.", stacklevel=2)
+    leaves = [read_axes(a, unread) if isinstance(a, Axes) else None for a in plan]
+    return jax.tree.unflatten(function.treedef, leaves)

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from adamr import _tree
-from adamr.subspaces.axes import Axes, Unread
+from adamr.subspaces.axes import Axes, unread_leaves
 from adamr.subspaces.make import flatten_axes
 from adamr.subspaces.subspace import Subspace, layout
 
@@ -108,7 +108,7 @@ def coverage(subspace: Subspace, params: Any, axes: Any = None) -> Coverage:
     subspace = subspace.at(params)
     names, leaves = _tree.flatten_with_names(params)
     given = [None] * len(leaves) if axes is None else flatten_axes(axes, params)
-    found = []
+    reasons, found = unread_leaves(axes), []
     for name, leaf, basis, weights, told in zip(
         names, leaves, *subspace, given, strict=True
     ):
@@ -122,8 +122,8 @@ def coverage(subspace: Subspace, params: Any, axes: Any = None) -> Coverage:
                 )
             )
             continue
-        if isinstance(told, Unread):
-            reason = told.reason
+        if told is None and name in reasons:
+            reason = reasons[name]
         elif _tree.is_hole(leaf):
             reason = "no parameter"
         elif isinstance(told, Axes):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamr import _tree
-from adamr.capture.axes import Function, plan_of, traced, values_of
+from adamr.capture.axes import Function, Unread, plan_of, traced, values_of
 from adamr.capture.dims import Atom, unknown
 from adamr.capture.interpret import run
 from adamr.capture.records import Records, settled
 from adamr.capture.rows import Mask, kind_of
 from adamr.capture.walk import Notes, Value, Walk
-from adamr.subspaces.axes import MAX_FAN_IN, Axes, Unread, fan_in
+from adamr.subspaces.axes import MAX_FAN_IN, Axes, fan_in
 from adamr.subspaces.covariance import SharedCovariance, mean_moment
 from adamr.subspaces.subspace import Subspace
 

@@ -2,7 +2,6 @@
 
 from adamr.subspaces import columns as columns
 from adamr.subspaces.axes import Axes as Axes
-from adamr.subspaces.axes import Unread as Unread
 from adamr.subspaces.axes import default_axes as default_axes
 from adamr.subspaces.covariance import Covariance as Covariance
 from adamr.subspaces.covariance import SharedCovariance as SharedCovariance

@@ -1,11 +1,21 @@
 """Which axes of a leaf are contracted with the layer's input, and which only stack."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-__all__ = ["MAX_FAN_IN", "Axes", "Unread", "default_axes", "fan_in"]
+import jax
+
+__all__ = [
+    "MAX_FAN_IN",
+    "Axes",
+    "ReadAxes",
+    "default_axes",
+    "fan_in",
+    "read_axes",
+    "unread_leaves",
+]
 
 # A basis of full rank for a larger fan-in takes more than 1 GB: an embedding's
 # vocabulary, as a rule, rather than the width of a layer.
@@ -41,14 +51,40 @@ class Axes(NamedTuple):
         return Axes(protected, batch)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Unread:
-    """In place of `Axes`: a leaf that cannot be protected, and why."""
+class ReadAxes(Axes):
+    """`Axes` that were read off a computation, which could not read some leaves.
 
-    reason: str
+    Attributes:
+      unread: name and reason of every leaf of the same tree that has None.
+    """
+
+    unread: Mapping[str, str] = MappingProxyType({})
 
     def __repr__(self) -> str:
-        return f"Unread({self.reason!r})"
+        return repr(Axes(*self))
+
+
+def read_axes(axes: Axes, unread: Mapping[str, str]) -> ReadAxes:
+    """The same axes, with the reasons for the leaves beside them."""
+    read = ReadAxes(*axes)
+    read.unread = unread
+    return read
+
+
+def unread_leaves(axes: Any) -> dict[str, str]:
+    """Why leaves have None in a tree that `contracted_axes` returned, by name.
+
+    >>> unread_leaves({"w": Axes((0,)), "bias": None})
+    {}
+    """
+
+    def is_axes(x: Any) -> bool:
+        return isinstance(x, Axes)
+
+    for leaf in jax.tree.leaves(axes, is_leaf=is_axes):
+        if isinstance(leaf, ReadAxes):
+            return dict(leaf.unread)
+    return {}
 
 
 def fan_in(axes: Axes, shape: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamr import _tree
-from adamr.subspaces.axes import MAX_FAN_IN, Axes, Unread, default_axes, fan_in
+from adamr.subspaces.axes import MAX_FAN_IN, Axes, default_axes, fan_in, unread_leaves
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["cast_bases", "empty_subspace", "make_subspace"]
@@ -179,7 +179,6 @@ def make_subspace(
         if _tree.is_hole(basis) or _tree.is_hole(leaf):
             entries.append((None, None))
             continue
-        spec = None if isinstance(spec, Unread) else spec
         spec = _axes_for(name, leaf, spec, basis)
         entries.append(_shaped(name, leaf, spec, basis, weight, max_rank))
     return Subspace(*zip(*entries, strict=True)) if entries else Subspace((), ())
@@ -288,12 +287,13 @@ def empty_subspace(
             )
     _check_room(max_rank)
     how = flatten_axes(default_axes if axes is None else axes, params)
-    entries, unread = [], {}
+    reasons, unread = unread_leaves(axes), {}
+    entries = []
     for name, leaf, spec in zip(names, leaves, how, strict=True):
         wanted = not any(part in name for part in unprotected)
-        if wanted and isinstance(spec, Unread) and hasattr(leaf, "shape"):
-            unread[name] = spec.reason
-        if not wanted or spec is None or isinstance(spec, Unread):
+        if wanted and spec is None and name in reasons and hasattr(leaf, "shape"):
+            unread[name] = reasons[name]
+        if not wanted or spec is None:
             entries.append((None, None))
             continue
         if not math.prod(leaf.shape):  # without entries there is nothing to protect

@@ -10,6 +10,7 @@ import pytest
 
 import adamr
 from adamr.capture import contracted_axes, coverage, layer_inputs
+from adamr.capture.axes import Unread, plan_of, traced
 from adamr.subspaces import (
     Covariance,
     SharedCovariance,
@@ -391,9 +392,16 @@ def test_masks_that_fit_nothing():
 
 
 def unread(forward, params, *inputs):
-    axes = contracted_axes(forward, params, *inputs)
-    leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, adamr.Axes))
-    return [a.reason if isinstance(a, adamr.Unread) else a for a in leaves]
+    plan = plan_of(traced(forward, params, inputs))
+    return [a.reason if isinstance(a, Unread) else a for a in plan]
+
+
+def test_if_nothing_can_be_read_a_warning_says_so():
+    with pytest.warns(UserWarning, match=r"no leaf can be read off forward: b \(added"):
+        axes = contracted_axes(
+            lambda p, x: x + p["b"], {"b": normal(0, 1, 4)}, normal(1, 3, 4)
+        )
+    assert axes == {"b": None}
 
 
 def test_reasons():
@@ -503,9 +511,10 @@ def test_leaves_that_are_no_arrays():
 
     x = normal(1, 3, 4)
     axes = contracted_axes(forward, params, x)
-    assert axes["act"].reason.startswith("not an array (") and axes["none"] is None
-    assert axes["rate"] == adamr.Unread("not an array (float)")
-    assert axes["steps"] == adamr.Unread("not floating (int32)")
+    assert [axes[name] for name in ("act", "rate", "steps", "none")] == [None] * 4
+    reasons = adamr.capture.unread_leaves(axes)
+    assert reasons.pop("act").startswith("not an array (")
+    assert reasons == {"rate": "not an array (float)", "steps": "not floating (int32)"}
     found = layer_inputs(forward, params, x)
     with pytest.warns(UserWarning, match=r"steps \(not floating"):
         subspace = adamr.empty_subspace(params, axes=axes)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import adamr
-from adamr import Axes, Unread, default_axes
+from adamr import Axes, default_axes
+from adamr.subspaces.axes import read_axes
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,11 @@ def test_a_tree_that_can_be_called_is_a_tree():
 
 def test_unread_leaves_are_named_once_by_reason_unless_accepted():
     params = {"a": jnp.ones(3), "b": jnp.ones(3), "w": jnp.ones((3, 2))}
-    axes = {"a": Unread("added"), "b": Unread("added"), "w": Axes((0,))}
+    read = read_axes(Axes((0,)), {"a": "added", "b": "added"})
+    axes = {"a": None, "b": None, "w": read}
     with pytest.warns(UserWarning, match=r"2 leaves stay unprotected: a, b \(added\)"):
         subspace = adamr.empty_subspace(params, axes=axes)
     assert [b is None for b in subspace.bases] == [True, True, False]
     adamr.empty_subspace(params, axes=axes, unprotected=["a", "b"])
-    adamr.empty_subspace(params, axes={**axes, "a": None, "b": None})
-    assert repr(axes["a"]) == "Unread('added')"
+    adamr.empty_subspace(params, axes={**axes, "w": Axes((0,))})
+    assert axes["w"] == Axes((0,))
