@@ -99,8 +99,12 @@ def set_subspace(
         are reset in both of the first two, since their coordinates change meaning.
         Plain optax moments under `protect_update` stay: their update is projected.
 
+    Returns:
+      A state of the same structure, shapes, dtypes and placement.
+
     Raises:
-      ValueError: if the state holds no subspace, or one of other shapes.
+      ValueError: if the state holds no subspace, or one of other shapes; for another
+        word in `moments`.
       TypeError: if it holds one of another kind.
 
     >>> from adamr import make_subspace, project_out
@@ -162,11 +166,14 @@ def protect_inputs(
       scaling: None, or α > 0 of Scaled Gradient Projection; see `grow_subspace`.
       moments: what happens to the first moment; see `set_subspace`.
 
+    Returns:
+      A state of the same structure, shapes, dtypes and placement.
+
     Raises:
       TypeError: if the state holds `Directions`, which grow from whole gradients.
       ValueError: as `grow_subspace` and `set_subspace` raise it.
 
-    >>> from adamr import adamr, empty_subspace, project_out, update_leak
+    >>> from adamr import adamr, empty_subspace, project_out
     >>> params = {"w": jnp.ones((3, 2))}
     >>> tx = adamr(0.1, project_out(empty_subspace(params)))
     >>> inputs = {"w": jnp.array([[0.0, 2.0, 0.0]])}
@@ -192,6 +199,12 @@ def project_moments(opt_state: Any) -> Any:
     """Projects every routed first moment off the subspace that the state holds.
 
     m <- m − U diag(λ) Uᵀ m; moments in an eigenbasis are reset (see `set_subspace`).
+
+    Args:
+      opt_state: of any wrapper around a link that holds a subspace.
+
+    Raises:
+      ValueError: if there is no subspace, or several of different shapes.
     """
     subspace = get_subspace(opt_state)
 

@@ -54,7 +54,8 @@ def traced(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> F
     """The equations of `forward(params, *inputs)`."""
     if not callable(forward):
         raise TypeError(
-            f"forward must be a function of (params, *inputs), got {type(forward)}."
+            "forward must be a function of (params, *inputs), got "
+            f"{type(forward).__name__}."
         )
     names, leaves = _tree.flatten_with_names(params)
     treedef = _tree.flatten(params)[1]

@@ -137,10 +137,12 @@ def layer_inputs(
 
     Raises:
       TypeError: if `forward` cannot be called.
-      ValueError: if `forward` uses no leaf of `params`, if nothing can be read or is
-        selected; for a mask of another shape than the data, one that hides everything,
-        or one that does not fit the rows of a leaf; for a fan-in above `max_fan_in`;
-        for inputs without rows, or (outside jit) with NaN or infinite ones.
+      ValueError: for an unknown kind, or max_rows with "gram" or missing with "sketch";
+        if `forward` uses no leaf of `params`, if nothing can be read or is selected, or
+        `leaves` names what no leaf has; for a mask of another shape than the data, one
+        that hides everything, or one that does not fit the rows of a leaf; for a fan-in
+        above `max_fan_in`; for inputs without rows, or (outside jit) with NaN or
+        infinite ones.
 
     >>> from adamr import contracted_axes, empty_subspace, grow_subspace
     >>> params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 1))}

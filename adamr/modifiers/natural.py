@@ -210,6 +210,9 @@ def set_fisher(
         What is stored is F' + damping · mean(F'), or 1 where F' is 0 everywhere.
       damping: > 0, as a share of the mean; entries of 0 would give infinite steps.
 
+    Returns:
+      A state of the same structure, shapes, dtypes and placement.
+
     Raises:
       ValueError: if the state holds no `fopng`, damping is not positive, a tree does
         not fit, or (outside jit) values are negative or not finite. Under jit such
@@ -242,6 +245,14 @@ def set_fisher(
 
 def average_fisher(fisher: Any, task: Any, weight: float = 0.5) -> Any:
     """FOPNG's moving average over tasks: F <- (1 − weight) F + weight F_task.
+
+    Args:
+      fisher: F, a tree like the parameters.
+      task: F_task, a tree like `fisher`.
+      weight: of the newest task, in [0, 1].
+
+    Returns:
+      A tree like `fisher`.
 
     >>> average_fisher({"w": jnp.ones(1)}, {"w": jnp.zeros(1)})["w"]
     Array([0.5], dtype=float32)

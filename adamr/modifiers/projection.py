@@ -61,7 +61,8 @@ def project_out(
 
     Raises:
       ValueError: at init or update, for a tree with other leaves than the subspace.
-      TypeError: for a `Routed`.
+      TypeError: for anything but a subspace or a function that returns one; at update,
+        for a `Routed` or a complex leaf.
 
     >>> import jax.numpy as jnp
     >>> from adamr import make_subspace

@@ -68,8 +68,12 @@ def in_eigenbasis(
       subspace: bases U (λ is the modifier's business); r more rows of moments per leaf.
 
     Returns:
-      A link that takes what `preconditioner` takes. Parameters reach it rotated too.
+      A link that takes what `preconditioner` takes. Parameters also reach it rotated.
       `set_subspace` resets its moments, since their coordinates change meaning.
+
+    Raises:
+      ValueError: at init or update, for a tree with other leaves than the subspace.
+      TypeError: for anything but a `Subspace` or a function that returns one.
     """
     require_source(subspace, "in_eigenbasis", Subspace)
     inner = optax.with_extra_args_support(preconditioner)

@@ -92,6 +92,12 @@ def oblique_second_moment(
 
     Returns:
       A link from `Routed` to a plain tree.
+
+    Raises:
+      ValueError: for an unknown estimator, share or guard; at init or update, for a
+        tree with other leaves than the subspace.
+      TypeError: for anything but a `Subspace` or a function that returns one; at
+        update, without a route before it.
     """
     require_source(subspace, _LINK, Subspace)
     options = MomentOptions(

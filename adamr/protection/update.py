@@ -50,6 +50,14 @@ def protect_update(
     Args:
       subspace: as for `project_out`.
 
+    Returns:
+      A link from a plain tree to a plain tree.
+
+    Raises:
+      ValueError: at init or update, for a tree with other leaves than the subspace.
+      TypeError: for anything but a subspace or a function that returns one; at update,
+        for a `Routed` or a complex leaf.
+
     >>> import jax.numpy as jnp
     >>> from adamr import make_subspace
     >>> s = make_subspace({"w": jnp.zeros((2, 1))}, {"w": jnp.array([[0.6], [0.8]])})
@@ -90,6 +98,9 @@ def two_sided(
 
     Returns:
       g -> unsigned step: follow it with `optax.scale_by_learning_rate`.
+
+    Raises:
+      TypeError, ValueError: as `project_out` and `faithful_second_moment` raise them.
     """
     merge = faithful_second_moment(
         b1,

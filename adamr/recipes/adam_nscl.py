@@ -74,7 +74,8 @@ def adam_nscl(
     Args:
       learning_rate: a number or a schedule.
       subspace: from `null_space_complement`; `empty_subspace(params)` for the first
-        task, with room for the fan-in (`max_rank=None`).
+        task, with room for the fan-in (`max_rank=None`), or a function of the
+        parameters that makes it in `init`.
       b1, b2, eps, mu_dtype: as for `optax.adam`.
       as_in_code: divide P by its Frobenius norm, as the authors' code does and their
         paper does not: each layer's learning rate shrinks by √(fan-in − rank). Layers
@@ -82,6 +83,10 @@ def adam_nscl(
 
     Returns:
       An optimizer.
+
+    Raises:
+      ValueError: at init or update, for a tree with other leaves than the subspace.
+      TypeError: for anything but a subspace or a function that returns one.
 
     >>> import jax.numpy as jnp
     >>> from adamr import empty_subspace, get_subspace, set_subspace, subspaces

@@ -8,7 +8,7 @@ import optax
 from adamr import _tree
 from adamr._nodes import find_nodes
 from adamr.modifiers.projection import ProjectOutState
-from adamr.routing.carrier import route_with_strength
+from adamr.routing.carrier import require_modifier, route_with_strength
 from adamr.routing.merge import faithful_second_moment
 from adamr.routing.sharing import Guard
 from adamr.routing.strength import constant_scale
@@ -36,7 +36,7 @@ class _Protection(NamedTuple):
 
 
 def _protection(modifier_state: Any) -> _Protection:
-    """Along which axes v is shared, and which guard holds.
+    """Along which axes v is shared, which guard holds, what the step is kept off.
 
     v is shared where a projection per leaf mixes coordinates. A projection only
     shortens the gradient; whatever is chained to it may not, so then a shared v is
@@ -128,7 +128,7 @@ def adamr(
       eps_root: inside the root.
       mu_dtype: dtype of m; None: the parameter's. With bf16 parameters use float32.
       nu_dtype: dtype of v; None: the parameter's.
-      weight_decay: decoupled, scaled by η as in `optax.adamw`.
+      weight_decay: a number; decoupled, scaled by η as in `optax.adamw`.
       mask: tree of bools or a function of the parameters: which leaves decay.
       strength: None: the modifier in full; α in [0, 1] or a schedule of it; or a link
         on `Routed` such as `overlap_adaptive_scale()`.
@@ -140,6 +140,8 @@ def adamr(
     Raises:
       ValueError: for a strength outside [0, 1]; at update, for weight decay without
         `params`.
+      TypeError: if `modifier` is not an optax transformation or weight_decay is a
+        schedule; at init, for a leaf that is neither an array nor a number.
 
     >>> import jax.numpy as jnp
     >>> from adamr import make_subspace, project_out
@@ -157,6 +159,12 @@ def adamr(
       Learning, arXiv:2604.22407 (withdrawn for its experiments; the mechanism is
       verified here). Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
+    require_modifier(modifier, "adamr")
+    if callable(weight_decay):
+        raise TypeError(
+            "adamr: weight_decay must be a number, got a function; the learning rate, "
+            "which scales it, may be a schedule."
+        )
     if strength is None:
         scale = optax.identity()
     elif isinstance(strength, optax.GradientTransformation):

@@ -90,6 +90,9 @@ def gpm(
     Returns:
       An optimizer.
 
+    Raises:
+      TypeError, ValueError: as `project_out` and `adamr` raise them.
+
     >>> import jax.numpy as jnp
     >>> from adamr import empty_subspace, protect_inputs
     >>> params = {"w": jnp.zeros((3, 1))}
@@ -137,13 +140,17 @@ def sgp(
 
     Args:
       learning_rate: a number or a schedule.
-      subspace: grown with `scaling`; for the first task `empty_subspace(params)`.
+      subspace: grown with `scaling`; for the first task `empty_subspace(params)`, or a
+        function of the parameters that makes it in `init`, such as `empty_subspace`.
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength: as for
         `adamr`.
 
     Returns:
       An optimizer; the boundary is that of `gpm` with `scaling` = α (the authors
       use 10, 3 and 25).
+
+    Raises:
+      TypeError, ValueError: as `project_out` and `adamr` raise them.
 
     >>> from adamr import empty_subspace, grow_subspace
     >>> import jax.numpy as jnp

@@ -114,12 +114,22 @@ def require_routed(updates: Any, link: str) -> None:
         )
 
 
+def require_modifier(modifier: Any, link: str) -> None:
+    """Raises unless it has the two functions of an optax transformation."""
+    if not (hasattr(modifier, "init") and hasattr(modifier, "update")):
+        raise TypeError(
+            f"{link}: modifier must be an optax.GradientTransformation, got "
+            f"{type(modifier).__name__}: project_out(subspace) makes one of a subspace."
+        )
+
+
 def _route(
     link: str,
     modifier: optax.GradientTransformation,
     carry: Callable[[Any, Any], Routed],
 ) -> optax.GradientTransformationExtraArgs:
     """A link that runs `modifier` and returns `carry(g, g̃)`."""
+    require_modifier(modifier, link)
     modifier = optax.with_extra_args_support(modifier)
 
     def init_fn(params):
@@ -143,6 +153,10 @@ def route_first_moment(
 
     Returns:
       A link whose output a merging link such as `faithful_second_moment` must end.
+
+    Raises:
+      TypeError: if `modifier` is not an optax transformation; at update, for a `Routed`
+        or a complex leaf.
 
     >>> import jax.numpy as jnp
     >>> tx = route_first_moment(optax.scale(0.5))

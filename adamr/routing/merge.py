@@ -138,9 +138,9 @@ def faithful_second_moment(
 
     Returns:
       A link from `Routed` to a plain tree in the dtype of `raw`, or of the parameters
-      where that is wider. Zero gradients give
-      zero steps. NaN in a gradient goes into the moments, as in optax.adam; wrap the
-      chain in `optax.apply_if_finite` where that can happen.
+      where that is wider. Zero gradients give zero steps. NaN in a gradient goes into
+      the moments, as in optax.adam; wrap the chain in `optax.apply_if_finite` where
+      that can happen.
 
     Raises:
       ValueError: for an unknown estimator, share or guard.

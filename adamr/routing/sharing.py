@@ -45,6 +45,7 @@ def _subspaces(share: Any) -> tuple[Subspace, ...] | None:
 
 
 def check_options(share: Share | None, guard: Guard) -> None:
+    """Raises for a share or a guard that is unknown."""
     named = share is None or (isinstance(share, str) and share == "fan_in")
     if not (named or callable(share) or _subspaces(share) is not None):
         got = repr(share) if isinstance(share, str) else f"a {type(share).__name__}"

@@ -68,8 +68,12 @@ def constant_scale(
     Args:
       alpha: in [0, 1], or a schedule of it; 0 is the raw gradient, 1 the modified one.
 
+    Returns:
+      A link on `Routed`.
+
     Raises:
       ValueError: for a number outside [0, 1].
+      TypeError: at update, without a route before it.
 
     >>> tx = constant_scale(0.5)
     >>> g = jnp.ones(1)
@@ -103,6 +107,7 @@ def constant_scale(
 
 
 def check_unit(name: str, value: Any) -> None:
+    """Raises for a number outside [0, 1]; schedules and tracers pass."""
     if callable(value) or _tree.is_traced(value):
         return
     if not 0.0 <= float(value) <= 1.0:

@@ -63,6 +63,9 @@ class SharedCovariance(Covariance):
         self.same_as = same_as
         return self
 
+    def __getnewargs__(self) -> tuple[Any, ...]:  # copy and pickle
+        return *self, self.same_as
+
     def _distinct(self) -> list[int]:
         return [i for i, first in enumerate(self.same_as) if first == i]
 

@@ -170,6 +170,13 @@ def coordinates(directions: Directions, tree: Any) -> jax.Array:
     """⟨v_i, x⟩ for every direction, float32 (capacity,); 0 for unused ones.
 
     Its norm over that of a step is the step's leak.
+
+    Args:
+      directions: from `empty_directions` or `grow_directions`.
+      tree: like the parameters that the directions were made for.
+
+    Raises:
+      ValueError: if `tree` does not have the leaves they were made for.
     """
     here = directions.at(tree)
     rows = held(here.rows)
@@ -197,6 +204,7 @@ def empty_directions(
 
     Raises:
       ValueError: for a capacity below 1, or a name in `exclude` that no leaf has.
+      TypeError: for a leaf that is neither an array nor a number.
 
     >>> params = {"body": jnp.zeros((3, 2)), "head": jnp.zeros(2)}
     >>> d = empty_directions(params, 4, exclude=["head"])

@@ -4,6 +4,7 @@ The functions are pure, run under jit, and keep every shape; outside jit they co
 float64 on the host.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -195,7 +196,8 @@ def grow_subspace(
 
     Raises:
       ValueError: for samples of the wrong shape, empty or (outside jit) not finite, a
-        threshold outside [0, 1], or a scaling that is not positive.
+        threshold outside [0, 1], or a scaling that is not positive and finite.
+      TypeError: for complex samples.
 
     >>> from adamr import empty_subspace
     >>> params = {"w": jnp.zeros((3, 2))}
@@ -211,8 +213,12 @@ def grow_subspace(
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
-    if scaling is not None and scaling <= 0:
-        raise ValueError(f"scaling must be positive or None, got {scaling}.")
+    if scaling is not None and not 0.0 < scaling < math.inf:
+        raise ValueError(
+            f"scaling must be positive and finite, or None; got {scaling}."
+        )
+    threshold = float(threshold)  # static in the compiled growth, as is scaling
+    scaling = scaling if scaling is None else float(scaling)
     by_gram = isinstance(samples, Covariance)
     entries = samples.moments if by_gram else samples
     names, leaves = _tree.flatten_with_names(entries)

@@ -102,7 +102,12 @@ def _shaped(name, leaf, axes: Axes, basis, weight, max_rank):
         _check_values(name, u, lam)
         # One Newton-Schulz step squares what is left of the orthonormality error.
         u = u @ (1.5 * np.eye(given) - 0.5 * np.swapaxes(u, -1, -2) @ u)
-    lam = lam * (xp.sum(u * u, axis=-2) > 0.5)
+    used = xp.sum(u * u, axis=-2) > 0.5
+    lam = lam * used
+    # What grows is written after the used columns, so zero columns must come last.
+    order = xp.argsort(~used, axis=-1, stable=True)
+    u = xp.take_along_axis(u, order[..., None, :], axis=-1)
+    lam = xp.take_along_axis(lam, order, axis=-1)
     pad = [(0, 0)] * len(batch)
     u = xp.pad(u, [*pad, (0, 0), (0, capacity - given)])
     lam = xp.pad(lam, [*pad, (0, capacity - given)])
@@ -147,7 +152,7 @@ def make_subspace(
       bases: tree like `params`; an array (n, r) whose columns span the directions to
         protect, n the fan-in (second to last axis of a kernel; all axes but the last
         of a convolution, in kernel order), (layers, n, r) for stacked kernels, or None
-        for an unprotected leaf. Zero columns are padding.
+        for an unprotected leaf. Zero columns are padding and are moved to the end.
       max_rank: room for directions per leaf, at most the fan-in; None: the fan-in.
       weights: tree like `params` of arrays (r,) in [0, 1] (Scaled Gradient
         Projection), or None for 1 everywhere.
@@ -188,14 +193,17 @@ def cast_bases(subspace: Subspace, dtype: jax.typing.DTypeLike) -> Subspace:
     """The subspace with its bases stored in another dtype, such as bfloat16.
 
     Projections still compute in float32, but with rounded bases: those in bfloat16 let
-    up to 0.4 % of a gradient's norm pass into the protected space
-    (`test_bases_in_bfloat16_leak_what_is_stated`), float32 ones 1e-6. Grow the float32
-    subspace (`offload` keeps it out of the way) and let `set_subspace` round it into an
-    optimizer that was built with a cast one: growing rounded bases adds up errors.
+    up to 0.4 % of a gradient's norm pass into the protected space, float32 ones 1e-6.
+    Grow the float32 subspace (`offload` keeps it out of the way) and let `set_subspace`
+    round it into an optimizer that was built with a cast one: growing rounded bases
+    adds up errors.
 
     Args:
       subspace: to be stored; weights stay float32.
       dtype: a floating dtype.
+
+    Returns:
+      A `Subspace` of the same shapes.
 
     Raises:
       ValueError: for a dtype that is not floating.
@@ -294,6 +302,9 @@ def empty_subspace(
         if wanted and spec is None and name in reasons and hasattr(leaf, "shape"):
             unread[name] = reasons[name]
         if not wanted or spec is None:
+            entries.append((None, None))
+            continue
+        if not hasattr(leaf, "shape"):  # a hole, or not an array
             entries.append((None, None))
             continue
         if not math.prod(leaf.shape):  # without entries there is nothing to protect

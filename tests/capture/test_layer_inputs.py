@@ -1,7 +1,9 @@
 """Gram matrices, rows, sketches, masks: their values, and what is refused."""
 
+import copy
 import functools
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +157,16 @@ def test_leaves_that_meet_the_same_share_it():
     assert compiled.same_as == found.same_as
     for a, b in zip(compiled.moments, found.moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_shared_covariances_are_copied_and_pickled(again):
+    found = layer_inputs(attention, weights(), normal(9, 2, 4, 6))
+    other = again(found)
+    assert jax.tree.structure(other) == jax.tree.structure(found)
+    jax.tree.map(np.testing.assert_array_equal, other, found)
 
 
 def test_scanned_leaves_that_meet_the_same_share_it_through_casts():

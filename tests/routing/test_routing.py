@@ -388,6 +388,25 @@ def test_strengths_outside_the_unit_interval(alpha):
         adamr.adamr(0.1, optax.identity(), strength=alpha)
 
 
+@pytest.mark.parametrize(
+    ("link", "name"),
+    [
+        (adamr.route_first_moment, "route_first_moment"),
+        (adamr.route_both_moments, "route_both_moments"),
+        (adamr.route_second_moment, "route_second_moment"),
+        (lambda modifier: adamr.adamr(0.1, modifier), "adamr"),
+    ],
+)
+def test_a_subspace_where_a_modifier_is_needed(link, name):
+    with pytest.raises(TypeError, match=f"{name}: modifier must be .* got Subspace"):
+        link(adamr.empty_subspace(jnp.ones((3, 2))))
+
+
+def test_a_schedule_of_the_weight_decay_is_refused():
+    with pytest.raises(TypeError, match="weight_decay must be a number, got a func"):
+        adamr.adamr(0.1, optax.identity(), weight_decay=lambda count: 0.1)
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="estimator is 'adamw', expected"):
         adamr.faithful_second_moment(estimator="adamw")

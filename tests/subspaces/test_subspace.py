@@ -259,6 +259,39 @@ def test_rank_zero_changes_nothing():
     np.testing.assert_array_equal(adamr.subspaces.project(s, g), g)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_growth_keeps_a_basis_whose_zero_columns_come_first(jit):
+    w = jnp.zeros((3, 2))
+    basis, lam = jnp.eye(3)[:, :1], jnp.array([0.0, 0.25])
+    make = functools.partial(adamr.make_subspace, w, weights=lam, max_rank=3)
+    s = (jax.jit(make) if jit else make)(jnp.pad(basis, [(0, 0), (1, 0)]))
+    np.testing.assert_array_equal(s.weights[0].ravel(), [0.25, 0, 0])
+    s = adamr.grow_subspace(s, jnp.array([[0.0, 2.0, 0.0]]), threshold=1.0)
+    np.testing.assert_allclose(np.abs(s.bases[0][:, 0]), np.diag([1, 1, 0]), atol=1e-6)
+    np.testing.assert_array_equal(s.weights[0].ravel(), [0.25, 1, 0])
+
+
+def test_threshold_and_scaling_may_be_array_scalars():
+    s, x = adamr.empty_subspace(jnp.zeros((3, 2))), jnp.diag(jnp.arange(1.0, 4.0))
+    grown = adamr.grow_subspace(s, x, threshold=jnp.float32(1), scaling=jnp.float32(2))
+    expected = adamr.grow_subspace(s, x, threshold=1.0, scaling=2.0)
+    jax.tree.map(np.testing.assert_array_equal, grown, expected)
+
+
+@pytest.mark.parametrize("scaling", [-1.0, 0.0, np.inf, np.nan])
+def test_a_scaling_that_is_not_positive_and_finite(scaling):
+    s = adamr.empty_subspace(jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match="scaling must be positive and finite"):
+        adamr.grow_subspace(s, jnp.eye(3), scaling=scaling)
+
+
+def test_axes_of_a_leaf_that_is_not_an_array_protect_nothing():
+    params = {"hole": None, "name": "x", "w": jnp.zeros((3, 2))}
+    axes = dict.fromkeys(params, Axes((0,)))
+    s = adamr.empty_subspace(params, axes=axes)
+    assert [b if b is None else b.shape for b in s.bases] == [None, None, (3, 1, 3)]
+
+
 def test_nan_samples_raise_outside_jit_and_change_nothing_inside():
     s = adamr.make_subspace(np.zeros((3, 2), np.float32), np.eye(3)[:, :1])
     bad = np.full((4, 3), np.nan, np.float32)
