@@ -301,10 +301,7 @@ def empty_subspace(
         wanted = not any(part in name for part in unprotected)
         if wanted and spec is None and name in reasons and hasattr(leaf, "shape"):
             unread[name] = reasons[name]
-        if not wanted or spec is None:
-            entries.append((None, None))
-            continue
-        if not hasattr(leaf, "shape"):  # a hole, or not an array
+        if not wanted or spec is None or not hasattr(leaf, "shape"):
             entries.append((None, None))
             continue
         if not math.prod(leaf.shape):  # without entries there is nothing to protect
