@@ -11,12 +11,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays
 from adamr._tree import placed_like
 from adamr.modifiers.natural import FopngState, renew_basis
 from adamr.protection.eigenbasis import EigenbasisState
 from adamr.routing.merge import FaithfulSecondMomentState
 from adamr.routing.strength import OverlapState, StrengthState
+from adamr.subspaces.covariance import Covariance
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.grow import grow_subspace
 from adamr.subspaces.protected import Protected
@@ -143,6 +145,18 @@ def set_subspace(
     return reset_moments(opt_state) if moments == "reset" else opt_state
 
 
+def _require_some(inputs: Any, subspace: Subspace) -> None:
+    """Raises if no leaf of the subspace has inputs."""
+    given = inputs.moments if isinstance(inputs, Covariance) else inputs
+    leaves = _tree.flatten(given)[0]
+    pairs = zip(leaves, subspace.bases, strict=False)
+    if not any(b is not None and not _tree.is_hole(x) for x, b in pairs):
+        raise ValueError(
+            "inputs has None at every leaf that the subspace protects, expected the "
+            "layer inputs of at least one: nothing would be protected."
+        )
+
+
 def protect_inputs(
     opt_state: Any,
     inputs: Any,
@@ -191,6 +205,7 @@ def protect_inputs(
             "gradients: set_subspace(opt_state, grow_directions(get_subspace("
             "opt_state), gradients))."
         )
+    _require_some(inputs, subspace)
     grown = grow_subspace(subspace, inputs, threshold=threshold, scaling=scaling)
     return set_subspace(opt_state, grown, moments=moments)
 
@@ -211,10 +226,9 @@ def project_moments(opt_state: Any) -> Any:
     def leaf(node):
         if isinstance(node, EigenbasisState):
             return reset_moments(node)
-        try:
-            projected = subspace.project(node.mu)
-        except ValueError:  # moments of other leaves, as in another part of a partition
+        if not subspace.fits(node.mu):  # as in another part of a partition
             return node
+        projected = subspace.project(node.mu)
         return node._replace(mu=jax.tree.map(placed_like, node.mu, projected))
 
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)

@@ -98,8 +98,7 @@ def method(rule: str, routing: str) -> Method:
         if routing == "shared_v":
             return adamr.adamr(rate, project, strength=RULES[rule]())
         return optax.chain(
-            adamr.route_first_moment(project),
-            RULES[rule](),
+            adamr.routing.route_with_strength(project, RULES[rule]()),
             adamr.faithful_second_moment(),
             optax.scale_by_learning_rate(rate),
         )

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from adamr import _tree
-from adamr.subspaces.axes import Axes, unread_leaves
+from adamr.subspaces.axes import Axes, reason_of, unread_leaves
 from adamr.subspaces.make import flatten_axes
 from adamr.subspaces.subspace import Subspace, layout
 
@@ -122,8 +122,9 @@ def coverage(subspace: Subspace, params: Any, axes: Any = None) -> Coverage:
                 )
             )
             continue
-        if told is None and name in reasons:
-            reason = reasons[name]
+        why = reason_of(name, reasons)
+        if told is None and why:
+            reason = why
         elif _tree.is_hole(leaf):
             reason = "no parameter"
         elif isinstance(told, Axes):

@@ -123,6 +123,8 @@ def fopng(
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, "fopng", params)
         del params, extra_args
+        if not jax.tree.leaves(updates):  # an empty part of a partition
+            return updates, state
         state.directions.check(updates, "fopng(directions)")
         leaves, treedef = jax.tree.flatten(updates)
         g = [x.astype(jnp.float32) for x in leaves]

@@ -87,6 +87,8 @@ def in_eigenbasis(
 
     def update_fn(updates, state, params=None, **extra_args):
         basis = state.subspace
+        if not jax.tree.leaves(updates):  # an empty part of a partition
+            return getattr(updates, "raw", updates), state
         if isinstance(updates, Routed):
             # A tree that occurs twice in the carrier is rotated once.
             once = {id(tree): rotate(basis, tree) for tree in updates}

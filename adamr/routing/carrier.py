@@ -41,6 +41,7 @@ __all__ = [
     "route_both_moments",
     "route_first_moment",
     "route_second_moment",
+    "route_with_strength",
 ]
 
 
@@ -197,8 +198,22 @@ def route_with_strength(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.chain(route_first_moment(modifier), strength)` as one link.
 
-    A modifier that measures its own change hands the distances to the strength link,
-    which then takes no pass over the leaves for them, nor a message between devices.
+    A modifier that measures its own change, as `project_out` does, hands the distances
+    to the strength link, which then takes no pass over the leaves for them, nor a
+    message between devices. The alias `adamr` uses it.
+
+    Args:
+      modifier: g -> g̃; gets the extra arguments of `update`.
+      strength: a link on `Routed`, such as `overlap_adaptive_scale()`.
+
+    Returns:
+      A link whose output a merging link such as `faithful_second_moment` must end.
+
+    >>> import jax.numpy as jnp
+    >>> from adamr import constant_scale
+    >>> tx = route_with_strength(optax.scale(0.0), constant_scale(0.5))
+    >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0].first
+    Array([0.5, 0.5], dtype=float32)
     """
     route = route_first_moment(modifier)
     strength = optax.with_extra_args_support(strength)

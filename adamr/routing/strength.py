@@ -124,6 +124,8 @@ class OverlapState(NamedTuple):
 
 def _in_unit(x: jax.Array, unit: float) -> jax.Array:
     """x / unit, float32."""
+    if unit == 1.0:
+        return x.astype(jnp.float32)
     return (_tree.widened(x, jnp.zeros([], jnp.float32)) / unit).astype(jnp.float32)
 
 
@@ -180,22 +182,23 @@ def _energies(
 ) -> tuple[jax.Array, jax.Array]:
     """‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
 
-    The unit is 1, or 2^±80 where squares would leave the range of float32. All three
-    are summed side by side, in one pass and one message between devices.
+    The unit is 1, or 2^±80 where squares would leave the range of float32.
     """
-    usual, small, large = (
-        (jnp.stack(distances(unit)), _squared_norms(routed.raw, unit))
-        for unit in (1.0, _SMALL, _LARGE)
-    )
-    raw = usual[1]
-    whole = jnp.sum(raw) if aggregate == "global" else raw
+
+    def summed(unit: float) -> tuple[jax.Array, jax.Array]:
+        return jnp.stack(distances(unit)), _squared_norms(routed.raw, unit)
+
+    usual = summed(1.0)
+    whole = jnp.sum(usual[1]) if aggregate == "global" else usual[1]
     low, high = whole < _LEAST_ENERGY, ~jnp.isfinite(whole)
 
-    def chosen(usual, small, large):
-        return jnp.where(low, small, jnp.where(high, large, usual))
+    def rescaled() -> tuple[jax.Array, jax.Array]:
+        (small, small_raw), (large, large_raw) = summed(_SMALL), summed(_LARGE)
+        away = jnp.where(low, small, jnp.where(high, large, usual[0]))
+        raw = jnp.where(low, small_raw, jnp.where(high, large_raw, usual[1]))
+        return away, raw
 
-    away, raw = map(chosen, usual, small, large)
-    return away, raw
+    return jax.lax.cond(jnp.any(low | high), rescaled, lambda: usual)
 
 
 def overlap_adaptive_scale(

@@ -14,6 +14,7 @@ __all__ = [
     "default_axes",
     "fan_in",
     "read_axes",
+    "reason_of",
     "unread_leaves",
 ]
 
@@ -81,10 +82,19 @@ def unread_leaves(axes: Any) -> dict[str, str]:
     def is_axes(x: Any) -> bool:
         return isinstance(x, Axes)
 
+    found: dict[str, str] = {}
     for leaf in jax.tree.leaves(axes, is_leaf=is_axes):
         if isinstance(leaf, ReadAxes):
-            return dict(leaf.unread)
-    return {}
+            found |= leaf.unread
+    return found
+
+
+def reason_of(name: str, unread: Mapping[str, str]) -> str | None:
+    """Why the leaf `name` was not read, also where the tree was put into another."""
+    for own, reason in unread.items():
+        if name == own or name.endswith(f"/{own}"):
+            return reason
+    return None
 
 
 def fan_in(axes: Axes, shape: Sequence[int]) -> int:

@@ -71,6 +71,14 @@ class Directions(NamedTuple):
 
         return projected, distances
 
+    def fits(self, tree: Any) -> bool:
+        """Whether `tree` has the leaves that it was made for."""
+        try:
+            self.at(tree)
+        except ValueError:
+            return False
+        return True
+
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""
         self.at(tree, argument)

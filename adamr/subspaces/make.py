@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamr import _tree
-from adamr.subspaces.axes import MAX_FAN_IN, Axes, default_axes, fan_in, unread_leaves
+from adamr.subspaces.axes import (
+    MAX_FAN_IN,
+    Axes,
+    default_axes,
+    fan_in,
+    reason_of,
+    unread_leaves,
+)
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["cast_bases", "empty_subspace", "make_subspace"]
@@ -299,8 +306,9 @@ def empty_subspace(
     entries = []
     for name, leaf, spec in zip(names, leaves, how, strict=True):
         wanted = not any(part in name for part in unprotected)
-        if wanted and spec is None and name in reasons and hasattr(leaf, "shape"):
-            unread[name] = reasons[name]
+        why = reason_of(name, reasons)
+        if wanted and spec is None and why and hasattr(leaf, "shape"):
+            unread[name] = why
         if not wanted or spec is None or not hasattr(leaf, "shape"):
             entries.append((None, None))
             continue

@@ -75,6 +75,14 @@ class Subspace(NamedTuple):
 
         return jax.tree.unflatten(treedef, positions), distances
 
+    def fits(self, tree: Any) -> bool:
+        """Whether `tree` has the leaves that it was made for."""
+        try:
+            self.at(tree)
+        except ValueError:
+            return False
+        return True
+
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves it was made for; a hole fits any."""
         self.at(tree, argument)

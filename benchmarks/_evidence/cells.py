@@ -178,7 +178,8 @@ def _links(cell: Cell, modifier: Modifier, coefficient, setting: Setting) -> lis
         case "decoupled":
             links = [first, moments()]
         case "adaptive":
-            links = [first, adamr.overlap_adaptive_scale(), moments()]
+            strength = adamr.overlap_adaptive_scale()
+            links = [adamr.routing.route_with_strength(change, strength), moments()]
         case "shared_v":
             # As in the alias: only a bare projection needs no guard there.
             bounded = True if cell.modifier in ("gpm", "sgp") else "shared"

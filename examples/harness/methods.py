@@ -75,12 +75,14 @@ def _shared_gpm(rate, _, s):
     )
 
 
-def _decoupled_gpm(rate, _, s, *strength):
+def _decoupled_gpm(rate, _, s, strength=None):
+    modifier = adamr.project_out(s.subspace)
+    if strength is None:
+        route = adamr.route_first_moment(modifier)
+    else:
+        route = adamr.routing.route_with_strength(modifier, strength)
     return optax.chain(
-        adamr.route_first_moment(adamr.project_out(s.subspace)),
-        *strength,
-        adamr.faithful_second_moment(),
-        optax.scale_by_learning_rate(rate),
+        route, adamr.faithful_second_moment(), optax.scale_by_learning_rate(rate)
     )
 
 

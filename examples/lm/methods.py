@@ -84,8 +84,9 @@ def _fixed(learning_rate, _, s: Setting):
 def _adaptive(learning_rate, _, s: Setting, guard=True):
     return _chain(
         learning_rate,
-        adamr.route_first_moment(adamr.project_out(s.subspace)),
-        adamr.overlap_adaptive_scale(),
+        adamr.routing.route_with_strength(
+            adamr.project_out(s.subspace), adamr.overlap_adaptive_scale()
+        ),
         adamr.faithful_second_moment(guard=guard),
     )
 

@@ -138,3 +138,22 @@ def test_what_a_function_returns_is_checked() -> None:
         adamr.gpm(0.1, lambda p: subspace()).init({"w": jnp.ones((3, 2))})
     with pytest.raises(TypeError, match="got int: make one with.*a function"):
         adamr.gpm_si(0.1, 3)  # pyright: ignore[reportArgumentType]
+
+
+@each_link
+def test_an_empty_part_of_a_partition(case: Case) -> None:
+    """A label that no leaf has, as a configuration may leave one."""
+    tx, p, g = case.build(subspace())(), params(), gradients(5)
+    parts: Any = {"unused": tx, "all": optax.sgd(1.0)}
+    whole = optax.partition(parts, jax.tree.map(lambda _: "all", p))
+    step: Any = jax.jit(whole.update)(g, whole.init(p), p, **case.extra_args(g))[0]
+    for x, y in zip(jax.tree.leaves(step), jax.tree.leaves(g), strict=True):
+        np.testing.assert_array_equal(x, -y)
+
+
+def test_inputs_that_protect_nothing_are_refused() -> None:
+    p = params()
+    state = adamr.gpm(0.1, subspace()).init(p)
+    nothing = jax.tree.map(lambda _: None, p)
+    with pytest.raises(ValueError, match="inputs has None at every leaf"):
+        adamr.protect_inputs(state, nothing)

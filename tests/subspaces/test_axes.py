@@ -82,3 +82,13 @@ def test_unread_leaves_are_named_once_by_reason_unless_accepted():
     adamr.empty_subspace(params, axes=axes, unprotected=["a", "b"])
     adamr.empty_subspace(params, axes={**axes, "w": Axes((0,))})
     assert axes["w"] == Axes((0,))
+
+
+def test_reasons_survive_in_a_larger_tree():
+    read = read_axes(Axes((0,)), {"bias": "added to data"})
+    axes = {"enc": {"bias": None, "w": read}, "head": {"bias": None, "w": read}}
+    params = {
+        name: {"bias": jnp.ones(2), "w": jnp.ones((3, 2))} for name in ("enc", "head")
+    }
+    with pytest.warns(UserWarning, match=r"enc/bias, head/bias \(added to data\)"):
+        adamr.empty_subspace(params, axes=axes)
