@@ -177,26 +177,29 @@ _LEAST_ENERGY = 1e-20
 _SMALL, _LARGE = 2.0**-80, 2.0**80
 
 
-def _energies(
+def _overlap(
     routed: Routed, aggregate: str, distances: Callable[[float], Sequence[jax.Array]]
-) -> tuple[jax.Array, jax.Array]:
-    """‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
+) -> jax.Array:
+    """s_t from ‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
 
     The unit is 1, or 2^±80 where squares would leave the range of float32.
     """
+    share = _AGGREGATES[aggregate]
 
-    def summed(unit: float) -> tuple[jax.Array, jax.Array]:
+    def energies(unit: float) -> tuple[jax.Array, jax.Array]:
         return jnp.stack(distances(unit)), _squared_norms(routed.raw, unit)
 
-    usual = summed(1.0)
-    whole = jnp.sum(usual[1]) if aggregate == "global" else usual[1]
+    away, raw = energies(1.0)
+    usual = share(away, raw)
+    whole = jnp.sum(raw) if aggregate == "global" else raw
     low, high = whole < _LEAST_ENERGY, ~jnp.isfinite(whole)
 
-    def rescaled() -> tuple[jax.Array, jax.Array]:
-        (small, small_raw), (large, large_raw) = summed(_SMALL), summed(_LARGE)
-        away = jnp.where(low, small, jnp.where(high, large, usual[0]))
-        raw = jnp.where(low, small_raw, jnp.where(high, large_raw, usual[1]))
-        return away, raw
+    def rescaled() -> jax.Array:
+        (small, small_raw), (large, large_raw) = energies(_SMALL), energies(_LARGE)
+        return share(
+            jnp.where(low, small, jnp.where(high, large, away)),
+            jnp.where(low, small_raw, jnp.where(high, large_raw, raw)),
+        )
 
     return jax.lax.cond(jnp.any(low | high), rescaled, lambda: usual)
 
@@ -264,7 +267,7 @@ def overlap_adaptive_scale(
             return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
         if distances is None:
             distances = functools.partial(_squared_distances, routed)
-        return share(*_energies(routed, aggregate, distances))
+        return _overlap(routed, aggregate, distances)
 
     def init_fn(params):
         count = len(jax.tree.leaves(params))
