@@ -115,3 +115,23 @@ def test_nothing_is_left_unread_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adamr.empty_subspace(biased, axes=axes, unprotected=("bias",))
+
+
+def test_the_boundary_that_the_evidence_recommends():
+    page = (README.parent / "docs" / "evidence.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    first, rest = code.split("\n", 1)
+    p = params()
+    names = {"adamr": adamr, "rate": 1e-3, "params": p}
+    names["subspace"] = adamr.empty_subspace(p)
+    exec(first, names)
+    names["state"] = names["tx"].init(p)
+    inputs = Task(1).some_inputs
+    names["inputs"] = adamr.layer_inputs(forward, p, inputs)
+    exec(rest, names)
+    g = jax.tree.map(jnp.ones_like, p)
+    step, _ = names["tx"].update(g, names["state"], p)
+    response = jnp.linalg.norm(inputs @ step["in"]) / jnp.linalg.norm(step["in"])
+    assert response < 0.2 * jnp.linalg.norm(inputs) / 8
+    covered = adamr.coverage(adamr.get_subspace(names["state"]), p)
+    assert all(leaf.reason is None for leaf in covered)
