@@ -48,11 +48,13 @@ class AdamrOptions(NamedTuple):
 
 
 def projected(
+    recipe: str,
     learning_rate: optax.ScalarOrSchedule,
     subspace: SubspaceSource,
     options: AdamrOptions,
 ) -> optax.GradientTransformationExtraArgs:
     """`adamr` with a projection: GPM and SGP, and the weights of TRGP and ROGO."""
+    require_source(subspace, recipe, Subspace)
     return adamr(learning_rate, project_out(subspace), **options._asdict())
 
 
@@ -114,7 +116,7 @@ def gpm(
     options = AdamrOptions(
         b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
     )
-    return projected(learning_rate, subspace, options)
+    return projected("gpm", learning_rate, subspace, options)
 
 
 def sgp(
@@ -173,7 +175,7 @@ def sgp(
     options = AdamrOptions(
         b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
     )
-    return projected(learning_rate, subspace, options)
+    return projected("sgp", learning_rate, subspace, options)
 
 
 def gpm_si(

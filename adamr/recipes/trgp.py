@@ -126,7 +126,7 @@ def trgp(
     options = AdamrOptions(
         b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
     )
-    weights = projected(learning_rate, subspace, options)
+    weights = projected("trgp", learning_rate, subspace, options)
     return _with_scales(weights, scale_optimizer or optax.adam(learning_rate), "trgp")
 
 
@@ -193,5 +193,5 @@ def rogo(
     options = AdamrOptions(
         b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask, strength
     )
-    weights = projected(learning_rate, subspace, options)
+    weights = projected("rogo", learning_rate, subspace, options)
     return _with_scales(weights, scale_optimizer or optax.adam(learning_rate), "rogo")

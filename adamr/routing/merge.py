@@ -123,9 +123,9 @@ def faithful_second_moment(
       share: axes over which v is one number, the mean of the squares along them. None:
         element-wise. "fan_in": the input axes of every kernel. A `Subspace`, or
         several: those that its projection contracts. Or a function (path, shape) ->
-        axes; () leaves a leaf element-wise. Sharing v along the axis of a projection
-        makes preconditioner and projector commute, so a projected first moment gives a
-        step that lies in the allowed space exactly.
+        axes, such as `default_axes`; () and None leave a leaf element-wise. Sharing v
+        along the axis of a projection makes preconditioner and projector commute, so a
+        projected first moment gives a step that lies in the allowed space exactly.
       guard: element-wise leaves feed v with max(second², first²). Without it (the paper
         to the letter) a coordinate with second = 0 and first ≠ 0, as at every dead
         input under a projection, takes steps of size 1/eps. The guard bounds the step;

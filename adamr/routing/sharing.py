@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _tree
-from adamr.subspaces.axes import default_axes
+from adamr.subspaces.axes import Axes, default_axes
 from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = ["Guard", "Share", "check_options", "mean_square", "shared_zeros", "squares"]
 
-Rule = Callable[[str, tuple[int, ...]], tuple[int, ...]]
+Rule = Callable[[str, tuple[int, ...]], tuple[int, ...] | Axes | None]
 Share = Literal["fan_in"] | Subspace | Sequence[Subspace] | Rule
 Guard = bool | Literal["shared"]
 
@@ -77,8 +77,12 @@ def _shared_axes(params: Any, share: Share | None) -> list[tuple[int, ...]]:
         here = [s.at(params, "share") for s in subspaces] if leaves else []
         return [_contracted(here, i) for i in range(len(leaves))]
     rule: Any = fan_in if share == "fan_in" else share
-    pairs = zip(names, leaves, strict=True)
-    return [() if _tree.is_hole(x) else rule(name, x.shape) for name, x in pairs]
+
+    def named(name, leaf):
+        axes = None if _tree.is_hole(leaf) else rule(name, leaf.shape)
+        return axes.protected if isinstance(axes, Axes) else axes or ()
+
+    return list(map(named, names, leaves))
 
 
 def shared_zeros(params: Any, share: Share, dtype: Any) -> Any:

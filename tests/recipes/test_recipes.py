@@ -142,3 +142,10 @@ def test_every_option_reaches_its_link(name, links):
 def test_unknown_parameters_are_refused_by_name():
     with pytest.raises(TypeError, match="b3"):
         adamr.gpm(0.1, adamr.empty_subspace(PARAMS), b3=0.5)
+
+
+@pytest.mark.parametrize("recipe", [adamr.gpm, adamr.sgp, adamr.trgp, adamr.rogo])
+def test_recipes_of_subspaces_refuse_directions(recipe):
+    directions = adamr.empty_directions({"w": jnp.ones((3, 2))}, 2)
+    with pytest.raises(TypeError, match="subspace must be a Subspace, got Directions"):
+        recipe(0.1, directions)

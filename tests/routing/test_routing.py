@@ -480,3 +480,10 @@ def test_the_strength_of_the_alias_is_found_by_name(strength):
     tx = adamr.adamr(0.1, optax.scale(0.5), strength=strength)
     _, state = tx.update(gradients(0), tx.init(params()), params())
     assert 0 < optax.tree.get(state, "strength") <= 0.5
+
+
+def test_a_rule_of_axes_shares_v_along_what_it_protects():
+    by_rule = adamr.faithful_second_moment(share=adamr.default_axes)
+    by_name = adamr.faithful_second_moment(share="fan_in")
+    a, b = (tx.init(params()) for tx in (by_rule, by_name))
+    assert [x.shape for x in a.nu] == [x.shape for x in b.nu]
