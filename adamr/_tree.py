@@ -6,7 +6,7 @@ every later leaf. State in leaf order (bases, shared second moments) needs posit
 that do not change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -123,12 +123,38 @@ def matches(
     return found
 
 
-def per_entry(
-    positions: Sequence[Any], places: Sequence[int | None] | None, count: int
-) -> list[Any]:
-    """The leaf of each entry, from the places that `matches` found; else None."""
+def places_in(
+    tree: Any,
+    argument: str,
+    count: int,
+    fits: Callable[[Any, int], bool],
+    may_hide: Callable[[int], bool] = lambda entry: True,
+) -> list[int | None]:
+    """What `matches` finds for `tree`; raises if that is not one answer."""
+    names, positions = flatten_with_names(tree)
+    places = matches(positions, count, fits, may_hide)
+    if places is None:
+        raise ValueError(
+            f"{argument} was made for {count} parameter leaves, but the tree it meets "
+            f"has {len(positions)}: {names}. If a mask or labels hide whole subtrees, "
+            "give every leaf its own entry: jax.tree.map(lambda _: label, subtree)."
+        )
+    return places
+
+
+def leaf_of_each(
+    tree: Any,
+    count: int,
+    fits: Callable[[Any, int], bool],
+    may_hide: Callable[[int], bool] = lambda entry: True,
+) -> list[Any] | None:
+    """The leaf of `tree` that each entry belongs to, or None without one answer."""
+    positions = flatten(tree)[0]
+    places = matches(positions, count, fits, may_hide)
+    if places is None:
+        return None
     leaves: list[Any] = [None] * count
-    for x, place in zip(positions, places or (), strict=False):
+    for x, place in zip(positions, places, strict=True):
         if place is not None:
             leaves[place] = x
     return leaves
@@ -156,13 +182,22 @@ def spread(values: Sequence[Any], positions: Sequence[Any]) -> list[Any]:
     return spread
 
 
+def is_placeholder(params: Any) -> bool:
+    """Whether `params` is what `optax.tree.map_params` passes to `init`.
+
+    It has no positions. An empty part of a partition has holes, an empty tree is an
+    ordinary container.
+    """
+    return not flatten(params)[0] and not isinstance(params, Mapping | list | tuple)
+
+
 def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
     """State that is not parameter-shaped: a tuple in leaf order, never a tree.
 
     `optax.tree.map_params` calls `init` with a placeholder that has no leaves. It gets
     one opaque leaf instead of the tuple, so that it does not treat it as parameters.
     """
-    if not jax.tree.leaves(params):
+    if is_placeholder(params):
         return jnp.zeros([])
     leaves = [leaf for leaf in flatten(params)[0] if not is_hole(leaf)]
     return tuple(function(*each) for each in zip(leaves, *rest, strict=True))

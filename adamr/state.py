@@ -21,7 +21,7 @@ from adamr.routing.strength import OverlapState, StrengthState
 from adamr.subspaces.covariance import Covariance
 from adamr.subspaces.directions import Directions
 from adamr.subspaces.grow import grow_subspace
-from adamr.subspaces.protected import Protected
+from adamr.subspaces.protected import Protected, fits
 from adamr.subspaces.subspace import Subspace
 
 __all__ = [
@@ -226,7 +226,7 @@ def project_moments(opt_state: Any) -> Any:
     def leaf(node):
         if isinstance(node, EigenbasisState):
             return reset_moments(node)
-        if not subspace.fits(node.mu):  # as in another part of a partition
+        if not fits(subspace, node.mu):  # as in another part of a partition
             return node
         projected = subspace.project(node.mu)
         return node._replace(mu=jax.tree.map(placed_like, node.mu, projected))

@@ -115,7 +115,7 @@ def fopng(
 
     def init_fn(params) -> Any:
         old, new = (optax.tree.ones_like(params, dtype=jnp.float32) for _ in range(2))
-        if not jax.tree.leaves(params):  # optax.tree.map_params looks at the structure
+        if _tree.is_placeholder(params):
             return FopngState(jnp.zeros([]), old, new, jnp.zeros([]))  # pyright: ignore
         here = beside(directions, params, "fopng", Directions)
         return FopngState(here, old, new, _constraint_basis(here, old, new))
@@ -123,8 +123,6 @@ def fopng(
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, "fopng", params)
         del params, extra_args
-        if not jax.tree.leaves(updates):  # an empty part of a partition
-            return updates, state
         state.directions.check(updates, "fopng(directions)")
         leaves, treedef = jax.tree.flatten(updates)
         g = [x.astype(jnp.float32) for x in leaves]

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from adamr.routing.carrier import Measured, plain_gradient
@@ -27,8 +26,6 @@ def projection(
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, link, params)
         del params, extra_args
-        if not jax.tree.leaves(updates):  # an empty part of a partition
-            return updates, state
         return state.subspace.project(updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -38,8 +35,6 @@ class _Projection(optax.GradientTransformationExtraArgs):
     """A projection that says how far it moved each leaf."""
 
     def measure(self, updates: Any, state: ProjectOutState) -> Measured:
-        if not jax.tree.leaves(updates):
-            return Measured(updates, lambda unit: (), state)
         gradient, distances = state.subspace.measured_project(updates)
         return Measured(gradient, distances, state)
 

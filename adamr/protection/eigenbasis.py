@@ -79,7 +79,7 @@ def in_eigenbasis(
     inner = optax.with_extra_args_support(preconditioner)
 
     def rotate_params(here, params):
-        return rotate(here, params) if jax.tree.leaves(params) else jnp.zeros([])
+        return jnp.zeros([]) if _tree.is_placeholder(params) else rotate(here, params)
 
     def init_fn(params) -> Any:
         here = beside(subspace, params, "in_eigenbasis", Subspace)
@@ -87,8 +87,6 @@ def in_eigenbasis(
 
     def update_fn(updates, state, params=None, **extra_args):
         basis = state.subspace
-        if not jax.tree.leaves(updates):  # an empty part of a partition
-            return getattr(updates, "raw", updates), state
         if isinstance(updates, Routed):
             # A tree that occurs twice in the carrier is rotated once.
             once = {id(tree): rotate(basis, tree) for tree in updates}

@@ -142,8 +142,6 @@ def proximal_second_moment(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         require_routed(updates, "proximal_second_moment")
-        if not jax.tree.leaves(updates.raw):  # an empty part of a partition
-            return updates.raw, state
         need_params(params, "proximal_second_moment")
         rate = _rate(learning_rate, state.steps)
         (mu_hat, denominator), inner = advance_moments(options, updates, state.moments)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from adamr import _tree
 from adamr.modifiers.penalty import check_numbers
 from adamr.modifiers.projection import project_out
 from adamr.penalties.si import track_si
@@ -260,7 +261,7 @@ def gpm_si(
         return links(subspace)
 
     def init_fn(params):
-        if not jax.tree.leaves(params):  # `optax.tree.map_params` passes a placeholder
+        if _tree.is_placeholder(params):
             return links(subspace).init(params)
         return links(made(subspace, params, "gpm_si", Subspace)).init(params)
 

@@ -75,8 +75,6 @@ def normalize_and_project(every: int = 1) -> optax.GradientTransformationExtraAr
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, "normalize_and_project", params)
-        if not jax.tree.leaves(updates):  # an empty part of a partition
-            return updates, state
         del extra_args
         need_params(params, "normalize_and_project")
         count = optax.safe_increment(state.count)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from adamr import _tree
 from adamr.recipes.gpm import AdamrOptions, Strength, projected
 from adamr.subspaces.protected import SubspaceSource
 
@@ -42,7 +43,7 @@ def _with_scales(
         return tree["params"], tree["scales"]
 
     def init_fn(params) -> Any:
-        if not jax.tree.leaves(params):  # optax.tree.map_params
+        if _tree.is_placeholder(params):
             return ScaledState(weights.init(params), scales.init(params))
         w, q = parts(params)
         return ScaledState(weights.init(w), scales.init(q))

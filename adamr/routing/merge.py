@@ -167,8 +167,6 @@ def faithful_second_moment(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         require_routed(updates, "faithful_second_moment")
-        if not jax.tree.leaves(updates.raw):  # an empty part of a partition
-            return updates.raw, state
         (mu_hat, root), state = advance_moments(options, updates, state)
 
         def step(m, d, raw):

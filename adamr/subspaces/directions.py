@@ -71,14 +71,6 @@ class Directions(NamedTuple):
 
         return projected, distances
 
-    def fits(self, tree: Any) -> bool:
-        """Whether `tree` has the leaves that it was made for."""
-        try:
-            self.at(tree)
-        except ValueError:
-            return False
-        return True
-
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves that the directions were made for."""
         self.at(tree, argument)
@@ -91,14 +83,8 @@ class Directions(NamedTuple):
         """
         names, leaves = _tree.flatten_with_names(tree)
         if len(leaves) != len(self.rows):
-            places = _tree.matches(leaves, len(self.rows), self._fits, self._is_free)
-            if places is None:
-                raise ValueError(
-                    f"{argument} was made for {len(self.rows)} parameter leaves, but "
-                    f"the tree it meets has {len(leaves)}: {names}. If a mask or "
-                    "labels hide whole subtrees, give every leaf its own entry: "
-                    "jax.tree.map(lambda _: label, subtree)."
-                )
+            count = len(self.rows)
+            places = _tree.places_in(tree, argument, count, self._fits, self._is_free)
             found = (None if i is None else self.rows[i] for i in places)
             return Directions(tuple(found), self.used)
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -132,11 +118,9 @@ class Directions(NamedTuple):
         What remains is made orthonormal again, so that projecting it alone, as under
         `optax.masked`, is a projection. A tree with other leaves changes nothing.
         """
-        positions = _tree.flatten(tree)[0]
-        places = _tree.matches(positions, len(self.rows), self._fits)
-        if places is None:
+        leaves = _tree.leaf_of_each(tree, len(self.rows), self._fits)
+        if leaves is None:
             return self
-        leaves = _tree.per_entry(positions, places, len(self.rows))
         pairs = zip(self.rows, leaves, strict=True)
         rows = tuple(None if _tree.is_hole(x) else r for r, x in pairs)
         left = held(rows)
@@ -155,11 +139,11 @@ class Directions(NamedTuple):
         `optax.tree.map_params` passes a placeholder without leaves; one opaque leaf
         then stands for the directions, since their leaves depend on the parameters.
         """
-        if not jax.tree.leaves(params):
+        if _tree.is_placeholder(params):
             return jnp.zeros([])
-        positions = _tree.flatten(params)[0]
-        places = _tree.matches(positions, len(self.rows), self._fits, self._is_free)
-        leaves = _tree.per_entry(positions, places, len(self.rows))
+        count = len(self.rows)
+        leaves = _tree.leaf_of_each(params, count, self._fits, self._is_free)
+        leaves = leaves or [None] * count
         rows = copied_beside(leaves, self.rows, lead=1)
         return Directions(rows, jnp.array(self.used, copy=True))
 

@@ -16,7 +16,6 @@ runs in `init`: for trainers that build the optimizer before the parameters.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from adamr import _tree
@@ -29,6 +28,7 @@ __all__ = [
     "Source",
     "SubspaceSource",
     "beside",
+    "fits",
     "is_unmade",
     "made",
     "project",
@@ -89,6 +89,15 @@ def project(subspace: Protected, tree: Any) -> Any:
     return subspace.project(tree)
 
 
+def fits(subspace: Protected, tree: Any) -> bool:
+    """Whether `tree` has the leaves that it was made for."""
+    try:
+        subspace.check(tree, "subspace")
+    except ValueError:
+        return False
+    return True
+
+
 def require_subspace(subspace: Any, name: str) -> None:
     """Raises unless it is a `Subspace`."""
     if not isinstance(subspace, Subspace):
@@ -135,7 +144,7 @@ def beside(source: Source, params: Any, link: str, kind: Any = Protected) -> Any
     `optax.tree.map_params` passes a placeholder without leaves, of which a function
     can make nothing: then the result is one opaque leaf, known by its dtype.
     """
-    if not jax.tree.leaves(params):
+    if _tree.is_placeholder(params):
         known = isinstance(source, Protected)
         return source.beside(params) if known else jnp.zeros([], _UNMADE)
     _tree.require_arrays(params, link)

@@ -75,14 +75,6 @@ class Subspace(NamedTuple):
 
         return jax.tree.unflatten(treedef, positions), distances
 
-    def fits(self, tree: Any) -> bool:
-        """Whether `tree` has the leaves that it was made for."""
-        try:
-            self.at(tree)
-        except ValueError:
-            return False
-        return True
-
     def check(self, tree: Any, argument: str) -> None:
         """Raises unless `tree` has the leaves it was made for; a hole fits any."""
         self.at(tree, argument)
@@ -98,14 +90,8 @@ class Subspace(NamedTuple):
         """
         names, leaves = _tree.flatten_with_names(tree)
         if len(leaves) != len(self.bases):
-            places = _tree.matches(leaves, len(self.bases), self._fits)
-            if places is None:
-                raise ValueError(
-                    f"{argument} was made for {len(self.bases)} parameter leaves, but "
-                    f"the tree it meets has {len(leaves)}: {names}. If a mask or "
-                    "labels hide whole subtrees, give every leaf its own entry: "
-                    "jax.tree.map(lambda _: label, subtree)."
-                )
+            count = len(self.bases)
+            places = _tree.places_in(tree, argument, count, self._fits)
             found = [(None, None) if i is None else self._entry(i) for i in places]
             return Subspace(*zip(*found, strict=True))
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -136,9 +122,8 @@ class Subspace(NamedTuple):
 
     def beside(self, params: Any) -> "Subspace":
         """Fresh buffers, each placed beside its parameter."""
-        positions = _tree.flatten(params)[0]
-        places = _tree.matches(positions, len(self.bases), self._fits)
-        leaves = _tree.per_entry(positions, places, len(self.bases))
+        count = len(self.bases)
+        leaves = _tree.leaf_of_each(params, count, self._fits) or [None] * count
         return Subspace(*(copied_beside(leaves, field) for field in self))
 
     def ranks(self) -> tuple[jax.Array, ...]:
