@@ -26,7 +26,7 @@ import optax
 from adamr.modifiers.projection import project_out, projection
 from adamr.routing.carrier import route_both_moments
 from adamr.routing.estimators import Estimators
-from adamr.routing.merge import faithful_second_moment
+from adamr.routing.merge import MomentOptions, faithful_second_moment
 from adamr.routing.sharing import Guard, Share
 from adamr.subspaces.protected import Protected, Source
 
@@ -102,17 +102,11 @@ def two_sided(
     Raises:
       TypeError, ValueError: as `project_out` and `faithful_second_moment` raise them.
     """
-    merge = faithful_second_moment(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        estimator=estimator,
-        share=share,
-        guard=guard,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
+    options = MomentOptions(
+        b1, b2, eps, eps_root, estimator, share, guard, mu_dtype, nu_dtype
     )
     return optax.chain(
-        route_both_moments(project_out(subspace)), merge, protect_update(subspace)
+        route_both_moments(project_out(subspace)),
+        faithful_second_moment(**options._asdict()),
+        protect_update(subspace),
     )

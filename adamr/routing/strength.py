@@ -178,13 +178,17 @@ _SMALL, _LARGE = 2.0**-80, 2.0**80
 
 
 def _overlap(
-    routed: Routed, aggregate: str, distances: Callable[[float], Sequence[jax.Array]]
+    routed: Routed, aggregate: str, distances: _tree.Distances | None
 ) -> jax.Array:
     """s_t from ‖(raw − x) / unit‖² and ‖raw / unit‖² per leaf.
 
     The unit is 1, or 2^±80 where squares would leave the range of float32.
     """
     share = _AGGREGATES[aggregate]
+    if not jax.tree.leaves(routed.raw):
+        return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
+    if distances is None:
+        distances = functools.partial(_squared_distances, routed)
 
     def energies(unit: float) -> tuple[jax.Array, jax.Array]:
         return jnp.stack(distances(unit)), _squared_norms(routed.raw, unit)
@@ -256,18 +260,10 @@ def overlap_adaptive_scale(
     check_unit("decay", decay)
     if aggregate not in _AGGREGATES:
         raise ValueError(f"aggregate is {aggregate!r}, expected {list(_AGGREGATES)}.")
-    share = _AGGREGATES[aggregate]
 
     def strength_of(overlap):
         alpha = alpha_max * (1.0 - overlap) if rule is None else rule(overlap)
         return jnp.clip(jnp.asarray(alpha, jnp.float32), 0.0, 1.0)
-
-    def step_overlap(routed, distances):
-        if not jax.tree.leaves(routed.raw):
-            return share(jnp.zeros([0], jnp.float32), jnp.zeros([0], jnp.float32))
-        if distances is None:
-            distances = functools.partial(_squared_distances, routed)
-        return _overlap(routed, aggregate, distances)
 
     def init_fn(params):
         count = len(jax.tree.leaves(params))
@@ -281,7 +277,7 @@ def overlap_adaptive_scale(
     def update_fn(updates, state, params=None, *, distances=None, **extra_args):
         del params, extra_args
         require_routed(updates, "overlap_adaptive_scale")
-        step = step_overlap(updates, distances)
+        step = _overlap(updates, aggregate, distances)
         smoothed = decay * state.overlap + (1.0 - decay) * step
         overlap = jnp.where(jnp.isfinite(step), smoothed, state.overlap)
         count = optax.safe_increment(state.count)
