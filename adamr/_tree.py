@@ -219,6 +219,11 @@ def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
     return jax.device_put(new, old.sharding, may_alias=False)
 
 
+def cleared(tree: Any) -> Any:
+    """Zeros in fresh buffers, placed like the arrays of `tree`."""
+    return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), tree)
+
+
 def require_arrays(tree: Any, where: str) -> None:
     """Raises for a leaf that is neither an array nor a number."""
     for name, x in zip(*flatten_with_names(tree), strict=True):

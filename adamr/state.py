@@ -234,11 +234,6 @@ def project_moments(opt_state: Any) -> Any:
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
 
 
-def _zeros_like(x: jax.Array) -> jax.Array:
-    """Zeros in a fresh buffer, placed as x is."""
-    return placed_like(x, jnp.zeros_like(x))
-
-
 def _has_moments(node: Any) -> bool:
     return bool({"mu", "nu"} & set(getattr(node, "_fields", ())))
 
@@ -259,7 +254,7 @@ def reset_moments(opt_state: Any) -> Any:
     def reset(node):
         if not _has_moments(node):
             return node
-        return jax.tree.map(_zeros_like, node)
+        return _tree.cleared(node)
 
     return jax.tree.map(reset, opt_state, is_leaf=_has_moments)
 
@@ -268,7 +263,7 @@ def reset_overlap(opt_state: Any) -> Any:
     """Forgets the smoothed overlap, as the paper's code does at each new task."""
 
     def reset(node):
-        count, overlap = jax.tree.map(_zeros_like, (node.count, node.overlap))
+        count, overlap = _tree.cleared((node.count, node.overlap))
         return node._replace(count=count, overlap=overlap)
 
     return map_nodes(reset, opt_state, OverlapState)

@@ -19,7 +19,6 @@ import optax
 
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
-from adamr._tree import placed_like
 from adamr.modifiers.penalty import need_params, widen
 from adamr.routing.carrier import plain_gradient
 
@@ -113,8 +112,3 @@ def wide_zeros(params: Any) -> Any:
     """Zeros like the parameters, float32 or wider."""
     _tree.require_arrays(params, "params")
     return jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
-
-
-def cleared(tree: Any) -> Any:
-    """Zeros in fresh buffers, placed like the arrays of `tree`."""
-    return jax.tree.map(lambda x: placed_like(x, jnp.zeros_like(x)), tree)

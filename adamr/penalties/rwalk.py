@@ -17,7 +17,7 @@ import optax
 from adamr import _tree
 from adamr._tree import placed_like
 from adamr.modifiers.penalty import widen
-from adamr.penalties._tracking import cleared, end_task, observe, wide_zeros
+from adamr.penalties._tracking import end_task, observe, wide_zeros
 from adamr.penalties.anchor import rewrite_anchors
 
 __all__ = ["RWalkState", "consolidate_rwalk", "track_rwalk"]
@@ -203,13 +203,13 @@ def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
         )
         theta = _tree.flatten_like(params, "params", node.mark)
         return RWalkState(
-            count=placed_like(node.count, jnp.zeros_like(node.count)),
+            count=_tree.cleared(node.count),
             tasks=placed_like(node.tasks, node.tasks + 1),
             fisher=node.fisher,
-            squares=cleared(node.squares),
-            omega=cleared(node.omega),
+            squares=_tree.cleared(node.squares),
+            omega=_tree.cleared(node.omega),
             mark=_tree.map_positions(placed_like, node.mark, theta),
-            score=cleared(node.score),
+            score=_tree.cleared(node.score),
             past_score=jax.tree.map(placed_like, node.past_score, past),
             inner=inner,
         )

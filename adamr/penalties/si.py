@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamr.penalties._tracking import cleared, end_task, observe, wide_zeros
+from adamr import _tree
+from adamr.penalties._tracking import end_task, observe, wide_zeros
 from adamr.penalties.anchor import rewrite_anchors
 
 __all__ = ["SIState", "consolidate_si", "track_si"]
@@ -113,6 +114,6 @@ def consolidate_si(
             return jax.nn.relu(omega + gained), theta
 
         inner = rewrite_anchors(node.inner, merge, params=params, work=node.omega)
-        return SIState(cleared(node.omega), inner)
+        return SIState(_tree.cleared(node.omega), inner)
 
     return end_task(opt_state, SIState, "track_si", end)

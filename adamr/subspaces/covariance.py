@@ -147,6 +147,24 @@ def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covaria
     return Covariance(*zip(*map(leaf, *subspace), strict=True))
 
 
+def checked_rows(
+    name: str, samples: jax.Array, expected: tuple[Any, ...], fits: bool
+) -> jax.Array:
+    """Samples of leaf `name` as (*batch, num_samples, n); raises unless sound."""
+    if jnp.issubdtype(samples.dtype, jnp.complexfloating):
+        raise TypeError(f"samples is {samples.dtype} at {name}, expected real numbers.")
+    if not fits:
+        raise ValueError(
+            f"samples has shape {samples.shape} at {name}, expected {expected}."
+        )
+    *batch, _, fan_in = expected
+    if samples.shape[len(batch)] == 0:
+        raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
+    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
+        raise ValueError(f"samples has NaN or infinite entries at {name}.")
+    return samples.reshape(*batch, -1, fan_in)
+
+
 def _fits(samples: jax.Array, batch: list[int], fan_in: int) -> bool:
     """Whether samples are (*batch, num_samples, n), n in one axis or several."""
     at = len(batch)
@@ -174,40 +192,27 @@ def _rows(name: str, samples: jax.Array, moment: jax.Array) -> jax.Array:
     undealt = batch and _fits(samples, batch[1:], fan_in)
     if undealt and not _fits(samples, batch, fan_in):
         samples = _dealt(name, samples, batch)
-    if not _fits(samples, batch, fan_in):
-        raise ValueError(
-            f"samples has shape {samples.shape} at {name}, expected "
-            f"{(*batch, 'num_samples', fan_in)}."
-        )
-    if samples.shape[len(batch)] == 0:
-        raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
-    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
-        raise ValueError(f"samples has NaN or infinite entries at {name}.")
-    return samples.reshape(*batch, -1, fan_in)
-
-
-@jax.jit
-def _averaged(moment, count, rows):
-    """Moment and count of one leaf after more rows (*batch, num_samples, n)."""
-    number = rows.shape[-2]
-    rows = rows.astype(jnp.float32)
-    new = matmul(transpose(rows), rows) / number
-    usable = jnp.all(jnp.isfinite(new), axis=(-1, -2))
-    total = jnp.where(count > _MOST - number, _MOST, count + number)
-    share = (number / total.astype(jnp.float32))[..., None, None]
-    averaged = moment + share * (new - moment)
-    averaged = jnp.where(usable[..., None, None], averaged, moment)
-    return averaged, jnp.where(usable, total, count)
+    fits = _fits(samples, batch, fan_in)
+    return checked_rows(name, samples, (*batch, "num_samples", fan_in), fits)
 
 
 @jax.jit
 def _added(moment, count, new, number):
+    """Moment and count of one leaf after the moment of `number` more samples."""
     usable = jnp.all(jnp.isfinite(new), axis=(-1, -2))
     number = jnp.where(usable, number, 0)
     total = jnp.where(count > _MOST - number, _MOST, count + number)
     share = (number / jnp.maximum(total, 1).astype(jnp.float32))[..., None, None]
     averaged = moment + share * (new - moment)
     return jnp.where(usable[..., None, None], averaged, moment), total
+
+
+@jax.jit
+def _averaged(moment, count, rows):
+    """The same after more rows (*batch, num_samples, n)."""
+    number = rows.shape[-2]
+    rows = rows.astype(jnp.float32)
+    return _added(moment, count, matmul(transpose(rows), rows) / number, number)
 
 
 def _add(covariance: Covariance, other: Covariance) -> Covariance:

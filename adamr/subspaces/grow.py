@@ -23,7 +23,7 @@ from adamr.subspaces.columns import (
     transpose,
     used_columns,
 )
-from adamr.subspaces.covariance import Covariance, check_moment
+from adamr.subspaces.covariance import Covariance, check_moment, checked_rows
 from adamr.subspaces.subspace import Subspace, layout
 from adamr.subspaces.together import Evidence, Grow, grow_together
 
@@ -116,23 +116,13 @@ def sample_rows(
     name: str, samples: jax.Array, basis: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Checks the samples of leaf `name` and shapes them (*batch, num_samples, n)."""
-    if jnp.issubdtype(samples.dtype, jnp.complexfloating):
-        raise TypeError(f"samples is {samples.dtype} at {name}, expected real numbers.")
     how = layout(basis, weights)
     batch = tuple(basis.shape[d] for d in how.batch)
     fan_in = tuple(basis.shape[d] for d in how.protected)
     at = len(batch)
     inner = samples.shape[at + 1 :]
-    if samples.shape[:at] != batch or inner not in ((how.fan_in,), fan_in):
-        raise ValueError(
-            f"samples has shape {samples.shape} at {name}, expected "
-            f"{(*batch, 'num_samples', how.fan_in)}."
-        )
-    if samples.shape[at] == 0:
-        raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
-    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
-        raise ValueError(f"samples has NaN or infinite entries at {name}.")
-    return jnp.reshape(samples, (*batch, -1, how.fan_in))
+    fits = samples.shape[:at] == batch and inner in ((how.fan_in,), fan_in)
+    return checked_rows(name, samples, (*batch, "num_samples", how.fan_in), fits)
 
 
 def _evidence(
