@@ -1,0 +1,299 @@
+"""Pretrained language models in Tunix, with LoRA from Qwix, as functions of trees."""
+
+import importlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+from flax import nnx
+
+from examples.llm.errors import ModelError
+from examples.llm.families import Family, family_of
+from examples.llm.rotary import replace_rotary
+from examples.streams.files import listing
+
+__all__ = [
+    "ADAPTED",
+    "Model",
+    "Parts",
+    "full_forward",
+    "load",
+    "logits",
+    "lora_forward",
+    "split",
+    "with_lora",
+]
+
+# The kernels of attention and MLP in Tunix's Llama and Qwen, then in its Gemma.
+ADAPTED = (
+    r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    r"|q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum)"
+)
+DTYPES = ("BF16", "F16", "F32")  # of safetensors, as far as Tunix reads them
+
+
+class Model(NamedTuple):
+    """A pretrained model.
+
+    Attributes:
+      module: Tunix's.
+      config: Tunix's, with num_layers, num_kv_heads, head_dim, embed_dim.
+      vocabulary: number of tokens.
+      context: the most tokens that it was made for.
+      ends: tokens that end a text.
+      dtype: of the weights and the computation.
+      folder: where it was read.
+    """
+
+    module: nnx.Module
+    config: Any
+    vocabulary: int
+    context: int
+    ends: tuple[int, ...]
+    dtype: jnp.dtype
+    folder: Path
+
+
+class Parts(NamedTuple):
+    """A module as static graph and trees of arrays; see `split`."""
+
+    graph: nnx.GraphDef
+    lora: nnx.State
+    base: nnx.State
+    rest: nnx.State
+
+
+def load(
+    folder: Path | str,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """A model from a folder of Hugging Face files.
+
+    Args:
+      folder: with config.json and *.safetensors.
+      dtype: float32, bfloat16 or float16; the weights are cast to it.
+      mesh: devices to place the weights on. Tunix splits them along the axes "fsdp" and
+        "tp"; other axes hold copies.
+
+    Returns:
+      The model with its rotary base, its scaling and its tied or own output layer.
+
+    Raises:
+      ModelError: for a folder that is no such model, names a model that is not known,
+        or lacks weights that config.json announces.
+    """
+    folder, dtype = Path(folder), jnp.dtype(dtype)
+    config = _read_config(folder)
+    family = family_of(config)
+    mixed = _check_tensors(folder, family, config)
+    sizes = family.config(config, dtype)
+    loader = importlib.import_module(f"tunix.models.{family.package}.{family.loader}")
+    try:
+        module = loader.create_model_from_safe_tensors(
+            str(folder),
+            sizes,
+            mesh=_with_tunix_axes(mesh),
+            dtype=dtype,
+            # The fast way reads a file as if all of it had the dtype of its first part.
+            mode="original" if mixed else "auto",
+        )
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: found weights that Tunix cannot load ({error}), expected those "
+            "that config.json describes."
+        ) from error
+    if family.rotary is not None:
+        replace_rotary(module, family.rotary(config))
+    return Model(
+        module,
+        sizes,
+        vocabulary=config["vocab_size"],
+        context=config.get("max_position_embeddings", 2048),
+        ends=_ends(folder, config),
+        dtype=dtype,
+        folder=folder,
+    )
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: found no valid JSON ({error}).") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json; of a model for text and pictures, the part about text."""
+    file = folder / "config.json"
+    if not file.is_file():
+        found = listing(folder) if folder.is_dir() else "no folder"
+        raise ModelError(
+            f"{folder}: found {found}, expected a folder with config.json, "
+            "tokenizer.json and *.safetensors."
+        )
+    config = _read_json(file)
+    return config["text_config"] if config.get("model_type") == "gemma3" else config
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id` of config.json and of generation_config.json."""
+    file = folder / "generation_config.json"
+    ends = set()
+    for options in [config, _read_json(file) if file.is_file() else {}]:
+        found = options.get("eos_token_id")
+        ends |= set(found if isinstance(found, list) else [found])
+    return tuple(sorted(ends - {None}))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says it holds."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"{size} bytes, not {8 + length + end}")
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        raise ModelError(
+            f"{file}: found {error}, expected a complete safetensors file."
+        ) from error
+    return header
+
+
+def _check_tensors(folder: Path, family: Family, config: dict[str, Any]) -> bool:
+    """Whether a file mixes dtypes; raises for tensors missing or of a dtype unread."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: found {listing(folder)}, expected *.safetensors.")
+    headers = [_header(file) for file in files]
+    names = {
+        name.removeprefix("language_model.") for header in headers for name in header
+    }
+    missing = sorted(family.tensors(config) - names)
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} of the tensors that config.json announces are "
+            f"missing, such as {', '.join(missing[:3])}."
+        )
+    used = [{tensor["dtype"] for tensor in header.values()} for header in headers]
+    odd = sorted(set().union(*used) - set(DTYPES))
+    if odd:
+        raise ModelError(
+            f"{folder}: found weights of {', '.join(odd)}, expected "
+            f"{', '.join(DTYPES)}."
+        )
+    return any(len(dtypes) > 1 for dtypes in used)
+
+
+def _with_tunix_axes(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:
+    """The mesh with the axes that Tunix names; those it lacked have one device."""
+    if mesh is None:
+        return None
+    missing = [axis for axis in ("fsdp", "tp") if axis not in mesh.axis_names]
+    devices = mesh.devices.reshape(mesh.devices.shape + (1,) * len(missing))
+    return jax.sharding.Mesh(devices, (*mesh.axis_names, *missing))
+
+
+def logits(module: nnx.Module, tokens: jax.Array) -> jax.Array:
+    """The next token's logits at every position.
+
+    A position sees itself and what is to its left, so padding on the right changes
+    nothing but its own logits.
+
+    Args:
+      module: `Model.module`.
+      tokens: integers (batch, time).
+
+    Returns:
+      (batch, time, vocabulary), float32.
+    """
+    batch, time = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(time), (batch, time))
+    causal = jnp.tril(jnp.ones((time, time), bool))
+    mask = jnp.broadcast_to(causal, (batch, time, time))
+    return module(tokens, positions, None, mask)[0].astype(jnp.float32)
+
+
+def with_lora(
+    model: Model,
+    rank: int = 8,
+    alpha: float = 16.0,
+    seed: int = 0,
+    where: str = ADAPTED,
+) -> Model:
+    """The model with a low-rank pair beside each kernel: W + (alpha / rank) A B.
+
+    Args:
+      model: stays as it is.
+      rank: columns of A, at least 1.
+      alpha: the pair's weight is alpha / rank.
+      seed: of A; B is zero, so the function is the same as before.
+      where: regular expression of the modules' names.
+    """
+    import qwix
+
+    if rank < 1:
+        raise ModelError(f"rank: got {rank}, expected at least 1.")
+    provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=alpha)
+    one = jnp.zeros((1, 1), jnp.int32)
+    module = qwix.apply_lora_to_model(
+        model.module, provider, one, one, None, jnp.ones((1, 1, 1), bool),
+        rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    if not nnx.state(module, nnx.LoRAParam):
+        raise ModelError(f"where: no kernel of the model is in {where!r}.")
+    return model._replace(module=module)
+
+
+def split(module: nnx.Module) -> Parts:
+    """Static graph, low-rank pairs, other parameters, and what is no parameter.
+
+    The pairs are float32 whatever the base: in bfloat16, in which Qwix makes them over
+    such a base, their small steps are rounded away and leave the projected space.
+    """
+    graph, lora, base, rest = nnx.split(module, nnx.LoRAParam, nnx.Param, ...)
+    return Parts(graph, _cast(lora, jnp.float32), base, rest)
+
+
+def _cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def lora_forward(
+    parts: Parts, dtype: jax.typing.DTypeLike
+) -> Callable[[nnx.State, nnx.State, jax.Array], jax.Array]:
+    """`forward(lora, base, tokens)` -> logits; the pairs are cast to dtype inside."""
+    graph, rest = parts.graph, parts.rest
+
+    def forward(lora, base, tokens):
+        return logits(nnx.merge(graph, _cast(lora, dtype), base, rest), tokens)
+
+    return forward
+
+
+def full_forward(
+    parts: Parts, dtype: jax.typing.DTypeLike
+) -> Callable[[nnx.State, jax.Array], jax.Array]:
+    """`forward(params, tokens)` -> logits, params like `base` of a model without LoRA.
+
+    The parameters are cast to dtype inside, so masters may be float32.
+    """
+    graph, lora, rest = parts.graph, parts.lora, parts.rest
+    if jax.tree.leaves(lora):
+        raise ModelError("parts: found low-rank pairs, expected a model without them.")
+
+    def forward(params, tokens):
+        return logits(nnx.merge(graph, lora, _cast(params, dtype), rest), tokens)
+
+    return forward
