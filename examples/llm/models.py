@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "logits",
     "lora_forward",
+    "merge",
     "split",
     "with_lora",
 ]
@@ -270,30 +271,30 @@ def _cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
+def merge(
+    parts: Parts, lora: nnx.State, base: nnx.State, dtype: jax.typing.DTypeLike
+) -> nnx.Module:
+    """The module with these arrays, computing in dtype; masters may be float32."""
+    pairs, weights = _cast(lora, dtype), _cast(base, dtype)
+    return nnx.merge(parts.graph, pairs, weights, parts.rest)
+
+
 def lora_forward(
     parts: Parts, dtype: jax.typing.DTypeLike
 ) -> Callable[[nnx.State, nnx.State, jax.Array], jax.Array]:
-    """`forward(lora, base, tokens)` -> logits; the pairs are cast to dtype inside."""
-    graph, rest = parts.graph, parts.rest
-
-    def forward(lora, base, tokens):
-        return logits(nnx.merge(graph, _cast(lora, dtype), base, rest), tokens)
-
-    return forward
+    """`forward(lora, base, tokens)` -> logits, computed in dtype."""
+    static = parts._replace(lora=None, base=None)  # keeps no arrays alive
+    return lambda lora, base, tokens: logits(merge(static, lora, base, dtype), tokens)
 
 
 def full_forward(
     parts: Parts, dtype: jax.typing.DTypeLike
 ) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """`forward(params, tokens)` -> logits, params like `base` of a model without LoRA.
+    """`forward(params, tokens)` -> logits, computed in dtype.
 
-    The parameters are cast to dtype inside, so masters may be float32.
+    The parameters are like `base` of a model without low-rank pairs.
     """
-    graph, lora, rest = parts.graph, parts.lora, parts.rest
-    if jax.tree.leaves(lora):
+    if jax.tree.leaves(parts.lora):
         raise ModelError("parts: found low-rank pairs, expected a model without them.")
-
-    def forward(params, tokens):
-        return logits(nnx.merge(graph, lora, _cast(params, dtype), rest), tokens)
-
-    return forward
+    none, forward = parts.lora, lora_forward(parts, dtype)
+    return lambda params, tokens: forward(none, params, tokens)

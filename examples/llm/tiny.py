@@ -1,4 +1,4 @@
-"""A random model of two layers, as Hugging Face files: the real code path in a second."""
+"""A random model of two layers as Hugging Face files: the real code path, quickly."""
 
 from pathlib import Path
 from typing import Any
