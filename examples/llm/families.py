@@ -32,7 +32,8 @@ class Family(NamedTuple):
       rotary: from config.json to the frequencies that Tunix's own code would not use;
         None where it does.
       norms: names of a layer's norms in the safetensors.
-      extra: names of a layer's other tensors besides its seven kernels.
+      biases: whether q, k and v have them.
+      head_norms: whether each head of q and k is normalised.
     """
 
     package: str
@@ -40,18 +41,39 @@ class Family(NamedTuple):
     config: Callable[[Config, Any], Any]
     rotary: Callable[[Config], tuple[float, ...]] | None
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    extra: tuple[str, ...] = ()
+    biases: bool = False
+    head_norms: bool = False
 
-    def tensors(self, config: Config) -> set[str]:
-        """The tensors that config.json makes one expect."""
-        kernels = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-        kernels += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-        layer = [*kernels, *(f"{norm}.weight" for norm in self.norms), *self.extra]
-        names = {"model.embed_tokens.weight", "model.norm.weight"}
-        if not tied(config):
-            names.add("lm_head.weight")
-        layers = range(need(config, "num_hidden_layers"))
-        return names | {f"model.layers.{i}.{name}" for i in layers for name in layer}
+    def tensors(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that config.json makes one expect."""
+        width, wide = need(config, "hidden_size"), need(config, "intermediate_size")
+        sizes = _sizes(config)
+        queries = sizes["num_heads"] * sizes["head_dim"]
+        keys = sizes["num_kv_heads"] * sizes["head_dim"]
+        layer = {
+            "self_attn.q_proj.weight": (queries, width),
+            "self_attn.k_proj.weight": (keys, width),
+            "self_attn.v_proj.weight": (keys, width),
+            "self_attn.o_proj.weight": (width, queries),
+            "mlp.gate_proj.weight": (wide, width),
+            "mlp.up_proj.weight": (wide, width),
+            "mlp.down_proj.weight": (width, wide),
+        }
+        if self.biases:
+            biases = {"q": queries, "k": keys, "v": keys}
+            layer |= {f"self_attn.{k}_proj.bias": (n,) for k, n in biases.items()}
+        if self.head_norms:
+            layer |= {f"self_attn.{k}_norm.weight": (sizes["head_dim"],) for k in "qk"}
+        layer |= {f"{norm}.weight": (width,) for norm in self.norms}
+        embedding = (need(config, "vocab_size"), width)
+        outside = {"embed_tokens.weight": embedding, "norm.weight": (width,)}
+        inside = {
+            f"layers.{i}.{name}": shape
+            for i in range(sizes["num_layers"])
+            for name, shape in layer.items()
+        }
+        head = {} if tied(config) else {"lm_head.weight": embedding}
+        return {f"model.{name}": x for name, x in (outside | inside).items()} | head
 
 
 def need(config: Config, name: str) -> Any:
@@ -200,8 +222,6 @@ def _gemma3(config: Config, dtype: jax.typing.DTypeLike) -> Any:
     )
 
 
-QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-QKV_BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
 GEMMA_NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -210,11 +230,11 @@ GEMMA_NORMS = (
 # Gemma 1 is missing: Tunix 0.1.7 looks for its norms under the names of Gemma 2.
 FAMILIES = {
     "llama": Family("llama3", "params", _llama, _frequencies),
-    "qwen2": Family("qwen2", "params", _qwen("qwen2"), None, extra=QKV_BIASES),
-    "qwen3": Family("qwen3", "params", _qwen("qwen3"), _frequencies, extra=QK_NORMS),
+    "qwen2": Family("qwen2", "params", _qwen("qwen2"), None, biases=True),
+    "qwen3": Family("qwen3", "params", _qwen("qwen3"), _frequencies, head_norms=True),
     "gemma2": Family("gemma", "params_safetensors", _gemma2, _frequencies, GEMMA_NORMS),
     "gemma3_text": Family(
-        "gemma3", "params_safetensors", _gemma3, None, GEMMA_NORMS, QK_NORMS
+        "gemma3", "params_safetensors", _gemma3, None, GEMMA_NORMS, head_norms=True
     ),
 }
 

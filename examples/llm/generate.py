@@ -114,12 +114,13 @@ def _answer(
     All rows write to the same slots of the cache: a prompt's padding keeps its slots,
     which the mask hides, and the answers follow after the longest prompt.
     """
-    module = merge(parts, lora, base, model.dtype)
     batch, width = prompts.shape
     slots = jnp.arange(width + count)[None, None, :]
     real = slots < lengths[:, None, None]
 
     def step(cache, tokens, positions, mask):
+        # Qwix writes to the module that it runs, so each trace has its own.
+        module = merge(parts, lora, base, model.dtype)
         logits, cache = module(tokens, positions, cache, mask)
         return cache, logits.astype(jnp.float32)
 

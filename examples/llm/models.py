@@ -1,8 +1,6 @@
 """Pretrained language models in Tunix, with LoRA from Qwix, as functions of trees."""
 
 import importlib
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +11,9 @@ import jax.typing
 from flax import nnx
 
 from examples.llm.errors import ModelError
-from examples.llm.families import Family, family_of
+from examples.llm.families import family_of
+from examples.llm.folders import end_tokens, mixes_dtypes, read_config
 from examples.llm.rotary import replace_rotary
-from examples.streams.files import listing
 
 __all__ = [
     "ADAPTED",
@@ -35,7 +33,6 @@ ADAPTED = (
     r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     r"|q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum)"
 )
-DTYPES = ("BF16", "F16", "F32")  # of safetensors, as far as Tunix reads them
 
 
 class Model(NamedTuple):
@@ -90,9 +87,9 @@ def load(
         or lacks weights that config.json announces.
     """
     folder, dtype = Path(folder), jnp.dtype(dtype)
-    config = _read_config(folder)
+    config = read_config(folder)
     family = family_of(config)
-    mixed = _check_tensors(folder, family, config)
+    mixed = mixes_dtypes(folder, family.tensors(config))
     sizes = family.config(config, dtype)
     loader = importlib.import_module(f"tunix.models.{family.package}.{family.loader}")
     try:
@@ -104,10 +101,10 @@ def load(
             # The fast way reads a file as if all of it had the dtype of its first part.
             mode="original" if mixed else "auto",
         )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(
-            f"{folder}: found weights that Tunix cannot load ({error}), expected those "
-            "that config.json describes."
+            f"{folder}: the weights cannot be placed ({error}), expected axes of the "
+            "mesh whose sizes divide those of the model."
         ) from error
     if family.rotary is not None:
         replace_rotary(module, family.rotary(config))
@@ -116,85 +113,10 @@ def load(
         sizes,
         vocabulary=config["vocab_size"],
         context=config.get("max_position_embeddings", 2048),
-        ends=_ends(folder, config),
+        ends=end_tokens(folder, config),
         dtype=dtype,
         folder=folder,
     )
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: found no valid JSON ({error}).") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json; of a model for text and pictures, the part about text."""
-    file = folder / "config.json"
-    if not file.is_file():
-        found = listing(folder) if folder.is_dir() else "no folder"
-        raise ModelError(
-            f"{folder}: found {found}, expected a folder with config.json, "
-            "tokenizer.json and *.safetensors."
-        )
-    config = _read_json(file)
-    return config["text_config"] if config.get("model_type") == "gemma3" else config
-
-
-def _ends(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """`eos_token_id` of config.json and of generation_config.json."""
-    file = folder / "generation_config.json"
-    ends = set()
-    for options in [config, _read_json(file) if file.is_file() else {}]:
-        found = options.get("eos_token_id")
-        ends |= set(found if isinstance(found, list) else [found])
-    return tuple(sorted(ends - {None}))
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says it holds."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
-        if size != 8 + length + end:
-            raise ValueError(f"{size} bytes, not {8 + length + end}")
-    except (KeyError, TypeError, ValueError, struct.error) as error:
-        raise ModelError(
-            f"{file}: found {error}, expected a complete safetensors file."
-        ) from error
-    return header
-
-
-def _check_tensors(folder: Path, family: Family, config: dict[str, Any]) -> bool:
-    """Whether a file mixes dtypes; raises for tensors missing or of a dtype unread."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: found {listing(folder)}, expected *.safetensors.")
-    headers = [_header(file) for file in files]
-    names = {
-        name.removeprefix("language_model.") for header in headers for name in header
-    }
-    missing = sorted(family.tensors(config) - names)
-    if missing:
-        raise ModelError(
-            f"{folder}: {len(missing)} of the tensors that config.json announces are "
-            f"missing, such as {', '.join(missing[:3])}."
-        )
-    used = [{tensor["dtype"] for tensor in header.values()} for header in headers]
-    odd = sorted(set().union(*used) - set(DTYPES))
-    if odd:
-        raise ModelError(
-            f"{folder}: found weights of {', '.join(odd)}, expected "
-            f"{', '.join(DTYPES)}."
-        )
-    return any(len(dtypes) > 1 for dtypes in used)
 
 
 def _with_tunix_axes(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:

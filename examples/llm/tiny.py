@@ -8,11 +8,12 @@ import jax.typing
 import numpy as np
 
 from examples.llm.conversion import byte_level, write_folder
-from examples.llm.families import family_of, head_dim
+from examples.llm.families import family_of
 from examples.llm.models import Model, load
 
 __all__ = ["tiny", "write_tiny"]
 
+MERGED = ("t", "h")
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SIZES = {
     "hidden_size": 32,
@@ -20,7 +21,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 256 + len(CONTROL),
+    "vocab_size": len(CONTROL) + 256 + 1,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10_000.0,
@@ -45,7 +46,7 @@ def tiny(
 def write_tiny(
     folder: Path, *, seed: int = 0, dtype: Any = np.float32, **changes: Any
 ) -> Path:
-    """A folder with config.json, random weights and a tokenizer of single bytes.
+    """A folder with config.json, random weights and a tokenizer of bytes and `th`.
 
     Args:
       folder: is made.
@@ -56,46 +57,29 @@ def write_tiny(
     """
     config = {"model_type": "llama", **SIZES, **changes}
     rng = np.random.default_rng(seed)
-    names = sorted(family_of(config).tensors(config))
-    weights = {name: _random(name, config, rng).astype(dtype) for name in names}
+    mean = 0 if config["model_type"].startswith("gemma") else 1  # Gemma adds one
+    weights = {
+        name: _random(name, shape, mean, rng).astype(dtype)
+        for name, shape in family_of(config).tensors(config).items()
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_folder(folder, weights, config, _byte_tokenizer())
     return folder
 
 
-def _random(name: str, config: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    """Kernels that keep the scale of their inputs, norms near one, small biases."""
-    width, wide = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * head_dim(config)
-    keys = config["num_key_value_heads"] * head_dim(config)
-    vocabulary = config["vocab_size"]
-    shapes = {
-        "embed_tokens": (vocabulary, width),
-        "lm_head": (vocabulary, width),
-        "q_proj": (queries, width),
-        "k_proj": (keys, width),
-        "v_proj": (keys, width),
-        "o_proj": (width, queries),
-        "gate_proj": (wide, width),
-        "up_proj": (wide, width),
-        "down_proj": (width, wide),
-        "q_norm": (head_dim(config),),
-        "k_norm": (head_dim(config),),
-    }
-    part, kind = name.split(".")[-2:]
-    shape = shapes.get(part, (width,))
-    if kind == "bias":
-        return rng.normal(size=shape[:1]) / 10
-    if len(shape) == 1:
-        gemma = config["model_type"].startswith("gemma")  # whose norms add one
-        return (0 if gemma else 1) + rng.normal(size=shape) / 10
-    return rng.normal(size=shape) / np.sqrt(shape[1])
+def _random(
+    name: str, shape: tuple[int, ...], mean: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Kernels that keep the scale of their inputs, norms near `mean`, small biases."""
+    if len(shape) == 2:
+        return rng.normal(size=shape) / np.sqrt(shape[1])
+    return (0 if name.endswith("bias") else mean) + rng.normal(size=shape) / 10
 
 
 def _byte_tokenizer() -> Any:
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*CONTROL, *letters]
-    return byte_level({t: i for i, t in enumerate(tokens)}, [], list(CONTROL))
+    tokens = [*CONTROL, *letters, "".join(MERGED)]
+    return byte_level({t: i for i, t in enumerate(tokens)}, [MERGED], list(CONTROL))

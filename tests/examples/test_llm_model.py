@@ -186,6 +186,11 @@ def test_weights_split_over_a_mesh(llm, tmp_path):
     expected = reference.logits(config, tensors, TOKENS[0])
     out = forward(parts.lora, parts.base, TOKENS)
     np.testing.assert_allclose(out[0], expected, atol=2e-5)
+    mesh = jax.make_mesh((3,), ("fsdp",), devices=jax.devices()[:3])
+    with pytest.raises(
+        ModelError, match="cannot be placed .*expected axes of the mesh"
+    ):
+        llm.models.load(tmp_path, mesh=mesh)
 
 
 @needs_tunix
@@ -245,7 +250,7 @@ def test_what_tunix_does_not_compute_is_refused(llm, tmp_path):
         "1 of the tensors .* missing, such as lm_head.weight": {
             "tie_word_embeddings": False
         },
-        "weights that Tunix cannot load": {"intermediate_size": 50},
+        r"proj.weight is \(48, 32\), expected \(50, 32\)": {"intermediate_size": 50},
     }
     for message, change in cases.items():
         text = json.dumps({"model_type": "llama", **SIZES, **change})
@@ -343,7 +348,7 @@ def test_generation_is_repeated_argmax(llm, tmp_path, name):
     """With the cache, in a batch of different lengths, against the float64 twin."""
     changes = {**FAMILIES[name]}
     if "gemma" in name:
-        changes |= {"num_hidden_layers": 2, "sliding_window": 64}
+        changes |= {"num_hidden_layers": 2, "sliding_window": 128}
     model = llm.tiny.tiny(tmp_path, model_type=name, **changes)
     model = llm.models.with_lora(model, rank=2)
     parts = llm.models.split(model.module)
@@ -357,7 +362,7 @@ def test_generation_is_repeated_argmax(llm, tmp_path, name):
 
     prompts = [[5], [7, 8, 9, 100, 200], list(range(20, 53)), [90, 91]]
     free = [slowly(prompt, 6) for prompt in prompts]
-    assert len({token for tokens in free for token in tokens}) > 4
+    assert len({token for tokens in free for token in tokens}) > 3
     stop = free[2][1]
     cut_at = lambda x: x[: x.index(stop) + 1] if stop in x else x  # noqa: E731
     generate = llm.generate.generator(
@@ -385,8 +390,8 @@ def test_generation_cuts_prompts_to_the_context(llm, tmp_path):
     assert both.cut == 14
     with pytest.raises(ModelError, match="prompts: found .., expected at least one"):
         generate(parts.lora, parts.base, [[]])
-    with pytest.raises(ModelError, match="below the model's vocabulary of 259"):
-        generate(parts.lora, parts.base, [[259]])
+    with pytest.raises(ModelError, match="below the model's vocabulary of 260"):
+        generate(parts.lora, parts.base, [[260]])
     for wrong in (0, 40):
         with pytest.raises(ModelError, match=f"new_tokens: got {wrong}, expected 1 to"):
             llm.generate.generator(model, parts, new_tokens=wrong)
@@ -404,7 +409,7 @@ def test_line_feeds(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     feeds = line_feeds(tokenizer)
     assert len(feeds) == 1 and tokenizer.decode(list(feeds)) == "\n"
-    text = "Zug 12 fährt\n"
+    text = "the Zug 12 fährt\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -437,7 +442,7 @@ def write_gguf(file, folder, **changes):
     writer.add_tokenizer_pre(changes.get("tokenizer", "smollm"))
     writer.add_token_list(list(vocabulary))
     writer.add_token_types([3 if token in control else 1 for token in vocabulary])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["t h"])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_chat_template("{{ messages }}")
