@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from examples.llm.errors import ModelError
+from examples.streams.folders import library
 
 __all__ = ["byte_level", "convert_gguf", "write_folder"]
 
@@ -76,21 +77,19 @@ def write_folder(
     tokenizer: Any,
 ) -> None:
     """The three files that `models.load` and a tokenizer read."""
-    from safetensors.numpy import save_file
-
-    save_file(dict(weights), folder / "model.safetensors")
+    safetensors = library("safetensors.numpy", "safetensors", "to write weights")
+    safetensors.save_file(dict(weights), folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    from gguf import GGUFReader, dequantize
-
+    gguf = library("gguf", "gguf", "to read a GGUF file")
     try:
-        reader = GGUFReader(source)
+        reader = gguf.GGUFReader(source)
         meta = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
-            t.name: np.asarray(dequantize(t.data, t.tensor_type), np.float32)
+            t.name: np.asarray(gguf.dequantize(t.data, t.tensor_type), np.float32)
             for t in reader.tensors
         }
     except (IndexError, KeyError, NotImplementedError, ValueError) as error:
@@ -171,17 +170,17 @@ def byte_level(
     vocabulary: dict[str, int], merges: list[tuple[str, ...]], control: list[str]
 ) -> Any:
     """SmolLM's byte pairs: digits are single tokens, spaces belong to the next word."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    parts = library("tokenizers", "tokenizers", "to read and write text as tokens")
+    tokenizer = parts.Tokenizer(parts.models.BPE(vocab=vocabulary, merges=merges))
+    splits = parts.pre_tokenizers
+    tokenizer.pre_tokenizer = splits.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            splits.Digits(individual_digits=True),
+            splits.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = parts.decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in control]
+        [parts.AddedToken(t, special=True, normalized=False) for t in control]
     )
     return tokenizer

@@ -258,4 +258,5 @@ def family_of(config: Config) -> Family:
             "config.json: the weights are quantized (quantization_config), expected "
             "float32, float16 or bfloat16."
         )
+    expect(config, "partial_rotary_factor", 1.0, None)
     return FAMILIES[name]

@@ -11,9 +11,10 @@ import jax.typing
 from flax import nnx
 
 from examples.llm.errors import ModelError
-from examples.llm.families import family_of
+from examples.llm.families import family_of, need
 from examples.llm.folders import end_tokens, mixes_dtypes, read_config
 from examples.llm.rotary import replace_rotary
+from examples.streams.folders import library
 
 __all__ = [
     "ADAPTED",
@@ -33,6 +34,7 @@ ADAPTED = (
     r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
     r"|q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum)"
 )
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Model(NamedTuple):
@@ -46,6 +48,7 @@ class Model(NamedTuple):
       ends: tokens that end a text.
       dtype: of the weights and the computation.
       folder: where it was read.
+      mesh: that the weights are on, with the axes that Tunix names; None: one device.
     """
 
     module: nnx.Module
@@ -55,6 +58,7 @@ class Model(NamedTuple):
     ends: tuple[int, ...]
     dtype: jnp.dtype
     folder: Path
+    mesh: jax.sharding.Mesh | None
 
 
 class Parts(NamedTuple):
@@ -84,9 +88,13 @@ def load(
 
     Raises:
       ModelError: for a folder that is no such model, names a model that is not known,
-        or lacks weights that config.json announces.
+        or lacks weights that config.json announces; for another dtype; for a mesh that
+        does not divide the weights.
     """
-    folder, dtype = Path(folder), jnp.dtype(dtype)
+    library("tunix", "google-tunix", "for the models")
+    folder, dtype, mesh = Path(folder), jnp.dtype(dtype), _with_tunix_axes(mesh)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}.")
     config = read_config(folder)
     family = family_of(config)
     mixed = mixes_dtypes(folder, family.tensors(config))
@@ -96,7 +104,7 @@ def load(
         module = loader.create_model_from_safe_tensors(
             str(folder),
             sizes,
-            mesh=_with_tunix_axes(mesh),
+            mesh=mesh,
             dtype=dtype,
             # The fast way reads a file as if all of it had the dtype of its first part.
             mode="original" if mixed else "auto",
@@ -112,10 +120,11 @@ def load(
         module,
         sizes,
         vocabulary=config["vocab_size"],
-        context=config.get("max_position_embeddings", 2048),
+        context=need(config, "max_position_embeddings"),
         ends=end_tokens(folder, config),
         dtype=dtype,
         folder=folder,
+        mesh=mesh,
     )
 
 
@@ -164,8 +173,7 @@ def with_lora(
       seed: of A; B is zero, so the function is the same as before.
       where: regular expression of the modules' names.
     """
-    import qwix
-
+    qwix = library("qwix", "qwix", "for low-rank pairs")
     if rank < 1:
         raise ModelError(f"rank: got {rank}, expected at least 1.")
     provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=alpha)

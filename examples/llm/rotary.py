@@ -53,13 +53,13 @@ def frequencies(
             f"{', '.join(SCALINGS)}."
         )
     if kind == "default":
-        return tuple(plain)
+        return tuple(plain.tolist())
     if kind == "linear":
-        return tuple(plain / scaling["factor"])
+        return tuple((plain / scaling["factor"]).tolist())
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
-    return tuple((share + (1 - share) / scaling["factor"]) * plain)
+    return tuple(((share + (1 - share) / scaling["factor"]) * plain).tolist())
 
 
 def _rotate(

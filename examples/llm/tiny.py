@@ -10,6 +10,7 @@ import numpy as np
 from examples.llm.conversion import byte_level, write_folder
 from examples.llm.families import family_of
 from examples.llm.models import Model, load
+from examples.streams.folders import library
 
 __all__ = ["tiny", "write_tiny"]
 
@@ -78,8 +79,7 @@ def _random(
 
 
 def _byte_tokenizer() -> Any:
-    from tokenizers import pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizers = library("tokenizers", "tokenizers", "to write text as tokens")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = [*CONTROL, *letters, "".join(MERGED)]
     return byte_level({t: i for i, t in enumerate(tokens)}, [MERGED], list(CONTROL))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import adamr
+from adamr.capture import contracted_axes, unread_leaves
 from examples.llm import smollm2
 from examples.llm.errors import ModelError
 from examples.llm.families import family_of
@@ -186,6 +188,14 @@ def test_weights_split_over_a_mesh(llm, tmp_path):
     expected = reference.logits(config, tensors, TOKENS[0])
     out = forward(parts.lora, parts.base, TOKENS)
     np.testing.assert_allclose(out[0], expected, atol=2e-5)
+    everywhere = {len(x.sharding.device_set) for x in jax.tree.leaves(parts.lora)}
+    assert everywhere == {8} and model.mesh.axis_names == ("data", "fsdp", "tp")
+
+
+@needs_tunix
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_mesh_that_does_not_divide_the_model(llm, tmp_path):
+    llm.tiny.write_tiny(tmp_path)
     mesh = jax.make_mesh((3,), ("fsdp",), devices=jax.devices()[:3])
     with pytest.raises(
         ModelError, match="cannot be placed .*expected axes of the mesh"
@@ -259,9 +269,23 @@ def test_what_tunix_does_not_compute_is_refused(llm, tmp_path):
             llm.models.load(tmp_path)
 
 
+def test_what_is_not_installed(tmp_path, monkeypatch):
+    from examples.llm import conversion, models
+    from examples.streams.domains import DataError
+
+    for name in ("tunix", "gguf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match="google-tunix is not installed"):
+        models.load(tmp_path)
+    with pytest.raises(DataError, match="gguf is not installed"):
+        conversion.convert_gguf(tmp_path, tmp_path)
+
+
 @needs_tunix
 def test_folder_errors(llm, tmp_path):
     load = llm.models.load
+    with pytest.raises(ModelError, match="dtype: got int8, expected one of float32"):
+        load(tmp_path, jnp.int8)
     with pytest.raises(ModelError, match="found no folder, expected a folder with"):
         load(tmp_path / "none")
     with pytest.raises(ModelError, match="found nothing, expected a folder with"):
@@ -329,6 +353,29 @@ def test_lora(llm, tmp_path):
         llm.models.with_lora(model, where="encoder")
     with pytest.raises(ModelError, match="found low-rank pairs"):
         llm.models.full_forward(parts, model.dtype)
+
+
+@needs_tunix
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_inputs_are_found(llm, tmp_path, dtype):
+    """Every low-rank leaf has axes, and every kernel of the plain model."""
+    model = llm.tiny.tiny(tmp_path, dtype=dtype)
+    parts = llm.models.split(model.module)
+    forward = llm.models.full_forward(parts, model.dtype)
+    axes = contracted_axes(forward, parts.base, TOKENS)
+    found = [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
+    assert len(found) == 2 * 7
+    assert len(unread_leaves(axes)) == 2 * 2 + 1 + 1  # norms, the embedding
+
+    parts = llm.models.split(llm.models.with_lora(model, rank=2).module)
+    forward = llm.models.lora_forward(parts, model.dtype)
+    axes = contracted_axes(forward, parts.lora, parts.base, TOKENS)
+    found = [a for a in jax.tree.leaves(axes, is_leaf=is_axes) if is_axes(a)]
+    assert len(found) == 2 * 7 * 2 and not unread_leaves(axes)
+
+
+def is_axes(x):
+    return isinstance(x, adamr.Axes)
 
 
 @needs_tunix
