@@ -1,5 +1,6 @@
 """A Llama in a GGUF file becomes a folder of Hugging Face files."""
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,10 +77,19 @@ def write_folder(
     config: Mapping[str, Any],
     tokenizer: Any,
 ) -> None:
-    """The three files that `models.load` and a tokenizer read."""
+    """The three files that `models.load` and a tokenizer read.
+
+    Raises:
+      OSError: when the disk is full.
+    """
     safetensors = library("safetensors.numpy", "safetensors", "to write weights")
-    safetensors.save_file(dict(weights), folder / "model.safetensors")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    try:
+        safetensors.save_file(dict(weights), folder / "model.safetensors")
+        tokenizer.save(str(folder / "tokenizer.json"))
+    except Exception as error:  # both libraries raise their own instead of OSError
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

