@@ -8,4 +8,10 @@ rotary.py       rotary positions as config.json asks for them
 models.py       folders of Hugging Face files -> functions of trees, with LoRA
 generate.py     greedy answers to batches of prompts
 tiny.py         a random model of the same code path
+tasks.py        tasks of prompts and answers, from a folder or from installed text
+formats.py      the layouts of folders and files
+tokens.py       rows -> arrays of token ids, with the answer marked; batches
+scores.py       a metric per task, of generated answers
+sari.py         the metric of simplifications
+measures.py     numbers of a stream: losses, transfer, distance to the base, memory
 """

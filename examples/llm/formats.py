@@ -1,0 +1,257 @@
+"""Readers of task files: JSON of three benchmarks, plain text, prose of docstrings."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.streams import domains, installed
+from examples.streams.domains import DataError
+from examples.streams.files import listing, visible
+
+__all__ = [
+    "CL_BENCHMARK",
+    "INSTRUCTIONS",
+    "TEXT",
+    "TRACE",
+    "Content",
+    "Row",
+    "detect",
+    "read_prose",
+]
+
+TRACE = "TRACE folders"
+CL_BENCHMARK = "CL_Benchmark folders"
+INSTRUCTIONS = "Natural Instructions files"
+TEXT = "plain text"
+
+SPLITS = {TRACE: ("train", "eval", "test"), CL_BENCHMARK: ("train", "dev", "test")}
+FILES = {f"{split}.json" for splits in SPLITS.values() for split in splits}
+TENTHS = (8, 1, 1)  # of a file without splits: to train, to tune, to test
+
+LONG_PARAGRAPH = 200  # characters
+LETTERS = 0.9  # share of letters, blanks and commas in prose
+
+
+class Row(NamedTuple):
+    """A prompt and the answer that follows it as it is; the prompt may be empty."""
+
+    prompt: str
+    answer: str
+
+
+class Content(NamedTuple):
+    """What a task's files hold.
+
+    Attributes:
+      parts: rows to train, to tune and to test on.
+      metric: for a task of an unknown name.
+    """
+
+    parts: tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]
+    metric: str
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}, expected this file.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: found a file that is not JSON in UTF-8 ({error}), expected JSON."
+        ) from error
+
+
+def _text(path: Path, index: int, row: Any, key: str) -> str:
+    """One entry of a row; of several valid outputs the first."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{path}: row {index} is {row!r:.80}, expected an object with {key!r}."
+        )
+    if key not in row:
+        raise DataError(
+            f"{path}: row {index} has the keys {', '.join(row) or 'none'}, expected "
+            f"also {key!r}."
+        )
+    value = row[key]
+    if key == "output" and isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{path}: row {index} has {key} = {value!r:.80}, expected a string."
+        )
+    return value
+
+
+def _checked(path: Path, rows: list[Row]) -> tuple[Row, ...]:
+    if not rows:
+        raise DataError(f"{path}: found no rows, expected at least one.")
+    for index, row in enumerate(rows):
+        if not row.answer.strip():
+            raise DataError(
+                f"{path}: the answer of row {index} is empty (its prompt begins "
+                f"{row.prompt[:40]!r}), expected text."
+            )
+    return tuple(rows)
+
+
+def _definition(path: Path, content: dict) -> str:
+    told = content.get("Definition", "")
+    told = "\n".join(told) if isinstance(told, list) else told
+    if not isinstance(told, str):
+        raise DataError(
+            f"{path}: Definition is {told!r}, expected a string or a list of strings."
+        )
+    return told.strip()
+
+
+def read_rows(path: Path, labels: list[str] | None = None) -> tuple[Row, ...]:
+    """The rows of a file, in whichever of the three forms it has.
+
+    Args:
+      path: [{"prompt", "answer"}], [{"sentence", "label"}], or {"Instances":
+        [{"input", "output"}]} with or without a "Definition".
+      labels: from which a sentence's label is chosen; the prompt lists them.
+    """
+    content = read_json(path)
+    if isinstance(content, dict):
+        rows = content.get("Instances")
+        if not isinstance(rows, list):
+            raise DataError(
+                f"{path}: found an object with {', '.join(content) or 'no keys'}, "
+                'expected a list of rows, or "Instances" with one.'
+            )
+        told = _definition(path, content)
+        prompt, answer = "input", "output"
+        before, after = (f"{told}\n\n" if told else "") + "Input: ", "\nOutput:\n"
+    else:
+        rows = content
+        if not isinstance(rows, list):
+            raise DataError(
+                f"{path}: found {type(rows).__name__}, expected a list of rows."
+            )
+        prompt, answer, before, after = "prompt", "answer", "", ""
+        if rows and isinstance(rows[0], dict) and "sentence" in rows[0]:
+            prompt, answer, after = "sentence", "label", "\nAnswer:\n"
+            before = f"Options: {', '.join(labels)}\n" if labels else ""
+    pairs = [
+        (_text(path, index, row, prompt), _text(path, index, row, answer))
+        for index, row in enumerate(rows)
+    ]
+    return _checked(path, [Row(f"{before}{p}{after}", a) for p, a in pairs])
+
+
+def read_labels(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    labels = read_json(path)
+    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
+        raise DataError(f"{path}: found {labels!r}, expected a list of strings.")
+    return labels
+
+
+def _read_folder(folder: Path, layout: str) -> Content:
+    splits = SPLITS[layout]
+    lacking = [f"{s}.json" for s in splits if not (folder / f"{s}.json").is_file()]
+    if lacking:
+        raise DataError(
+            f"{folder}: found {listing(folder)}, expected also {' and '.join(lacking)}."
+        )
+    labels = read_labels(folder / "labels.json")
+    train, valid, test = (read_rows(folder / f"{s}.json", labels) for s in splits)
+    return Content((train, valid, test), "accuracy" if labels else "exact_match")
+
+
+def _bucket(row: Row) -> int:
+    digest = hashlib.sha256(row.prompt.encode()).digest()
+    return int.from_bytes(digest[:8]) % sum(TENTHS)
+
+
+def _read_instructions(path: Path) -> Content:
+    """Splits by a hash of the prompt, so no prompt is in two parts."""
+    rows, first, parts = read_rows(path), 0, []
+    for size, part in zip(TENTHS, ("train", "valid", "test"), strict=True):
+        own = range(first, first + size)
+        parts.append(tuple(row for row in rows if _bucket(row) in own))
+        first += size
+        if not parts[-1]:
+            raise DataError(
+                f"{path}: the {part} part of its {len(rows)} instances is empty "
+                "(prompts are split 8 : 1 : 1 by a hash), expected more instances."
+            )
+    train, valid, test = parts
+    return Content((train, valid, test), "rouge_l")
+
+
+def _task_folders(data: Path) -> list[Path]:
+    """Folders with a split, directly in `data` or one level below."""
+    inside = [p for p in visible(data.glob("*"), data) if p.is_dir()]
+    below = [p for p in visible(data.glob("*/*"), data) if p.is_dir()]
+    return [
+        folder
+        for folder in inside + below
+        if any((folder / name).is_file() for name in FILES)
+    ]
+
+
+def _by_name(
+    data: Path, paths: list[Path], name: Callable[[Path], str]
+) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if name(path) in found:
+            raise DataError(
+                f"--data: {data} has {name(path)} twice, as {found[name(path)]} and as "
+                f"{path}, expected one task of a name."
+            )
+        found[name(path)] = path
+    return found
+
+
+def detect(data: Path) -> tuple[str, dict[str, Path], Callable[[str], Any]]:
+    """The layout of a folder.
+
+    Returns:
+      Its name, the path of each task, and the reader of a task: name -> `Content`, or
+      for plain text a `Domain`.
+    """
+    if not data.is_dir():
+        raise DataError(f"--data: got {data}, expected a folder that exists.")
+    if any((data / name).is_file() for name in FILES):
+        raise DataError(
+            f"--data: {data} has {listing(data)}, which is one task, expected the "
+            f"folder that holds it: --data {data.parent} --tasks {data.name}."
+        )
+    if folders := _task_folders(data):
+        others = ("dev.json", "labels.json")
+        cl = any((folder / name).is_file() for folder in folders for name in others)
+        layout = CL_BENCHMARK if cl else TRACE
+        found = _by_name(data, folders, lambda path: path.name)
+        return layout, found, lambda name: _read_folder(found[name], layout)
+    if files := visible(data.glob("*.json"), data):
+        found = _by_name(data, files, lambda path: path.stem)
+        return INSTRUCTIONS, found, lambda name: _read_instructions(found[name])
+    if texts := visible(data.glob("*.txt"), data):
+        found = {re.sub(r"(\.(train|valid))?\.txt$", "", p.name): p for p in texts}
+        return TEXT, found, lambda name: domains.load_folder(data, [name])[0]
+    raise DataError(
+        f"--data: {data} has {listing(data)}, expected folders NAME with train.json, "
+        "eval.json (or dev.json) and test.json, files NAME.json of Natural "
+        "Instructions, or NAME.txt."
+    )
+
+
+def _is_prose(paragraph: str) -> bool:
+    plain = sum(c.isalpha() or c in " ,." for c in paragraph)
+    long = len(paragraph) >= LONG_PARAGRAPH and plain >= LETTERS * len(paragraph)
+    return long and paragraph[0].isupper() and paragraph[-1] == "."
+
+
+def read_prose(path: Path) -> str:
+    """The paragraphs of a module's docstrings that are whole English sentences."""
+    paragraphs = installed.read_docstrings(path).split("\n\n")
+    flat = (" ".join(paragraph.split()) for paragraph in paragraphs)
+    return "\n\n".join(p for p in flat if _is_prose(p))
