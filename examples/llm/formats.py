@@ -1,14 +1,15 @@
-"""Readers of task files: JSON of three benchmarks, plain text, prose of docstrings."""
+"""Readers of task files: JSON in three forms, plain text, prose of docstrings."""
 
+import codecs
 import hashlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from examples.streams import domains, installed
-from examples.streams.domains import DataError
+from examples.streams.domains import DataError, Domain
 from examples.streams.files import listing, visible
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Row",
     "detect",
     "read_prose",
+    "text_content",
 ]
 
 TRACE = "TRACE folders"
@@ -31,6 +33,8 @@ SPLITS = {TRACE: ("train", "eval", "test"), CL_BENCHMARK: ("train", "dev", "test
 FILES = {f"{split}.json" for splits in SPLITS.values() for split in splits}
 TENTHS = (8, 1, 1)  # of a file without splits: to train, to tune, to test
 
+VALID_SHARE = 0.1  # of a text's training part
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 LONG_PARAGRAPH = 200  # characters
 LETTERS = 0.9  # share of letters, blanks and commas in prose
 
@@ -48,10 +52,14 @@ class Content(NamedTuple):
     Attributes:
       parts: rows to train, to tune and to test on.
       metric: for a task of an unknown name.
+      source: where it comes from, one line.
+      kind: "rows" of prompt and answer; "text": each row is a whole text.
     """
 
     parts: tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]
     metric: str
+    source: str
+    kind: Literal["rows", "text"] = "rows"
 
 
 def read_json(path: Path) -> Any:
@@ -98,50 +106,56 @@ def _checked(path: Path, rows: list[Row]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _definition(path: Path, content: dict) -> str:
-    told = content.get("Definition", "")
-    told = "\n".join(told) if isinstance(told, list) else told
-    if not isinstance(told, str):
+class _Form(NamedTuple):
+    """How a file writes a row: two keys, and what its prompt is put between."""
+
+    prompt: str
+    answer: str
+    before: str = ""
+    after: str = ""
+
+
+def _instructions_form(path: Path, content: dict) -> _Form:
+    told = content.get("Definition", [])
+    told = [told] if isinstance(told, str) else told
+    if not isinstance(told, list) or not all(isinstance(line, str) for line in told):
         raise DataError(
-            f"{path}: Definition is {told!r}, expected a string or a list of strings."
+            f"{path}: Definition is {told!r:.80}, expected a string or a list of them."
         )
-    return told.strip()
+    before = "\n".join([*told, ""]) + "Input: "
+    return _Form("input", "output", before, "\nOutput:\n")
+
+
+def _form(path: Path, content: Any, labels: list[str] | None) -> tuple[_Form, list]:
+    """The form of a file and its rows."""
+    if isinstance(content, dict) and isinstance(content.get("Instances"), list):
+        return _instructions_form(path, content), content["Instances"]
+    if not isinstance(content, list):
+        found = type(content).__name__
+        found = f"the keys {', '.join(content)}" if found == "dict" else found
+        raise DataError(
+            f'{path}: found {found}, expected a list of rows, or "Instances" with one.'
+        )
+    if content and isinstance(content[0], dict) and "sentence" in content[0]:
+        before = f"Options: {', '.join(labels)}\n" if labels else ""
+        return _Form("sentence", "label", before, "\nAnswer:\n"), content
+    return _Form("prompt", "answer"), content
 
 
 def read_rows(path: Path, labels: list[str] | None = None) -> tuple[Row, ...]:
-    """The rows of a file, in whichever of the three forms it has.
+    """The rows of a file, in whichever of three forms it has.
 
     Args:
       path: [{"prompt", "answer"}], [{"sentence", "label"}], or {"Instances":
         [{"input", "output"}]} with or without a "Definition".
-      labels: from which a sentence's label is chosen; the prompt lists them.
+      labels: from which a sentence's label is chosen; its prompt lists them.
     """
-    content = read_json(path)
-    if isinstance(content, dict):
-        rows = content.get("Instances")
-        if not isinstance(rows, list):
-            raise DataError(
-                f"{path}: found an object with {', '.join(content) or 'no keys'}, "
-                'expected a list of rows, or "Instances" with one.'
-            )
-        told = _definition(path, content)
-        prompt, answer = "input", "output"
-        before, after = (f"{told}\n\n" if told else "") + "Input: ", "\nOutput:\n"
-    else:
-        rows = content
-        if not isinstance(rows, list):
-            raise DataError(
-                f"{path}: found {type(rows).__name__}, expected a list of rows."
-            )
-        prompt, answer, before, after = "prompt", "answer", "", ""
-        if rows and isinstance(rows[0], dict) and "sentence" in rows[0]:
-            prompt, answer, after = "sentence", "label", "\nAnswer:\n"
-            before = f"Options: {', '.join(labels)}\n" if labels else ""
-    pairs = [
-        (_text(path, index, row, prompt), _text(path, index, row, answer))
-        for index, row in enumerate(rows)
-    ]
-    return _checked(path, [Row(f"{before}{p}{after}", a) for p, a in pairs])
+    form, found = _form(path, read_json(path), labels)
+    rows = []
+    for index, row in enumerate(found):
+        prompt, answer = (_text(path, index, row, key) for key in form[:2])
+        rows.append(Row(f"{form.before}{prompt}{form.after}", answer))
+    return _checked(path, rows)
 
 
 def read_labels(path: Path) -> list[str] | None:
@@ -162,7 +176,8 @@ def _read_folder(folder: Path, layout: str) -> Content:
         )
     labels = read_labels(folder / "labels.json")
     train, valid, test = (read_rows(folder / f"{s}.json", labels) for s in splits)
-    return Content((train, valid, test), "accuracy" if labels else "exact_match")
+    metric = "accuracy" if labels else "exact_match"
+    return Content((train, valid, test), metric, str(folder))
 
 
 def _bucket(row: Row) -> int:
@@ -183,7 +198,38 @@ def _read_instructions(path: Path) -> Content:
                 "(prompts are split 8 : 1 : 1 by a hash), expected more instances."
             )
     train, valid, test = parts
-    return Content((train, valid, test), "rouge_l")
+    return Content((train, valid, test), "rouge_l", str(path))
+
+
+def _decoded(domain: Domain, part: str) -> str:
+    """The text; a character that was cut in two at the end of a part is left out."""
+    raw = bytes(getattr(domain, part)).lstrip(CONTINUATION)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(raw)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--data: {' and '.join(domain.files[part])} is not UTF-8 ({error.reason} "
+            f"at byte {error.start}), expected text in UTF-8."
+        ) from error
+    if not text.strip():
+        raise DataError(
+            f"--data: the {part} text of {domain.name} ({domain.source}) is empty, "
+            "expected text."
+        )
+    return text
+
+
+def text_content(domain: Domain) -> Content:
+    """For continued pre-training; the tail of the training text is there to tune on."""
+    train, test = (_decoded(domain, part) for part in ("train", "valid"))
+    cut = len(train) - int(len(train) * VALID_SHARE)
+    train, valid, test = ((Row("", x),) for x in (train[:cut], train[cut:], test))
+    return Content((train, valid, test), "loss", domain.source, "text")
+
+
+def _read_text(data: Path, name: str) -> Content:
+    (domain,) = domains.load_folder(data, [name])
+    return text_content(domain)
 
 
 def _task_folders(data: Path) -> list[Path]:
@@ -211,13 +257,8 @@ def _by_name(
     return found
 
 
-def detect(data: Path) -> tuple[str, dict[str, Path], Callable[[str], Any]]:
-    """The layout of a folder.
-
-    Returns:
-      Its name, the path of each task, and the reader of a task: name -> `Content`, or
-      for plain text a `Domain`.
-    """
+def detect(data: Path) -> tuple[str, list[str], Callable[[str], Content]]:
+    """The layout of a folder, in words; the names of its tasks; their reader."""
     if not data.is_dir():
         raise DataError(f"--data: got {data}, expected a folder that exists.")
     if any((data / name).is_file() for name in FILES):
@@ -230,13 +271,13 @@ def detect(data: Path) -> tuple[str, dict[str, Path], Callable[[str], Any]]:
         cl = any((folder / name).is_file() for folder in folders for name in others)
         layout = CL_BENCHMARK if cl else TRACE
         found = _by_name(data, folders, lambda path: path.name)
-        return layout, found, lambda name: _read_folder(found[name], layout)
+        return layout, list(found), lambda name: _read_folder(found[name], layout)
     if files := visible(data.glob("*.json"), data):
         found = _by_name(data, files, lambda path: path.stem)
-        return INSTRUCTIONS, found, lambda name: _read_instructions(found[name])
+        return INSTRUCTIONS, list(found), lambda name: _read_instructions(found[name])
     if texts := visible(data.glob("*.txt"), data):
-        found = {re.sub(r"(\.(train|valid))?\.txt$", "", p.name): p for p in texts}
-        return TEXT, found, lambda name: domains.load_folder(data, [name])[0]
+        found = {re.sub(r"(\.(train|valid))?\.txt$", "", p.name) for p in texts}
+        return TEXT, sorted(found), lambda name: _read_text(data, name)
     raise DataError(
         f"--data: {data} has {listing(data)}, expected folders NAME with train.json, "
         "eval.json (or dev.json) and test.json, files NAME.json of Natural "

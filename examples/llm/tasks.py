@@ -11,22 +11,21 @@ the probe of what a model forgets. A folder without one is probed with English p
 from the documentation of installed packages.
 """
 
-import codecs
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from examples.llm import formats
-from examples.llm.formats import Row
+from examples.llm.formats import Content, Row
 from examples.streams import installed
-from examples.streams.domains import DataError, Domain
+from examples.streams.domains import DataError
 from examples.streams.more_text import MORE_SOURCES
 
 __all__ = ["GENERAL", "KNOWN", "Known", "Tasks", "Task", "load", "one_line"]
 
 GENERAL = "General"
-VALID_SHARE = 0.1  # of a text's training part
-CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
+PROBE_BYTES = 300_000
 
 
 class Known(NamedTuple):
@@ -68,6 +67,7 @@ PROBE = installed.Source(
     f"{', '.join(installed.DOCUMENTED)}",
     installed.SOURCES["library_docs"].belongs,
     formats.read_prose,
+    most=PROBE_BYTES,
 )
 
 
@@ -144,51 +144,33 @@ def _choose(names: Sequence[str] | None, found: Sequence[str], where: str) -> li
     return chosen
 
 
-def _decoded(domain: Domain, part: str) -> str:
-    """The text; a character that was cut in two at the end of a part is left out."""
-    raw = bytes(getattr(domain, part)).lstrip(CONTINUATION)
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(raw)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"--data: {' and '.join(domain.files[part])} is not UTF-8 ({error.reason} "
-            f"at byte {error.start}), expected text in UTF-8."
-        ) from error
-    if not text.strip():
-        raise DataError(
-            f"--data: the {part} text of {domain.name} ({domain.source}) is empty, "
-            "expected text."
-        )
-    return text
+def _task(name: str, content: Content) -> Task:
+    known = KNOWN.get(name) if content.kind == "rows" else None
+    metric, epochs = known or (content.metric, None)
+    return Task(
+        name,
+        *content.parts,
+        metric=metric,
+        kind=content.kind,
+        source=content.source,
+        epochs=epochs,
+    )
 
 
-def _of_text(domain: Domain) -> Task:
-    """Continued pre-training; the tail of the training text is there to tune on."""
-    train, test = (_decoded(domain, part) for part in ("train", "valid"))
-    cut = len(train) - int(len(train) * VALID_SHARE)
-    parts = ((Row("", text),) for text in (train[:cut], train[cut:], test))
-    return Task(domain.name, *parts, metric="loss", kind="text", source=domain.source)
-
-
-def _from_installed(
-    names: Sequence[str], sources: dict
-) -> tuple[list[Task], list[str]]:
-    domains, messages = installed.load_installed(names, sources)
-    return [_of_text(domain) for domain in domains], messages
-
-
+@functools.cache
 def _probe() -> Task:
-    (task,), _ = _from_installed([GENERAL], {GENERAL: PROBE})
-    return task
+    (domain,), _ = installed.load_installed([GENERAL], {GENERAL: PROBE})
+    return _task(GENERAL, formats.text_content(domain))
 
 
 def _load_installed(names: Sequence[str] | None) -> Tasks:
     asked = INSTALLED if names is None else names
     asked = _choose(asked, list(SOURCES), "the installed text")
-    tasks, messages = _from_installed(asked, SOURCES)
+    domains, messages = installed.load_installed(asked, SOURCES)
     if names is not None and messages:
         raise DataError(f"--tasks: {' '.join(messages)}")
-    return Tasks(tuple(tasks), _probe(), "installed text", tuple(messages))
+    tasks = tuple(_task(d.name, formats.text_content(d)) for d in domains)
+    return Tasks(tasks, _probe(), "installed text", tuple(messages))
 
 
 def load(data: Path | None, names: Sequence[str] | None = None) -> Tasks:
@@ -206,31 +188,18 @@ def load(data: Path | None, names: Sequence[str] | None = None) -> Tasks:
     if data is None:
         return _load_installed(names)
     layout, found, read = formats.detect(data)
-    chosen = _choose(names, list(found), f"--data {data}")
+    chosen = _choose(names, found, f"--data {data}")
+    tasks = tuple(_task(name, read(name)) for name in chosen)
     notes = [f"{data}: {layout}."]
-
-    def task(name):
-        if layout == formats.TEXT:
-            return _of_text(read(name))
-        content = read(name)
-        known = KNOWN.get(name, Known(content.metric))
-        return Task(
-            name,
-            *content.parts,
-            metric=known.metric,
-            kind="rows",
-            source=str(found[name]),
-            epochs=known.epochs,
-        )
-
-    tasks = [task(name) for name in chosen]
-    for own in tasks:
-        if own.kind == "rows" and own.name not in KNOWN:
+    for task in tasks:
+        if task.kind == "rows" and task.name not in KNOWN:
             notes.append(
-                f"{own.name}: no metric is known for a task of this name, {own.metric} "
-                "is taken."
+                f"{task.name}: no metric is known for a task of this name, "
+                f"{task.metric} is taken."
             )
-    general = task(GENERAL) if GENERAL in found else _probe()
-    if GENERAL not in found:
+    if GENERAL in found:
+        general = _task(GENERAL, read(GENERAL))
+    else:
+        general = _probe()
         notes.append(f"{GENERAL}: {data} has none, taken instead: {general.source}.")
-    return Tasks(tuple(tasks), general, layout, tuple(notes))
+    return Tasks(tasks, general, layout, tuple(notes))

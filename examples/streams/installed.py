@@ -90,12 +90,13 @@ def read_text(path: Path) -> str:
 
 
 class Source(NamedTuple):
-    """One domain: what it is, whether a file belongs to it, how it is read."""
+    """One domain: what it is, which files belong to it, how and how far to read."""
 
     about: str
     belongs: Callable[[str], bool]
     read: Callable[[Path], str] = read_text
     more: Callable[[], Files] = dict
+    most: int = TRAIN_BYTES + VALID_BYTES
 
 
 def _ends(*suffixes: str) -> Callable[[str], bool]:
@@ -156,11 +157,15 @@ def _unseen(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept) if any(len(p) >= SHORT_PARAGRAPH for p in kept) else ""
 
 
-def read_files(files: Files, read: Callable[[Path], str] = read_text) -> dict[str, str]:
+def read_files(
+    files: Files,
+    read: Callable[[Path], str] = read_text,
+    most: int = TRAIN_BYTES + VALID_BYTES,
+) -> dict[str, str]:
     """Name -> text, in the order of a hash of the names, without what is repeated.
 
-    Unreadable files, and those with nothing new, are left out. Reading stops when there
-    is enough.
+    Unreadable files, and those with nothing new, are left out. Reading stops at `most`
+    bytes.
     """
     texts, seen, size = {}, set(), 0
     for name in sorted(files, key=lambda n: hashlib.sha256(n.encode()).hexdigest()):
@@ -171,7 +176,7 @@ def read_files(files: Files, read: Callable[[Path], str] = read_text) -> dict[st
         if text:
             texts[name] = text
             size += len(text.encode())
-        if size >= TRAIN_BYTES + VALID_BYTES:
+        if size >= most:
             break
     return texts
 
@@ -207,7 +212,8 @@ def load_installed(
     for name in choose(names, list(sources), "the default data"):
         source = sources[name]
         own = {file: path for file, path in installed.items() if source.belongs(file)}
-        parts = split_texts(read_files(own | source.more(), source.read))
+        texts = read_files(own | source.more(), source.read, source.most)
+        parts = split_texts(texts)
         text = {part: as_bytes("\n".join(parts[part].values())) for part in parts}
         if len(text["train"]) < FEWEST_BYTES or not len(text["valid"]):
             messages.append(
