@@ -9,11 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from rapidfuzz.distance import Indel, LCSseq, Levenshtein
-from sacrebleu.metrics import CHRF
+from sacrebleu.metrics.chrf import CHRF
 
 from examples.llm.formats import Row
 from examples.llm.sari import sari_of
@@ -174,45 +174,41 @@ def sari(rows: Sequence[Row], predictions: Sequence[str]) -> Numbers:
     return {"sari": _mean(sari_of(row.prompt, p, [a]) for row, (p, a) in both)}
 
 
-def _parsed(text: str) -> Any:
-    """What JSON says; None where it is none."""
+def _slots(text: str) -> set[tuple[str, str]] | None:
+    """Keys and values of a JSON object; None where the text is none."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return {(k, json.dumps(v, sort_keys=True)) for k, v in content.items()}
     except (ValueError, RecursionError):
-        return None
+        pass
+    return None
 
 
-def _slots(content: Any) -> set[tuple[str, str]]:
-    if not isinstance(content, dict):
-        return set()
-    return {(k, json.dumps(v, sort_keys=True)) for k, v in content.items()}
+def _intent(slots: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    return {slot for slot in slots if slot[0] == "intent"}
 
 
 def json_match(rows: Sequence[Row], predictions: Sequence[str]) -> Numbers:
     """Share of equal JSON objects, of right intents, and F1 over all slots and values.
 
-    The intent is the value of "intent", the other keys are slots. F1 is 1 where nobody
-    has a slot; what is not a JSON object has none.
+    The intent is the value of "intent", the other keys are slots. What is no JSON
+    object is wrong and has no slots. F1 is 1 where nobody has a slot.
     """
-    pairs = _pairs(rows, predictions)
-    wanted = [_parsed(answer) for _, answer in pairs]
-    for row, content in zip(rows, wanted, strict=True):
-        if not isinstance(content, dict):
+    equal, intents, hits, given, right = [], [], 0, 0, 0
+    for row, prediction in zip(rows, predictions, strict=True):
+        found, wanted = _slots(prediction), _slots(row.answer)
+        if wanted is None:
             _reject(row, "a JSON object")
-    found = [_slots(_parsed(prediction)) for prediction, _ in pairs]
-    wanted = [_slots(content) for content in wanted]
-
-    def intents(slots):
-        return {slot for slot in slots if slot[0] == "intent"}
-
-    pairs = list(zip(found, wanted, strict=True))
-    hits, given, right = (
-        sum(len(slots - intents(slots)) for slots in column)
-        for column in ([p & a for p, a in pairs], found, wanted)
-    )
+        equal.append(found == wanted)
+        intents.append(found is not None and _intent(found) == _intent(wanted))
+        found, wanted = (x - _intent(x) for x in (found or set(), wanted))
+        hits += len(found & wanted)
+        given += len(found)
+        right += len(wanted)
     return {
-        "json_match": _mean(p == a for p, a in pairs),
-        "intent_accuracy": _mean(intents(p) == intents(a) for p, a in pairs),
+        "json_match": _mean(equal),
+        "intent_accuracy": _mean(intents),
         "slot_f1": _f1(hits, given, right),
     }
 
@@ -228,7 +224,7 @@ def sql_match(rows: Sequence[Row], predictions: Sequence[str]) -> Numbers:
     return {"sql_match": _mean(_query(p) == _query(a) for p, a in pairs)}
 
 
-def _reject(row: Row, expected: str):
+def _reject(row: Row, expected: str) -> NoReturn:
     raise DataError(
         f"metric: the answer {row.answer!r:.80} (its prompt begins "
         f"{row.prompt[:40]!r}) cannot be scored, expected {expected}."

@@ -484,7 +484,10 @@ def test_json_intents_and_slots():
         "slot_f1": pytest.approx(2 / 5),
     }
     assert one("json", '{"intent": "B"}', '{"intent": "B"}')["slot_f1"] == 1.0
-    assert one("json", '{"intent": "B"}', "[1]")["intent_accuracy"] == 0.0
+    for wanted in ('{"intent": "B"}', "{}"):
+        for found in ("[1]", "", "{}]", '{"a": ' * 2000):
+            numbers = one("json", wanted, found)
+            assert numbers["json_match"] == numbers["intent_accuracy"] == 0.0
 
 
 def test_sari_is_that_of_evaluate():
