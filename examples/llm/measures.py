@@ -73,8 +73,10 @@ def of_scores(matrix: np.ndarray) -> dict[str, float]:
 
         OP = mean_j R[T−1, j]
         BWT = 1/(T−1) Σ_{j<T−1} (R[T−1, j] − R[j, j])
-        BWT/T = 1/T Σ_j (R[T−1, j] − R[j, j]), which TRACE's paper calls BWT
+        BWT/T = 1/T Σ_j (R[T−1, j] − R[j, j])
         forgetting = 1/(T−1) Σ_{j<T−1} (max_{l<T−1} R[l, j] − R[T−1, j])
+
+    Papers give either sum the name BWT, so compare them by their divisor.
 
     Args:
       matrix: R, (T, T); entries above the diagonal may be NaN. With one task there is
