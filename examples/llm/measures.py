@@ -19,13 +19,9 @@ __all__ = [
 ]
 
 
-def _shifted(answer: jax.Array) -> jax.Array:
-    """Weights of the positions that predict an answer token, and zero where none do."""
-    return answer[:, 1:].astype(jnp.float32)
-
-
 def _mean(values: jax.Array, answer: jax.Array) -> jax.Array:
-    weights = _shifted(answer)
+    """Over the positions that predict a token of an answer, which is the next one."""
+    weights = answer[:, 1:].astype(jnp.float32)
     return jnp.sum(values * weights) / jnp.sum(weights)
 
 
