@@ -89,6 +89,8 @@ from adamr.recipes.gpm import gpm_si as gpm_si
 from adamr.recipes.gpm import sgp as sgp
 from adamr.recipes.masked import hft as hft
 from adamr.recipes.masked import mudman as mudman
+from adamr.recipes.mofo import mofo as mofo
+from adamr.recipes.muon import muon as muon
 from adamr.recipes.norms import adamp as adamp
 from adamr.recipes.ogd import ogd as ogd
 from adamr.recipes.trgp import rogo as rogo

@@ -15,6 +15,7 @@ step needs for a while moves to host memory and back with its sharding (`offload
 `onload`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +74,22 @@ def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | No
         for letter, axis in zip(letters, where.spec, strict=False):
             axes[letter] = axes.get(letter) or axis
     return NamedSharding(meshes[0], PartitionSpec(*map(axes.get, result)))
+
+
+def placed_by_compiler(function: Callable, *operands: Any, like: Any) -> Any:
+    """`function(*operands)`, whose results lie as the arrays of `like`.
+
+    For computations that explicit sharding cannot follow, such as a reshape that merges
+    a sharded axis: inside, the compiler chooses.
+    """
+    where = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    explicit = [
+        AxisType.Explicit in s.mesh.axis_types
+        for s in jax.tree.leaves(where, is_leaf=lambda s: hasattr(s, "mesh"))
+    ]
+    if not any(explicit):
+        return function(*operands)
+    return jax.sharding.auto_axes(function, out_sharding=where)(*operands)
 
 
 def copied_beside(

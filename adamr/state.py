@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from optax.contrib import MuonState
 
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes, replace_arrays
@@ -254,7 +255,8 @@ def reset_moments(opt_state: Any) -> Any:
     def reset(node):
         if not _has_moments(node):
             return node
-        return _tree.cleared(node)
+        kept = {"ns_coeffs": node.ns_coeffs} if isinstance(node, MuonState) else {}
+        return _tree.cleared(node)._replace(**kept)
 
     return jax.tree.map(reset, opt_state, is_leaf=_has_moments)
 

@@ -12,6 +12,8 @@ from adamr.recipes import ewc as ewc
 from adamr.recipes import gem as gem
 from adamr.recipes import gpm as gpm
 from adamr.recipes import masked as masked
+from adamr.recipes import mofo as mofo
+from adamr.recipes import muon as muon
 from adamr.recipes import norms as norms
 from adamr.recipes import ogd as ogd
 from adamr.recipes import trgp as trgp

@@ -19,7 +19,7 @@ from adamr.subspaces.subspace import Subspace
 __all__ = ["adamr"]
 
 
-class _Protection(NamedTuple):
+class Protection(NamedTuple):
     """What the modifier's state says about the moments and the step.
 
     Attributes:
@@ -35,7 +35,7 @@ class _Protection(NamedTuple):
     step: tuple[Protected, ...]
 
 
-def _protection(modifier_state: Any) -> _Protection:
+def protection_of(modifier_state: Any) -> Protection:
     """Along which axes v is shared, which guard holds, what the step is kept off.
 
     v is shared where a projection per leaf mixes coordinates. A projection only
@@ -47,7 +47,7 @@ def _protection(modifier_state: Any) -> _Protection:
     links = find_nodes(modifier_state, ProjectOutState)
     unmade = any(is_unmade(link.subspace) for link in links)
     projects = isinstance(modifier_state, ProjectOutState)
-    return _Protection(
+    return Protection(
         share=subspaces if subspaces or unmade else None,
         guard=True if projects else "shared",
         decay=subspaces,
@@ -55,7 +55,7 @@ def _protection(modifier_state: Any) -> _Protection:
     )
 
 
-def _project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
+def project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
     """Projects the step off everything that is held."""
 
     def project(steps, params):
@@ -67,12 +67,12 @@ def _project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
     return optax.stateless(project)
 
 
-def _decay_outside(
+def decay_outside(
     held: tuple[Protected, ...], weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
     """Adds decoupled weight decay, projected off the protected space."""
     decay = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask), _project_off(held)
+        optax.add_decayed_weights(weight_decay, mask), project_off(held)
     )
 
     def add(steps, params):
@@ -173,7 +173,7 @@ def adamr(
         scale = constant_scale(strength)
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
-    def links(protection: _Protection) -> optax.GradientTransformationExtraArgs:
+    def links(protection: Protection) -> optax.GradientTransformationExtraArgs:
         merge = faithful_second_moment(
             b1,
             b2,
@@ -184,23 +184,23 @@ def adamr(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         )
-        decay = _decay_outside(protection.decay, weight_decay, mask)
+        decay = decay_outside(protection.decay, weight_decay, mask)
         return optax.chain(
             route_with_strength(modifier, scale),
             merge,
             decay if decays else optax.identity(),
-            _project_off(protection.step),
+            project_off(protection.step),
             optax.scale_by_learning_rate(learning_rate),
         )
 
     def init_fn(params):
         _tree.require_arrays(params, "adamr")
         state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
-        return links(_protection(state)).init(params)
+        return links(protection_of(state)).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         routed, *_ = state
-        tx = links(_protection(routed.route.modifier))
+        tx = links(protection_of(routed.route.modifier))
         return tx.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -520,6 +520,29 @@ CASES = [
         holds_subspace=False,
     ),
     Case(
+        "muon",
+        lambda s: (
+            lambda learning_rate=0.1, beta=0.9, weight_decay=0.01: adamr.muon(
+                learning_rate,
+                adamr.project_out(s),
+                beta=beta,
+                weight_decay=weight_decay,
+                # Its default coefficients magnify the last bits of float32.
+                ns_coeffs=(1.875, -1.25, 0.375),
+                ns_steps=3,
+            )
+        ),
+    ),
+    Case(
+        "mofo",
+        lambda s: (
+            lambda learning_rate=0.1, share=0.2, weight_decay=0.01: adamr.mofo(
+                learning_rate, share, weight_decay=weight_decay
+            )
+        ),
+        holds_subspace=False,
+    ),
+    Case(
         "classp",
         lambda s: (
             lambda learning_rate=0.1, threshold=0.5, power=2.0: adamr.classp(
