@@ -17,22 +17,20 @@ from adamr.subspaces.make import flatten_axes
 __all__ = ["among_largest", "mofo"]
 
 
-def _count(share: jax.typing.ArrayLike, n: int) -> jax.typing.ArrayLike:
+def _count(share: float, n: int) -> jax.typing.ArrayLike:
     """max(1, ⌊share · n⌋), where share · n may have been rounded off a whole number."""
     if _tree.is_known(share):
         return max(1, math.floor(float(share) * n + 1e-3))
     return jnp.maximum(1, jnp.floor(share * n + 1e-3)).astype(jnp.uint32)
 
 
-def among_largest(
-    x: jax.Array, share: jax.typing.ArrayLike, batch: Sequence[int] = ()
-) -> jax.Array:
+def among_largest(x: jax.Array, share: float, batch: Sequence[int] = ()) -> jax.Array:
     """Whether an entry is among the largest of its slice by |x|.
 
-    k = max(1, ⌊share · n⌋) of the n entries are, and whatever is as large as the last of
-    them. Exact, without sorting: for floats that are not negative, the order is that of
-    their bits, so the k-th largest is found bit by bit from counts alone. A leaf that is
-    sharded is not gathered; one number per slice and bit crosses devices.
+    k = max(1, ⌊share · n⌋) of the n entries are, and whatever is as large as the last
+    of them. Exact, without sorting: floats that are not negative have the order of
+    their bits, so the k-th largest is found bit by bit from counts alone. A sharded
+    leaf is not gathered: one number per slice and bit crosses devices.
 
     Args:
       x: floats; NaN counts as larger than all numbers.
@@ -62,9 +60,9 @@ def among_largest(
 
 
 def _filtered_adam(
-    share: jax.typing.ArrayLike, axes: Any, options: MomentOptions
+    share: float, axes: Any, options: MomentOptions
 ) -> optax.GradientTransformationExtraArgs:
-    """m̂ / (√(v̂ + eps_root) + eps) where |m| is among the largest of its slice, else 0."""
+    """Adam's step where |m| is among the largest of its slice, else 0."""
 
     def init_fn(params):
         _tree.require_arrays(params, "mofo")
@@ -94,7 +92,7 @@ def _filtered_adam(
 
 def mofo(
     learning_rate: optax.ScalarOrSchedule,
-    share: jax.typing.ArrayLike = 0.1,
+    share: float = 0.1,
     *,
     axes: Any = None,
     b1: float = 0.9,
@@ -110,26 +108,26 @@ def mofo(
 
         m_t = b1 m_{t−1} + (1 − b1) g
         v_t = b2 v_{t−1} + (1 − b2) g²
-        θ_t = θ_{t−1} − η (m̂_t / (√(v̂_t + eps_root) + eps) ∘ F_t + weight_decay · θ_{t−1})
+        Δ_t = F_t ∘ m̂_t / (√(v̂_t + eps_root) + eps)
+        θ_t = θ_{t−1} − η (Δ_t + weight_decay · θ_{t−1})
 
-    F is 1 where |m_t| is among the largest of its tensor, a share of `share` (how many
-    entries move; no second moment is shared here), and 0 elsewhere. The moments see
-    every gradient in full, and decay reaches every entry. Fewer entries leave the
-    pretrained weights, which are the closest to them that fit the task as well; nothing
-    is promised about old tasks, and no data of them is needed.
+    F is 1 where |m_t| is among the largest of its tensor, and 0 elsewhere; `share` says
+    how many of the entries that is (v is not shared here). The moments see the whole
+    gradient and decay reaches every entry. The weights stay nearer to those that
+    training started from than under AdamW; nothing is promised about old tasks, and no
+    data of them is needed.
 
-    Of the n entries of a tensor max(1, ⌊share · n⌋) move, and those as large as the last
-    of them. Leaves without a fan-in (biases, scales, norms) move as under AdamW. The
-    authors have one tensor per layer, so stacked kernels are filtered slice by slice
-    along the batch axes that `axes` names. In their code weight decay is .1, and 0 for
-    norms: see `mask`.
+    Of the n entries of a tensor max(1, ⌊share · n⌋) move, and those as large as the
+    last of them. Leaves without a fan-in (biases, scales, norms) move as under AdamW.
+    The authors have one tensor per layer, so stacked kernels are filtered slice by
+    slice along their batch axes. Their weight decay is .1, and 0 for norms: see `mask`.
 
     Args:
       learning_rate: η, a number or a schedule.
       share: in (0, 1]; the authors use .05 to .2. 1 is AdamW.
-      axes: which leaves are filtered, and along which axes they are stacked: a tree like
-        the parameters of `Axes` or None (not filtered), or a rule (path, shape) -> `Axes`
-        or None. None: `default_axes`.
+      axes: which leaves are filtered, and along which batch axes they are stacked: a
+        tree like the parameters of `Axes` or None (not filtered), or a rule (path,
+        shape) -> `Axes` or None. None: `default_axes`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: outside the root.
@@ -160,9 +158,7 @@ def mofo(
     """
     if _tree.is_known(share) and not 0.0 < float(share) <= 1.0:
         raise ValueError(f"share must lie in (0, 1], got {share}.")
-    options = MomentOptions(
-        b1, b2, eps, eps_root, mu_dtype=mu_dtype, nu_dtype=nu_dtype
-    )
+    options = MomentOptions(b1, b2, eps, eps_root, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
     rule = default_axes if axes is None else axes
     return optax.chain(

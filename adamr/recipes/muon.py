@@ -9,192 +9,22 @@ whatever M's other directions are; from the right likewise. No routing is needed
 no second moment divides the step.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
 from adamr import _tree
-from adamr.recipes.adamr import (
-    Protection,
-    decay_outside,
-    project_off,
-    protection_of,
-)
-from adamr.routing.carrier import (
-    Routed,
-    require_modifier,
-    require_routed,
-    route_first_moment,
-)
-from adamr.routing.merge import FaithfulSecondMomentState, faithful_second_moment
-from adamr.sharding import placed_by_compiler
-from adamr.subspaces.axes import Axes, default_axes
-from adamr.subspaces.make import flatten_axes
-from adamr.subspaces.subspace import Layout, Subspace, layout
+from adamr.recipes.adamr import Protection, decay_outside, project_off, protection_of
+from adamr.recipes.orthogonal import QUINTIC, Momentum, momentum_or_moments
+from adamr.routing.carrier import require_modifier, route_first_moment
+from adamr.routing.merge import MomentOptions
+from adamr.subspaces.matrices import matrices
+from adamr.subspaces.subspace import Subspace
 
-__all__ = ["matrix_axes", "muon"]
-
-QUINTIC = (3.4445, -4.775, 2.0315)
-
-
-def matrix_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
-    """`default_axes`, with None for embeddings, which Muon's authors leave to Adam.
-
-    >>> matrix_axes("layer/kernel", (4, 8))
-    Axes(protected=(0,), batch=())
-    >>> matrix_axes("embed/embedding", (100, 8)) is None
-    True
-    """
-    return None if "embed" in path.lower() else default_axes(path, shape)
-
-
-def _outputs(axes: Axes, ndim: int) -> tuple[int, ...]:
-    return tuple(d for d in range(ndim) if d not in axes.protected + axes.batch)
-
-
-def _mixed(side: Layout, axes: Axes) -> set[int]:
-    """The axes of a slice, as a matrix, that the projection acts along."""
-    return set(side.protected) | (set(side.batch) - set(axes.batch))
-
-
-def _as_matrix(name: str, leaf: Any, axes: Axes | None, sides: list[Layout], said: bool):
-    """How a leaf is a matrix that every projection acts on from one side, or None."""
-    if axes is None:
-        return None
-    axes = Axes(*axes).normalized(leaf.ndim)
-    if not said and sides and not _mixed(sides[0], axes) <= set(axes.protected):
-        axes = Axes(sides[0].protected, sides[0].batch)
-    outputs = _outputs(axes, leaf.ndim)
-    for side in sides:
-        mixed = _mixed(side, axes)
-        if not (mixed <= set(axes.protected) or mixed <= set(outputs)):
-            raise ValueError(
-                f"muon: axes has {axes} at {name}, but its subspace is projected along "
-                f"axes {side.protected}, expected all of them on one side of the "
-                "matrix: in `protected` or among the outputs."
-            )
-    return axes if outputs and math.prod(leaf.shape) else None
-
-
-def _matrices(
-    tree: Any, axes: Any, subspaces: Sequence[Subspace]
-) -> list[Axes | None]:
-    """The axes of every position that Muon steps; None for holes and for Adam's."""
-    names, leaves = _tree.flatten_with_names(tree)
-    how = flatten_axes(matrix_axes if axes is None else axes, tree)
-    here = [s.at(tree) for s in subspaces] if leaves else []
-    found = []
-    for i, (name, leaf, each) in enumerate(zip(names, leaves, how, strict=True)):
-        pairs = [(s.bases[i], s.weights[i]) for s in here]
-        sides = [layout(b, w) for b, w in pairs if b is not None and w is not None]
-        sides = [side for side in sides if side.protected]
-        hole = _tree.is_hole(leaf)
-        found.append(
-            None if hole else _as_matrix(name, leaf, each, sides, axes is not None)
-        )
-    return found
-
-
-def _part(tree: Any, keep: Sequence[bool]) -> Any:
-    """`tree` with holes at the other positions."""
-    leaves, treedef = _tree.flatten(tree)
-    pairs = zip(leaves, keep, strict=True)
-    return treedef.unflatten([x if k else optax.MaskedNode() for x, k in pairs])
-
-
-def _filled(tree: Any, other: Any) -> Any:
-    """`tree` with what `other` has in its holes."""
-    leaves, treedef = _tree.flatten(tree)
-    pairs = zip(leaves, _tree.flatten(other)[0], strict=True)
-    return treedef.unflatten([y if _tree.is_hole(x) else x for x, y in pairs])
-
-
-def _size(shape: Sequence[int], axes: Sequence[int]) -> int:
-    return math.prod(shape[d] for d in axes)
-
-
-def orthogonal_momentum(
-    matrices: Sequence[Axes],
-    *,
-    beta: jax.typing.ArrayLike,
-    ns_coeffs: Any,
-    ns_steps: int,
-    eps: jax.typing.ArrayLike,
-    nesterov: bool,
-):
-    """optax's Muon for a list of leaves: (gradients, momenta, count) -> (steps, momenta).
-
-    optax 0.2.6 scales its steps by √max(1, outputs / fan-in), later versions do not. It
-    is told that the longer side is the fan-in, which changes nothing in msign and makes
-    that factor 1; the factor itself is put on here.
-    """
-
-    def longer_first(x, axes):
-        sides = axes.protected, _outputs(axes, x.ndim)
-        return MuonDimensionNumbers(*sorted(sides, key=lambda s: -_size(x.shape, s)))
-
-    def scaled(step, axes):
-        outputs, fan_in = _outputs(axes, step.ndim), axes.protected
-        ratio = _size(step.shape, outputs) / _size(step.shape, fan_in)
-        return step * max(1.0, ratio) ** 0.5
-
-    def update(gradients, momenta, count):
-        dims = [longer_first(g, a) for g, a in zip(gradients, matrices, strict=True)]
-        tx = scale_by_muon(
-            ns_coeffs, ns_steps, beta, eps, nesterov=nesterov,
-            weight_dimension_numbers=dims,
-        )  # fmt: skip
-        state = MuonState(count, momenta, jnp.asarray(ns_coeffs))
-        steps, state = tx.update(gradients, state)
-        return list(map(scaled, steps, matrices)), state.mu
-
-    return update
-
-
-def _momentum_or_moments(
-    protection: Protection, axes: Any, momentum: dict, moments: dict
-) -> optax.GradientTransformationExtraArgs:
-    """The merging link: Muon for matrices, the alias's Adam for all other leaves.
-
-    Its state is Adam's: `mu` of all leaves, `nu` in leaf order of those that have one.
-    """
-    subspaces = protection.share or ()
-    merge = faithful_second_moment(share=subspaces, guard=protection.guard, **moments)
-
-    def init_fn(params):
-        if _tree.is_placeholder(params):
-            return merge.init(params)
-        rest = [a is None for a in _matrices(params, axes, subspaces)]
-        state = merge.init(_part(params, rest))
-        mu = optax.tree.zeros_like(params, dtype=moments["mu_dtype"])
-        return state._replace(mu=mu)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        require_routed(updates, "muon")
-        found = _matrices(updates.first, axes, subspaces)
-        ours, rest = [a is not None for a in found], [a is None for a in found]
-        gradients, treedef = jax.tree.flatten(_part(updates.first, ours))
-        momenta = jax.tree.leaves(_part(state.mu, ours))
-        update = orthogonal_momentum([a for a in found if a is not None], **momentum)
-        steps, mu = placed_by_compiler(
-            update, gradients, momenta, state.count, like=(gradients, momenta)
-        )
-        steps = [x.astype(g.dtype) for x, g in zip(steps, gradients, strict=True)]
-        mu = [x.astype(m.dtype) for x, m in zip(mu, momenta, strict=True)]
-        others, adam = merge.update(
-            Routed(*(_part(tree, rest) for tree in updates)),
-            state._replace(mu=_part(state.mu, rest)),
-        )
-        mu = _filled(treedef.unflatten(mu), adam.mu)
-        return _filled(treedef.unflatten(steps), others), adam._replace(mu=mu)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+__all__ = ["muon"]
 
 
 def _rates(
@@ -206,20 +36,24 @@ def _rates(
     """Scales the steps of matrices and of all other leaves, each by its rate."""
     if adam_learning_rate is None:
         return optax.scale_by_learning_rate(learning_rate)
+    rates = {"muon": learning_rate, "adam": adam_learning_rate}
 
     def labels(tree):
-        found = _matrices(tree, axes, subspaces)
-        return _tree.map_positions(
-            lambda _, a: "adam" if a is None else "muon", tree, found
-        )
+        def label(_, axes):
+            return "adam" if axes is None else "muon"
+
+        return _tree.map_positions(label, tree, matrices(tree, axes, subspaces))
 
     return optax.partition(
-        {
-            "muon": optax.scale_by_learning_rate(learning_rate),
-            "adam": optax.scale_by_learning_rate(adam_learning_rate),
-        },
+        {name: optax.scale_by_learning_rate(rate) for name, rate in rates.items()},
         labels,
     )
+
+
+def _check_coefficients(ns_coeffs: Any) -> None:
+    shape = np.shape(ns_coeffs)
+    if len(shape) not in (1, 2) or shape[-1] != 3 or not shape[0]:
+        raise ValueError(f"ns_coeffs has shape {shape}, expected (3,) or (n, 3).")
 
 
 def muon(
@@ -265,8 +99,8 @@ def muon(
     Element-wise modifiers (masks) do not survive msign. `Directions` of the whole
     vector do not commute with it, so there the step is projected, and may ascend.
 
-    The step has its full size however little the projection leaves of the gradient; only
-    momenta shorter than `eps`, such as those of a full basis, give shorter ones.
+    The step has its full size however little the projection leaves of the gradient:
+    only momenta shorter than `eps`, such as those of a full basis, give shorter ones.
 
     Leaves that are no matrix get the alias `adamr` with the same modifier: biases,
     scales, leaves of size 0 and whatever has "embed" in its name, unless `axes` says
@@ -278,9 +112,9 @@ def muon(
       modifier: g -> g̃, any optax transformation; `project_out(subspace)` for one.
       axes: which leaves are matrices, and along which axes: a tree like the parameters
         of `Axes` or None (Adam), as `contracted_axes` gives, or a rule (path, shape) ->
-        `Axes` or None. None: the axes of the leaf's subspace, else
-        `recipes.muon.matrix_axes`. For a subspace of outputs say `axes`: they give the
-        fan-in, on which the scale of the step depends.
+        `Axes` or None. None: `subspaces.matrix_axes`, and the axes of the leaf's
+        subspace where these are others; so give `axes` for a subspace of outputs, since
+        the scale of the step depends on what is the fan-in.
       beta: decay of the momentum.
       ns_coeffs: three coefficients of the iteration, or (n, 3) for n different steps.
       ns_steps: steps of the iteration, for three coefficients.
@@ -303,6 +137,7 @@ def muon(
       TypeError: if `modifier` is not an optax transformation or weight_decay is a
         schedule; at init, for a leaf that is neither an array nor a number.
 
+    >>> import jax.numpy as jnp
     >>> from adamr import make_subspace, project_out
     >>> params = {"w": jnp.ones((2, 2)), "b": jnp.zeros(2)}
     >>> bases = {"w": jnp.array([[1.0], [0.0]]), "b": None}
@@ -321,30 +156,34 @@ def muon(
       are orthogonal to them approximately.
     """
     require_modifier(modifier, "muon")
+    _check_coefficients(ns_coeffs)
     if callable(weight_decay):
         raise TypeError(
             "muon: weight_decay must be a number, got a function; the learning rate, "
             "which scales it, may be a schedule."
         )
     decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
-    momentum = {
-        "beta": beta, "ns_coeffs": ns_coeffs, "ns_steps": ns_steps, "eps": eps,
-        "nesterov": nesterov,
-    }  # fmt: skip
-    moments = {
-        "b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "mu_dtype": mu_dtype,
-        "nu_dtype": nu_dtype,
-    }  # fmt: skip
+    momentum = Momentum(beta, ns_coeffs, ns_steps, nesterov, eps)
 
     def links(protection: Protection) -> optax.GradientTransformationExtraArgs:
+        subspaces = protection.share or ()
+        moments = MomentOptions(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            share=subspaces,
+            guard=protection.guard,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        )
         held = (*protection.decay, *protection.step)
-        decay = decay_outside(held, weight_decay, mask)
         return optax.chain(
             route_first_moment(modifier),
-            _momentum_or_moments(protection, axes, momentum, moments),
+            momentum_or_moments(momentum, moments, axes, subspaces),
             project_off(held),
-            decay if decays else optax.identity(),
-            _rates(learning_rate, adam_learning_rate, axes, protection.share or ()),
+            decay_outside(held, weight_decay, mask) if decays else optax.identity(),
+            _rates(learning_rate, adam_learning_rate, axes, subspaces),
         )
 
     def init_fn(params):

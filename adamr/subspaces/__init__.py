@@ -18,6 +18,7 @@ from adamr.subspaces.logits import logit_gradients as logit_gradients
 from adamr.subspaces.make import cast_bases as cast_bases
 from adamr.subspaces.make import empty_subspace as empty_subspace
 from adamr.subspaces.make import make_subspace as make_subspace
+from adamr.subspaces.matrices import matrix_axes as matrix_axes
 from adamr.subspaces.merge import merge_subspaces as merge_subspaces
 from adamr.subspaces.merge import truncate_subspace as truncate_subspace
 from adamr.subspaces.null_space import null_space_complement as null_space_complement
