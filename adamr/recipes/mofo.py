@@ -66,6 +66,8 @@ def _filtered_adam(
 
     def init_fn(params):
         _tree.require_arrays(params, "mofo")
+        if not _tree.is_placeholder(params):
+            flatten_axes(axes, params)  # raises for a tree with other leaves
         return init_moments(options, params)
 
     def update_fn(updates, state, params=None, **extra_args):
