@@ -381,6 +381,29 @@ def test_parity_adamp():
             close(ours, moved(expected, given["weight"]), 1e-5)
 
 
+def test_parity_mofo():
+    """Their norms have no weight decay, and entries that tie with the last one move."""
+    for given, theirs in cases("mofo"):
+        p = jax.tree.map(
+            kernel, given["weights"], is_leaf=lambda x: isinstance(x, list)
+        )
+        tx = adamr.mofo(
+            given["learning_rate"], given["fraction"],
+            weight_decay=given["weight_decay"], mask={k: "norm" not in k for k in p},
+        )  # fmt: skip
+        gs = [
+            jax.tree.map(kernel, g, is_leaf=lambda x: isinstance(x, list))
+            for g in given["gradients"]
+        ]
+        path, _ = run(tx, p, gs)
+        for ours, expected in zip(path, theirs["weights"], strict=True):
+            for name, weight in expected.items():
+                close(ours[name], moved(weight, given["weights"][name]), 1e-5)
+    given, _ = case("mofo", "ties")
+    ties = np.count_nonzero(ours["linear.weight"])
+    assert ties > given["fraction"] * 60
+
+
 def test_parity_classp():
     def ours(given):
         g = list(map(array, given["gradients"]))
