@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,24 @@ import optax
 
 from adamr import _tree
 from adamr.routing.carrier import Routed, plain_gradient
-from adamr.routing.merge import MomentOptions, advance_moments, init_moments
+from adamr.routing.merge import (
+    FaithfulSecondMomentState,
+    MomentOptions,
+    advance_moments,
+    init_moments,
+)
 from adamr.subspaces.axes import Axes, default_axes
 from adamr.subspaces.make import flatten_axes
 
-__all__ = ["among_largest", "mofo"]
+__all__ = ["MofoState", "among_largest", "mofo"]
+
+
+class MofoState(NamedTuple):
+    """AdamW's moments, which no boundary projects: mofo protects no subspace."""
+
+    count: jax.typing.ArrayLike
+    mu: Any
+    nu: Any
 
 
 def _count(share: float, n: int) -> jax.typing.ArrayLike:
@@ -68,7 +81,7 @@ def _filtered_adam(
         _tree.require_arrays(params, "mofo")
         if not _tree.is_placeholder(params):
             flatten_axes(axes, params)  # raises for a tree with other leaves
-        return init_moments(options, params)
+        return MofoState(*init_moments(options, params))
 
     def update_fn(updates, state, params=None, **extra_args):
         g = plain_gradient(updates, "mofo", params)
@@ -76,7 +89,9 @@ def _filtered_adam(
         how = flatten_axes(axes, g)
         pairs = zip(_tree.flatten(g)[0], how, strict=True)
         how = [a for x, a in pairs if not _tree.is_hole(x)]
-        (mu_hat, denominator), state = advance_moments(options, Routed(g, g, g), state)
+        (mu_hat, denominator), state = advance_moments(
+            options, Routed(g, g, g), FaithfulSecondMomentState(*state)
+        )
 
         def step(x, m, d, a):
             moved = m / d
@@ -87,7 +102,7 @@ def _filtered_adam(
 
         leaves, treedef = jax.tree.flatten(g)
         steps = map(step, leaves, mu_hat, denominator, how)
-        return treedef.unflatten(steps), state
+        return treedef.unflatten(steps), MofoState(*state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -39,7 +39,7 @@ def _size(x: jax.Array, axes: Sequence[int]) -> int:
 def _orthogonalised(options: Momentum, shapes: Sequence[Axes]) -> Callable:
     """optax's Muon on lists: (gradients, momenta, count) -> (steps, momenta).
 
-    optax 0.2.6 multiplies its steps by √max(1, outputs / fan-in), later versions do
+    optax 0.2.6 multiplies its steps by √max(1, fan-out / fan-in), later versions do
     not. Told that the longer side is the fan-in, which makes no difference to msign, it
     multiplies by 1; the factor is put on here.
     """

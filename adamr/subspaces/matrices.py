@@ -1,4 +1,4 @@
-"""Which leaves are matrices, fan-in × outputs, that a projection acts on from one side.
+"""Which leaves are matrices, fan-in × fan-out, that a projection acts on from one side.
 
 An optimizer that orthogonalises its step takes a leaf as matrices, one per slice along
 the batch axes. A projection survives that if it acts within a slice and on one side.

@@ -114,6 +114,17 @@ METHODS: dict[str, Method] = {
         boundary=("relaxing_subspace", "fold_scales", "grow_subspace"),
         closed_forms=(7,),
     ),
+    "muon": Method(
+        "2502.16982", lambda: adamr.muon(RATE, adamr.project_out(subspace())),
+        lambda: adamr.project_out(subspace()), leak,
+        boundary=("grow_subspace", "set_subspace"),
+        closed_forms=(
+            "test_muon_is_the_polar_factor_of_the_projected_momentum",
+            "test_muon_never_moves_the_response_to_a_protected_input",
+            "test_muon_keeps_both_sides_at_once",
+            "test_muon_equals_its_float64_twin",
+        ),
+    ),
     "ogd": Method(
         "1910.07104", lambda: adamr.ogd(RATE, directions()),
         lambda: adamr.project_out(directions()), direction_leak,
@@ -189,6 +200,13 @@ METHODS: dict[str, Method] = {
     "mudman": Method(
         "2506.12484", lambda: adamr.mudman(RATE), adamr.modifiers.disruption_mask,
         disruption, retained, closed_forms=(20,), parity=("mudman",),
+    ),
+    "mofo": Method(
+        "2407.20999", lambda: adamr.mofo(RATE),
+        closed_forms=(
+            "test_mofo_equals_its_float64_twin", "test_the_largest_entries",
+        ),
+        parity=("mofo",),
     ),
     "hft": Method(
         "2404.18466", lambda: adamr.hft(RATE, jax.random.key(0)),

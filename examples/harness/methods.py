@@ -142,6 +142,12 @@ METHODS: dict[str, Method] = {
         lambda rate, _, s: adamr.adam_nscl(rate, s.subspace),
         boundary=task_ends.grow,
     ),
+    "muon": Method(
+        "Muon on GPM's projected gradient",
+        lambda rate, _, s: adamr.muon(rate, adamr.project_out(s.subspace)),
+        boundary=task_ends.grow,
+        learning_rate=1e-2,
+    ),
     "ogd": Method(
         "Orthogonal Gradient Descent, ground-truth logits",
         lambda rate, _, s: adamr.ogd(rate, s.directions),
@@ -224,6 +230,11 @@ METHODS: dict[str, Method] = {
         "MUDMAN's disruption mask",
         lambda rate, _, s: adamr.mudman(rate),
         evidence=functools.partial(memory_gradient, name="retain_gradient"),
+    ),
+    "mofo": Method(
+        "MoFO: Adam's steps of the largest momenta, a share of them",
+        lambda rate, share, s: adamr.mofo(rate, share),
+        coefficient=_own(adamr.mofo, "share"),
     ),
     "hft": Method(
         "Half Fine-Tuning",

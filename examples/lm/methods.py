@@ -123,6 +123,30 @@ def _two_sided(learning_rate, _, s: Setting):
     )
 
 
+def _in_blocks(path, shape):
+    """Embeddings, positions and the head stay with Adam, as Muon's authors have it."""
+    return adamr.default_axes(path, shape) if "blocks" in path else None
+
+
+def _muon(learning_rate, _, s: Setting):
+    modifier = adamr.project_out(s.subspace)
+    return _clipped(
+        adamr.muon(
+            learning_rate,
+            modifier,
+            axes=_in_blocks,
+            adam_learning_rate=learning_rate / 10,
+        )
+    )
+
+
+def _mofo(learning_rate, share, s: Setting):
+    told = _tell(0.0, s.subspace)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), told, adamr.mofo(learning_rate, share)
+    )
+
+
 def _method(about: str, build, learning_rate: float) -> Method:
     return Method(about, build, boundary=grow, learning_rate=learning_rate)
 
@@ -139,6 +163,14 @@ METHODS = {
         boundary=grow_and_consolidate_si,
         learning_rate=3e-3,
         coefficient=Coefficient("c", default_of(adamr.gpm_si, "c")),
+    ),
+    "muon": _method("Muon on the projected gradient", _muon, 1e-2),
+    "mofo": Method(
+        "Adam's steps of the largest momenta alone, no protection",
+        _mofo,
+        boundary=grow,
+        learning_rate=1e-3,
+        coefficient=Coefficient("share", default_of(adamr.mofo, "share")),
     ),
     "update": _method("projected update (Adam-NSCL)", _update, 1e-3),
     "two_sided": _method("projected gradient and update", _two_sided, 1e-3),

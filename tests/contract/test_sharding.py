@@ -261,9 +261,13 @@ def test_what_directions_and_constraints_send(where):
     assert sent(adamr.agem_constraint(), p, **memory) == reduced(1, 1)
 
 
+# Muon multiplies a matrix by itself, so the compiler gathers it.
+STAYING = [case for case in CASES if case.name != "muon"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fan-in", "fan-out", "fsdp x tensor"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", STAYING, ids=lambda case: case.name)
 def test_no_step_moves_a_leaf(case, layout):
     """Sums cross devices, parameters and state do not."""
     axes, _, *where = LAYOUTS[layout]

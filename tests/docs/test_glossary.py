@@ -32,6 +32,7 @@ TERMS = {
     "mask": "mask",
     "merging link": "merging link",
     "modifier": "modifier",
+    "msign": "msign",
     "overlap": "overlap",
     "preconditioner": "preconditioner",
     "protected": "protected subspace",
