@@ -527,6 +527,7 @@ CASES = [
                 adamr.project_out(s),
                 beta=beta,
                 weight_decay=weight_decay,
+                adam_learning_rate=learning_rate / 2,
                 # Its default coefficients magnify the last bits of float32.
                 ns_coeffs=(1.875, -1.25, 0.375),
                 ns_steps=3,
