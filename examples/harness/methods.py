@@ -146,7 +146,7 @@ METHODS: dict[str, Method] = {
         "Muon on GPM's projected gradient",
         lambda rate, _, s: adamr.muon(rate, adamr.project_out(s.subspace)),
         boundary=task_ends.grow,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
     ),
     "ogd": Method(
         "Orthogonal Gradient Descent, ground-truth logits",

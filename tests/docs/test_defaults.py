@@ -128,6 +128,7 @@ def own(recipe, name):
         ("p_mgem", adamr.p_mgem, "memory_strength"),
         ("d_mgem", adamr.d_mgem, "memory_strength"),
         ("er", adamr.er, "weight"),
+        ("mofo", adamr.mofo, "share"),
     ],
 )
 def test_methods_run_the_recipes_default(method, recipe, name):
@@ -143,10 +144,12 @@ def test_every_coefficient_is_compared():
         assert methods.METHODS[name].coefficient == ("strength", float(told))
     assert own(adamr.ewc, "strength") is inspect.Parameter.empty
     has = {n for n, method in methods.METHODS.items() if method.coefficient}
-    tested = "gpm_si si l2 mas rwalk gem p_mgem d_mgem er".split()
+    tested = "gpm_si si l2 mas rwalk gem p_mgem d_mgem er mofo".split()
     assert has == ewc | set(tested)
     c = lm_methods.METHODS["gpm_si"].coefficient
     assert c == ("c", own(adamr.gpm_si, "c"))
+    share = lm_methods.METHODS["mofo"].coefficient
+    assert share == ("share", own(adamr.mofo, "share"))
 
 
 def test_thresholds():
