@@ -87,9 +87,10 @@ def muon(
 
     Guarantee: UᵀΔ = 0 to float32 rounding, for a subspace of inputs or of outputs. All
     that the iteration computes are odd polynomials in M, which stay in the range of P,
-    so the P after it costs nothing but removes rounding: the iteration magnifies small
-    singular values up to 500 times, rounding errors among them, and on accelerators it
-    multiplies in less than float32.
+    so the P after it takes away rounding alone. The iteration magnifies small singular
+    values up to 500 times, rounding errors among them, and on accelerators it multiplies
+    in less than float32: of a step that the authors' code computes in bf16 from a
+    projected gradient, 12 % lies in span U.
 
     A partial projection is another matter. msign makes all singular values alike, so it
     undoes an attenuation of the gradient along U by 1 − α. At α = .9 the effective

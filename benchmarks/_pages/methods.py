@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
             "test_muon_keeps_both_sides_at_once",
             "test_muon_equals_its_float64_twin",
         ),
+        parity=("muon",),
     ),
     "ogd": Method(
         "1910.07104", lambda: adamr.ogd(RATE, directions()),
