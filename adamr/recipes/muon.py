@@ -88,9 +88,9 @@ def muon(
     Guarantee: UᵀΔ = 0 to float32 rounding, for a subspace of inputs or of outputs. All
     that the iteration computes are odd polynomials in M, which stay in the range of P,
     so the P after it takes away rounding alone. The iteration magnifies small singular
-    values up to 500 times, rounding errors among them, and on accelerators it multiplies
-    in less than float32: of a step that the authors' code computes in bf16 from a
-    projected gradient, 12 % lies in span U.
+    values up to 500 times, rounding errors among them, and on accelerators it
+    multiplies in less than float32: of a step that the authors' code computes in bf16
+    from a projected gradient, 12 % lies in span U.
 
     A partial projection is another matter. msign makes all singular values alike, so it
     undoes an attenuation of the gradient along U by 1 − α. At α = .9 the effective
@@ -127,7 +127,8 @@ def muon(
       b1, b2, eps_root, nu_dtype: of the other leaves, as for `adamr`.
       eps: added to the norm that a momentum is divided by; for the other leaves as for
         `adamr`.
-      mu_dtype: dtype of m in all leaves; None: the parameter's.
+      mu_dtype: dtype of m in all leaves; None: the parameter's. With bf16 parameters
+        use float32.
       weight_decay: a number; decoupled, scaled by η.
       mask: tree of bools or a function of the parameters: which leaves decay.
 
