@@ -9,6 +9,7 @@ Names are grouped by what one does; what is not here is in its room:
     capture       the inputs of a model's layers
     penalties     importance of parameters, and the anchor they are pulled to
     trust         learning inside the protected space
+    lora          low-rank adapters of pretrained models
     recipes       whole optimizers by the name of the paper
     metrics       forgetting, transfer and kin
     checkpoint    exact resume after a kill
@@ -20,6 +21,7 @@ from adamr import buffers as buffers
 from adamr import capture as capture
 from adamr import checkpoint as checkpoint
 from adamr import diagnostics as diagnostics
+from adamr import lora as lora
 from adamr import metrics as metrics
 from adamr import modifiers as modifiers
 from adamr import penalties as penalties

@@ -1,0 +1,322 @@
+"""Task boundaries of low-rank pairs that are merged into their kernels.
+
+With h = xW + s·(xA)B, and U a basis of the inputs x of all finished tasks: if UᵀA = 0,
+then xA = 0 for every x in span U, and h does not move, whatever B does. So A is drawn
+in the complement of U and stays there, because its gradient is projected, and B is
+free. The other choices fail: with B projected and A free, xA moves; with A projected
+but not drawn anew, xA ≠ 0 and B moves h; with both projected, B's r inputs are used up
+after one task and nothing is learned.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adamr import _tree
+from adamr._nodes import find_nodes, map_nodes
+from adamr._tree import placed_like
+from adamr.capture.axes import contracted_axes
+from adamr.lora.draw import Init, drawn, he_uniform
+from adamr.lora.pairs import Halves, Located, halves, located
+from adamr.modifiers.penalty import Anchor
+from adamr.penalties.anchor import rewrite_anchors
+from adamr.penalties.si import SIState
+from adamr.state import get_subspace, protect_inputs, reset_moments
+from adamr.subspaces.axes import Axes
+from adamr.subspaces.subspace import Subspace, layout, rank
+
+__all__ = ["Room", "axes", "room", "start_task"]
+
+
+def axes(
+    forward: Callable[..., Any],
+    lora: Any,
+    *inputs: Any,
+    pairs: Sequence[Any] | None = None,
+) -> Any:
+    """What to protect of low-rank pairs: the fan-in of every A, and no B.
+
+    B reads xA, of r dimensions: protected, it could learn nothing after r directions,
+    and it need not be, because xA = 0 for every protected x.
+
+    Args:
+      forward: `(lora, *inputs) -> anything`, with the base inside.
+      lora: the A's and B's, arrays or `ShapeDtypeStruct`s; holes are left out.
+      *inputs: of `forward`; `ShapeDtypeStruct`s are enough, nothing is computed.
+      pairs: as for `find_pairs`.
+
+    Returns:
+      A tree like `lora` of `Axes` or None, for `empty_subspace(lora, axes=...)`, which
+      warns of every A that could not be read.
+
+    Raises:
+      ValueError: as `find_pairs` and `contracted_axes` raise it, and if no A can be
+        read.
+
+    >>> from adamr import empty_subspace
+    >>> lora = {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.zeros((2, 3))}
+    >>> forward = lambda p, x: x @ p["w_lora_a"] @ p["w_lora_b"]
+    >>> found = axes(forward, lora, jnp.ones((1, 4)))
+    >>> found["w_lora_a"], found["w_lora_b"]
+    (Axes(protected=(0,), batch=()), None)
+    >>> subspace = empty_subspace(lora, axes=found, max_rank=3)
+    """
+    kept = {each.a for each in halves(lora, pairs)}
+    read = contracted_axes(forward, lora, *inputs)
+
+    def is_entry(x: Any) -> bool:
+        return x is None or isinstance(x, Axes)
+
+    leaves, treedef = jax.tree.flatten(read, is_leaf=is_entry)
+    if not any(leaves[i] is not None for i in kept):
+        names = _tree.flatten_with_names(lora)[0]
+        raise ValueError(
+            f"forward contracts none of the A's {[names[i] for i in sorted(kept)]} "
+            "with data, expected a layer's input to meet each of them."
+        )
+    found = [x if i in kept else None for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, found)
+
+
+def require_wide(leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises for a leaf of the pairs that is narrower than float32."""
+    for name, x in zip(names, leaves, strict=True):
+        if _tree.is_hole(x):
+            continue
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 4:
+            raise ValueError(
+                f"lora has {x.dtype} at {name!r}, expected float32: rounding moves A "
+                "back into the protected space at every step. Train "
+                "lora.masters(lora), and cast to the model's dtype inside the loss."
+            )
+
+
+def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -> Any:
+    """The subspace at the leaves of `lora`; raises if it protects a B."""
+    here = subspace.at(lora, "the subspace in opt_state")
+    names = _tree.flatten_with_names(lora)[0]
+    protected = [names[each.b] for each in pairs if here.bases[each.b] is not None]
+    if protected:
+        raise ValueError(
+            f"the subspace in opt_state protects the B's {protected}, expected the "
+            "A's alone: empty_subspace(lora, axes=lora.axes(forward, lora, *inputs))."
+        )
+    if all(here.bases[each.a] is None for each in pairs):
+        raise ValueError(
+            "the subspace in opt_state protects no A, expected a basis for each of "
+            f"{[names[each.a] for each in pairs]}."
+        )
+    return here
+
+
+def redrawn(
+    key: jax.Array,
+    leaves: Sequence[Any],
+    pairs: Sequence[Halves],
+    here: Subspace,
+    init: Init,
+) -> dict[int, jax.Array]:
+    """A fresh A for every pair, by its position."""
+    keys = jax.random.split(key, len(pairs))
+    return {
+        each.a: drawn(
+            one,
+            leaves[each.a],
+            each.factors,
+            here.bases[each.a],
+            here.weights[each.a],
+            init,
+        )
+        for one, each in zip(keys, pairs, strict=True)
+    }
+
+
+def restarted(opt_state: Any, lora: Any) -> Any:
+    """Moments, and the path of SI, start anew at `lora`."""
+    opt_state = reset_moments(opt_state)
+    opt_state = map_nodes(
+        lambda node: node._replace(omega=_tree.cleared(node.omega)), opt_state, SIState
+    )
+    if not find_nodes(opt_state, Anchor):
+        return opt_state
+    return rewrite_anchors(opt_state, lambda omega, _, theta: (omega, theta), lora=lora)
+
+
+def _merged(base: Any, lora: Any, pairs: Sequence[Located], scaling: Any) -> Any:
+    """W + scaling · A·B for every pair, rounded once to the dtype of W."""
+    kernels, treedef = _tree.flatten(base)
+    leaves = _tree.flatten(lora)[0]
+    for each in pairs:
+        w = kernels[each.kernel]
+        change = scaling * each.meeting.product(leaves[each.a], leaves[each.b])
+        wide = w.astype(jnp.promote_types(w.dtype, change.dtype))
+        kernels[each.kernel] = placed_like(w, wide + change)
+    return jax.tree.unflatten(treedef, kernels)
+
+
+def _require_floating(base: Any, pairs: Sequence[Located]) -> None:
+    kernels = _tree.flatten(base)[0]
+    for each in pairs:
+        dtype = kernels[each.kernel].dtype
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            raise ValueError(
+                f"base has {dtype} at {each.pair.kernel!r}, which cannot take A·B, "
+                "expected a floating kernel of 16 bits or more. lora.start_block keeps "
+                "finished pairs beside such a kernel."
+            )
+
+
+def start_task(
+    base: Any,
+    lora: Any,
+    opt_state: Any,
+    inputs: Any,
+    key: jax.Array,
+    *,
+    scaling: jax.typing.ArrayLike = 1.0,
+    threshold: float = 0.97,
+    init: Init = he_uniform,
+    pairs: Sequence[Any] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Ends a task and starts the next: merge, protect, draw anew.
+
+        W <- W + scaling · A·B                  the model computes what it did
+        U <- grow_subspace(U, inputs, threshold)
+        A <- (I − UUᵀ) A₀                       columns as long as those of A₀ from init
+        B <- 0,  moments <- 0
+
+    Guarantee: from here on the model's response to inputs in span U does not move, to
+    float32 rounding (relative change at most 1e-5), whatever B does, in each layer for
+    as long as the layer's own inputs stay in span U. It needs float32 pairs, full
+    weights λ, and an optimizer whose step keeps A in the complement:
+    `adamr(rate, project_out(subspace))`, `gpm` or `gpm_si` over the tree of the pairs,
+    with `subspace = empty_subspace(lora, axes=lora.axes(forward, lora, x))`. There v is
+    shared along A's fan-in, and B gets plain Adam.
+
+    To protect text that the pretrained model should keep, make the same call before the
+    first task, with that text's inputs: B = 0, so the merge changes nothing.
+
+    `gpm_si`: call `consolidate_si` first; Ω stays, and its θ* becomes the new pairs. No
+    other state that refers to the old A and B is changed: call it between two steps of
+    the optimizer, in `optax.MultiSteps` between two groups.
+
+    Args:
+      base: the frozen kernels, any floating dtype. The merge is rounded once: a bf16
+        entry keeps 8 bits, so it moves by up to 2⁻⁹ of itself beside A·B, and what A·B
+        adds below that is lost.
+      lora: the A's and B's, float32 (`lora.masters`).
+      opt_state: of an optimizer over `lora`, in any wrapper, that holds a `Subspace` of
+        the A's and of no B.
+      inputs: `layer_inputs(forward, lora, x)` of the finished task (A meets what its
+        kernel meets), a `Covariance`, or a tree like `lora` of arrays (num_samples, n).
+      key: for A₀.
+      scaling: the number by which the model multiplies A·B: α / r in Qwix and PEFT, 1
+        in Flax.
+      threshold: the share of the inputs' energy to protect, in [0, 1].
+      init: `(key, (n, r), dtype) -> A₀` as JAX's initializers, once per stacked layer;
+        n is all of A's fan-in. He-uniform, as Qwix, Flax and (nearly) PEFT draw it.
+      pairs: as for `find_pairs`.
+
+    Returns:
+      (base, lora, opt_state) of the same structures, shapes, dtypes and placement: the
+      step does not recompile. Works under jit. Where U is full, A = 0 and the layer
+      learns no more; `lora.room` says how much is left. An A that the subspace leaves
+      out is drawn anew without protection.
+
+    Raises:
+      ValueError: as `find_pairs`, `get_subspace` and `grow_subspace` raise it; for
+        kernels that are not floating (use `lora.start_block`), for pairs narrower than
+        float32, and for a subspace that protects a B or no A.
+
+    >>> import optax
+    >>> from adamr import adamr, empty_subspace, layer_inputs, project_out
+    >>> base = {"w": jnp.ones((4, 3))}
+    >>> lora = {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.zeros((2, 3))}
+    >>> def forward(lora, base, x):
+    ...     return x @ base["w"] + 0.5 * (x @ lora["w_lora_a"] @ lora["w_lora_b"])
+    >>> general, old = jnp.eye(4)[:1], jnp.eye(4)[1:2]  # inputs to keep
+    >>> subspace = empty_subspace(lora, axes=axes(forward, lora, base, general))
+    >>> tx = adamr(0.1, project_out(subspace))
+    >>> state = tx.init(lora)
+    >>> tasks = enumerate(jax.random.split(jax.random.key(0)))
+    >>> for (i, key), x in zip(tasks, (general, old)):
+    ...     inputs = layer_inputs(forward, lora, base, x)
+    ...     base, lora, state = start_task(base, lora, state, inputs, key, scaling=0.5)
+    ...     before = forward(lora, base, x)
+    ...     new = jnp.ones((1, 4))
+    ...     loss = lambda lora: jnp.sum((forward(lora, base, new) - i) ** 2)
+    ...     step, state = tx.update(jax.grad(loss)(lora), state, lora)
+    ...     lora = optax.apply_updates(lora, step)
+    ...     print(jnp.max(jnp.abs(forward(lora, base, x) - before)) < 1e-6)
+    True
+    True
+
+    References:
+      Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762. Hu et al., LoRA,
+      arXiv:2106.09685. Liang, Li, InfLoRA, arXiv:2404.00228, which fixes A.
+    """
+    found = located(base, lora, pairs)
+    names, leaves = _tree.flatten_with_names(lora)
+    require_wide(leaves, names)
+    _require_floating(base, found)
+    # Before the growth: what does not fit is told before the long computation.
+    bases_of(get_subspace(opt_state), lora, found)
+    base = _merged(base, lora, found, scaling)
+    opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
+    here = bases_of(get_subspace(opt_state), lora, found)
+    parts = [Halves(x.pair, x.a, x.b, x.meeting.factors) for x in found]
+    fresh = redrawn(key, leaves, parts, here, init)
+    new = [
+        x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))
+        for i, x in enumerate(leaves)
+    ]
+    lora = jax.tree.unflatten(_tree.flatten(lora)[1], new)
+    return base, lora, restarted(opt_state, lora)
+
+
+class Room(NamedTuple):
+    """What is left of one A; int32, with the shape of stacked layers.
+
+    Attributes:
+      directions: n − rank(U), the dimensions in which A can still learn.
+      capacity: how many more directions U has room for.
+    """
+
+    directions: jax.Array
+    capacity: jax.Array
+
+
+def room(opt_state: Any, lora: Any) -> dict[str, Room]:
+    """How many directions are left for every A, by its name.
+
+    Args:
+      opt_state: as for `start_task`.
+      lora: the A's and B's, for the names.
+
+    Returns:
+      A `Room` for each protected A. Without directions A = 0 and the layer learns no
+      more; without capacity what comes next is not protected: a larger `max_rank`.
+
+    Raises:
+      ValueError: if the state holds no subspace, or one that does not fit `lora`.
+
+    >>> from adamr import empty_subspace, project_out, protect_inputs
+    >>> lora = {"w_lora_a": jnp.ones((4, 1)), "w_lora_b": jnp.zeros((1, 3))}
+    >>> s = empty_subspace(lora, max_rank=2, unprotected=["lora_b"])
+    >>> state = project_out(s).init(lora)
+    >>> state = protect_inputs(state, {"w_lora_a": jnp.eye(4)[:1], "w_lora_b": None})
+    >>> {name: [int(x) for x in left] for name, left in room(state, lora).items()}
+    {'w_lora_a': [3, 1]}
+    """
+    subspace = get_subspace(opt_state).at(lora, "the subspace in opt_state")
+    names, leaves = _tree.flatten_with_names(lora)
+    found = {}
+    for name, x, count, basis, weights in zip(
+        names, leaves, rank(subspace), *subspace, strict=True
+    ):
+        if not _tree.is_hole(x) and basis is not None:
+            how = layout(basis, weights)
+            found[name] = Room(how.fan_in - count, how.capacity - count)
+    return found
