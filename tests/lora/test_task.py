@@ -7,6 +7,7 @@ import pytest
 
 import adamr
 from adamr import lora as room_of
+from tests.contract.compilations import nothing_compiles
 
 
 def normal(seed, *shape):
@@ -97,3 +98,87 @@ def test_old_responses_do_not_move(name):
     assert largest(before, forward(lora, base, x)) < 1e-5
     wild = lora | {"w_lora_b": 100 * normal(8, *lora["w_lora_b"].shape)}
     assert largest(before, forward(wild, base, x)) < 1e-3
+
+
+def nnx_model():
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.LoRALinear(6, 8, lora_rank=2, rngs=rngs)
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+            self.second = nnx.LoRA(
+                8, 3, 4, base_module=nnx.Linear(8, 4, rngs=rngs), rngs=rngs
+            )
+
+        def __call__(self, x):
+            return self.second(jnp.tanh(self.norm(self.first(x))))
+
+    graph, lora, base = nnx.split(Model(nnx.Rngs(0)), nnx.LoRAParam, ...)
+    return lambda lora, base, x: nnx.merge(graph, lora, base)(x), base, lora
+
+
+def test_nnx_lora_linear():
+    """Two layers in a row: the input of the second stays, because the first's does."""
+    forward, base, lora = nnx_model()
+    x, new = normal(3, 2, 6), normal(4, 5, 6)
+    tx = optimizer(forward, base, lora, x)
+    lora, state = trained(tx, forward, base, lora, tx.init(lora), x, 5)
+    before = forward(lora, base, x)
+    inputs = adamr.layer_inputs(forward, lora, base, x, kind="rows")
+    base, lora, state = room_of.start_task(
+        base, lora, state, inputs, jax.random.key(5), threshold=1.0
+    )
+    assert largest(before, forward(lora, base, x)) < 1e-6
+    then = forward(lora, base, new)
+    lora, state = trained(tx, forward, base, lora, state, new, 6, steps=20)
+    assert largest(then, forward(lora, base, new)) > 0.1
+    assert largest(before, forward(lora, base, x)) < 1e-5
+    left = room_of.room(state, lora)
+    assert {name: int(x.directions) for name, x in left.items()} == {
+        "first/lora/lora_a/value": 4,
+        "second/lora_a/value": 6,
+    }
+
+
+@pytest.mark.parametrize("wrap", ["chain", "multi_steps", "inject", "gpm", "gpm_si"])
+def test_in_any_wrapper_without_recompiling(wrap):
+    forward, base, lora, x = layer("dense")
+
+    def make(s):
+        if wrap == "gpm":
+            return adamr.gpm(0.1, s, weight_decay=0.1)
+        if wrap == "gpm_si":
+            return adamr.gpm_si(0.1, s)
+        if wrap == "inject":
+            rate = optax.inject_hyperparams(lambda rate: adamr.gpm(rate, s))
+            return rate(rate=0.1)
+        inner = adamr.adamr(0.1, adamr.project_out(s))
+        if wrap == "chain":
+            return optax.chain(optax.clip_by_global_norm(1.0), inner)
+        return optax.MultiSteps(inner, 2)
+
+    tx = optimizer(forward, base, lora, x, make)
+    grad = jax.grad(lambda lora, base, x: jnp.sum(forward(lora, base, x) ** 2))
+
+    @jax.jit
+    def step(lora, base, state, x):
+        updates, state = tx.update(grad(lora, base, x), state, lora)
+        return optax.apply_updates(lora, updates), state
+
+    state = jax.jit(tx.init)(lora)
+    for _ in range(2):
+        lora, state = step(lora, base, state, x)
+    if wrap == "gpm_si":
+        state = adamr.consolidate_si(state, lora)
+    inputs = adamr.layer_inputs(forward, lora, base, x)
+    before = forward(lora, base, x)
+    base, lora, state = room_of.start_task(
+        base, lora, state, inputs, jax.random.key(5), scaling=S, threshold=1.0
+    )
+    new = normal(9, 3, 8)
+    with nothing_compiles():
+        for _ in range(4):
+            lora, state = step(lora, base, state, new)
+    assert largest(before, forward(lora, base, x)) < 1e-5
+    assert jnp.any(lora["w_lora_b"] != 0)
