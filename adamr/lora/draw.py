@@ -1,17 +1,19 @@
 """Fresh A's inside the complement of what is protected."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from adamr._tree import is_traced, placed_like
-from adamr.lora.shapes import Factors, from_columns
-from adamr.subspaces.subspace import layout, project_leaf, used
+from adamr.lora.pairs import Halves
+from adamr.lora.shapes import Factors
+from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
-__all__ = ["Init", "drawn", "he_uniform", "outside"]
+__all__ = ["Init", "he_uniform", "outside", "redrawn"]
 
 # (key, (n, r), dtype) -> A₀, as the initializers of JAX.
 Init = Callable[..., jax.Array]
@@ -53,7 +55,7 @@ def outside(basis: jax.Array, weights: jax.Array, a: jax.Array) -> jax.Array:
     return project_leaf(basis, whole, a)
 
 
-def drawn(
+def _drawn(
     key: jax.Array,
     like: jax.Array,
     how: Factors,
@@ -67,7 +69,29 @@ def drawn(
     shape = (math.prod(how.fan_in), how.rank)
     keys = jax.random.split(key, slices)
     columns = jax.vmap(lambda one: init(one, shape, dtype))(keys)
-    fresh = placed(like, from_columns(columns, like.shape, how))
+    fresh = placed(like, how.from_columns(columns, like.shape))
     if basis is None or weights is None:
         return fresh
     return outside(basis, weights, fresh)
+
+
+def redrawn(
+    key: jax.Array,
+    leaves: Sequence[Any],
+    pairs: Sequence[Halves],
+    here: Subspace,
+    init: Init,
+) -> dict[int, jax.Array]:
+    """A fresh A for every pair, by its position in `leaves`."""
+    keys = jax.random.split(key, len(pairs))
+    return {
+        each.a: _drawn(
+            one,
+            leaves[each.a],
+            each.factors,
+            here.bases[each.a],
+            here.weights[each.a],
+            init,
+        )
+        for one, each in zip(keys, pairs, strict=True)
+    }

@@ -54,6 +54,10 @@ class Located(NamedTuple):
     kernel: int
     meeting: Meeting
 
+    @property
+    def halves(self) -> Halves:
+        return Halves(self.pair, self.a, self.b, self.meeting.factors)
+
 
 class _Owner(NamedTuple):
     """What the name of one half says: key and places are the same for the other."""

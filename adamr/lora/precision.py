@@ -1,5 +1,6 @@
 """Float32 masters of low-rank pairs, for models in bfloat16."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from adamr import _tree
 
-__all__ = ["cast_like", "masters"]
+__all__ = ["cast_like", "masters", "require_wide"]
 
 
 def masters(lora: Any) -> Any:
@@ -55,3 +56,16 @@ def cast_like(masters: Any, lora: Any) -> Any:
       A tree like `lora`.
     """
     return jax.tree.map(lambda x, like: x.astype(like.dtype), masters, lora)
+
+
+def require_wide(leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Raises for a leaf of the pairs that is narrower than float32."""
+    for name, x in zip(names, leaves, strict=True):
+        if _tree.is_hole(x):
+            continue
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 4:
+            raise ValueError(
+                f"lora has {x.dtype} at {name!r}, expected float32: rounding moves A "
+                "back into the protected space at every step. Train "
+                "lora.masters(lora), and cast to the model's dtype inside the loss."
+            )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adamr.sharding import einsum_sharding
 
-__all__ = ["Factors", "Meeting", "as_columns", "factors", "from_columns", "meeting"]
+__all__ = ["Factors", "Meeting", "factors", "meeting"]
 
 Shape = tuple[int, ...]
 
@@ -37,6 +37,19 @@ class Factors(NamedTuple):
         """The axis of A and that of B that has length r."""
         after = self.lead + len(self.fan_out if self.out_first else self.fan_in)
         return (self.lead, after) if self.out_first else (after, self.lead)
+
+    def as_columns(self, a: jax.Array) -> jax.Array:
+        """A as (slices, n, r), one slice per stacked layer."""
+        slices = math.prod(a.shape[: self.lead])
+        if self.out_first:
+            return jnp.swapaxes(a.reshape(slices, self.rank, -1), -1, -2)
+        return a.reshape(slices, -1, self.rank)
+
+    def from_columns(self, columns: jax.Array, shape: Shape) -> jax.Array:
+        """The inverse of `as_columns`."""
+        if self.out_first:
+            columns = jnp.swapaxes(columns, -1, -2)
+        return columns.reshape(shape)
 
 
 class Meeting(NamedTuple):
@@ -64,6 +77,15 @@ class Meeting(NamedTuple):
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=einsum_sharding(self.subscripts, a, b),
         )
+
+    def outputs_as_rank(self, kernel: jax.Array, a: Shape) -> jax.Array:
+        """A kernel with A's axes, all its outputs in the place of r."""
+        factors, letters = self.subscripts.split("->")
+        of_a, of_b = factors.split(",")
+        outputs = "".join(x for x in letters if x in of_b and x not in of_a)
+        order = [letters.index(x) for x in of_a.replace("z", outputs)]
+        at = self.factors.rank_axis[0]
+        return kernel.transpose(order).reshape((*a[:at], -1, *a[at + 1 :]))
 
 
 def _readings(a: Shape, b: Shape, out_first: bool) -> Iterator[Factors]:
@@ -117,18 +139,3 @@ def meeting(kernel: Shape, a: Shape, b: Shape, out_first: bool) -> Meeting | Non
                 of_a, of_b = (*size["in"], how.rank), (how.rank, *size["out"])
             return Meeting(how, subscripts, (*shared, *of_a), (*shared, *of_b))
     return None
-
-
-def as_columns(a: jax.Array, how: Factors) -> jax.Array:
-    """A as (slices, n, r), one slice per stacked layer."""
-    slices = math.prod(a.shape[: how.lead])
-    if how.out_first:
-        return jnp.swapaxes(a.reshape(slices, how.rank, -1), -1, -2)
-    return a.reshape(slices, -1, how.rank)
-
-
-def from_columns(columns: jax.Array, shape: Shape, how: Factors) -> jax.Array:
-    """The inverse of `as_columns`."""
-    if how.out_first:
-        columns = jnp.swapaxes(columns, -1, -2)
-    return columns.reshape(shape)

@@ -18,8 +18,9 @@ from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
 from adamr._tree import placed_like
 from adamr.capture.axes import contracted_axes
-from adamr.lora.draw import Init, drawn, he_uniform
+from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, Located, halves, located
+from adamr.lora.precision import require_wide
 from adamr.modifiers.penalty import Anchor
 from adamr.penalties.anchor import rewrite_anchors
 from adamr.penalties.si import SIState
@@ -80,19 +81,6 @@ def axes(
     return jax.tree.unflatten(treedef, found)
 
 
-def require_wide(leaves: Sequence[Any], names: Sequence[str]) -> None:
-    """Raises for a leaf of the pairs that is narrower than float32."""
-    for name, x in zip(names, leaves, strict=True):
-        if _tree.is_hole(x):
-            continue
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 4:
-            raise ValueError(
-                f"lora has {x.dtype} at {name!r}, expected float32: rounding moves A "
-                "back into the protected space at every step. Train "
-                "lora.masters(lora), and cast to the model's dtype inside the loss."
-            )
-
-
 def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -> Any:
     """The subspace at the leaves of `lora`; raises if it protects a B."""
     here = subspace.at(lora, "the subspace in opt_state")
@@ -109,28 +97,6 @@ def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -
             f"{[names[each.a] for each in pairs]}."
         )
     return here
-
-
-def redrawn(
-    key: jax.Array,
-    leaves: Sequence[Any],
-    pairs: Sequence[Halves],
-    here: Subspace,
-    init: Init,
-) -> dict[int, jax.Array]:
-    """A fresh A for every pair, by its position."""
-    keys = jax.random.split(key, len(pairs))
-    return {
-        each.a: drawn(
-            one,
-            leaves[each.a],
-            each.factors,
-            here.bases[each.a],
-            here.weights[each.a],
-            init,
-        )
-        for one, each in zip(keys, pairs, strict=True)
-    }
 
 
 def restarted(opt_state: Any, lora: Any) -> Any:
@@ -266,8 +232,7 @@ def start_task(
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
     here = bases_of(get_subspace(opt_state), lora, found)
-    parts = [Halves(x.pair, x.a, x.b, x.meeting.factors) for x in found]
-    fresh = redrawn(key, leaves, parts, here, init)
+    fresh = redrawn(key, leaves, [each.halves for each in found], here, init)
     new = [
         x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))
         for i, x in enumerate(leaves)

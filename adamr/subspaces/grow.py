@@ -232,6 +232,14 @@ def grow_subspace(
     return Subspace(*zip(*(grown.get(i, pair) for i, pair in pairs), strict=True))
 
 
+def gradient_rows(g: jax.Array, basis: jax.Array, weights: jax.Array) -> jax.Array:
+    """The columns of one gradient as rows (*batch, num_samples, n)."""
+    how = layout(basis, weights)
+    outputs = [d for d in range(g.ndim) if d not in how.batch + how.protected]
+    rows = jnp.transpose(g, (*how.batch, *outputs, *how.protected))
+    return rows.reshape(*(g.shape[d] for d in how.batch), -1, how.fan_in)
+
+
 def gradient_samples(subspace: Subspace, gradient: Any) -> tuple[jax.Array | None, ...]:
     """The columns of a gradient as samples of the fan-in space.
 
@@ -255,9 +263,6 @@ def gradient_samples(subspace: Subspace, gradient: Any) -> tuple[jax.Array | Non
     def leaf(g, basis, weights):
         if _tree.is_hole(g) or basis is None:
             return None
-        how = layout(basis, weights)
-        outputs = [d for d in range(g.ndim) if d not in how.batch + how.protected]
-        rows = jnp.transpose(g, (*how.batch, *outputs, *how.protected))
-        return rows.reshape(*(g.shape[d] for d in how.batch), -1, how.fan_in)
+        return gradient_rows(g, basis, weights)
 
     return tuple(map(leaf, _tree.flatten(gradient)[0], *subspace))

@@ -1,0 +1,293 @@
+"""A's chosen at a task's start, from its inputs (InfLoRA) or its gradient (KeepLoRA).
+
+Both take the leading directions of something of the new task outside the protected
+space U, and both papers then train B alone (`train_b`). Call them after `start_task`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adamr import _tree
+from adamr._tree import placed_like
+from adamr.lora.pairs import Halves, halves, located
+from adamr.lora.precision import require_wide
+from adamr.lora.task import bases_of
+from adamr.routing.carrier import plain_gradient
+from adamr.state import get_subspace
+from adamr.subspaces.columns import (
+    ENERGY_FLOOR,
+    matmul,
+    normalized_samples,
+    on_host,
+    residual_columns,
+    spectrum,
+    to_columns,
+    to_storage,
+    transpose,
+)
+from adamr.subspaces.covariance import Covariance, check_moment
+from adamr.subspaces.grow import gradient_rows, sample_rows
+
+__all__ = ["inflora", "keeplora", "train_b"]
+
+# (number of the pair, basis, weights) -> rows (*batch, count, n) or (*batch, n, n)
+Evidence = Callable[[int, jax.Array, jax.Array], jax.Array]
+
+
+def train_b(
+    optimizer: optax.GradientTransformation, *, pairs: Sequence[Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that trains the B's and leaves every A as it is, to the bit.
+
+    Args:
+      optimizer: a whole one over the tree of the pairs, with the `Subspace` of the A's
+        that `start_task` grows: `adamr(rate, project_out(subspace))`.
+      pairs: as for `find_pairs`.
+
+    Returns:
+      An optimizer with the state of `optimizer`.
+
+    >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.ones((1, 2))}
+    >>> tx = train_b(optax.adamw(0.1))
+    >>> step, _ = tx.update(lora, tx.init(lora), lora)
+    >>> f"{step['w_lora_a'].sum():.2f}, {step['w_lora_b'].sum():.2f}"
+    '0.00, -0.20'
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def without_a(tree):
+        kept = [True] * len(_tree.flatten(tree)[0])
+        for each in halves(tree, pairs):
+            kept[each.a] = False
+        return _tree.map_positions(
+            lambda x, keep: x if keep else jnp.zeros_like(x), tree, kept
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates = without_a(plain_gradient(updates, "train_b", params))
+        steps, state = inner.update(updates, state, params, **extra_args)
+        return without_a(steps), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _leading(
+    like: jax.Array,
+    columns: jax.Array,
+    evidence: jax.Array,
+    *,
+    rows: bool,
+    squared: bool,
+) -> tuple[jax.Array]:
+    """The leading eigenvectors of (I − UUᵀ) G (I − UUᵀ), as many as `like` has columns.
+
+    G is the Gram matrix in `evidence`, or that of its rows; or its square. Where no
+    energy is left, a column is 0.
+    """
+    if rows:
+        evidence, _ = normalized_samples(evidence)
+        gram = matmul(transpose(evidence), evidence)
+    else:
+        top = _tree.largest(evidence, (-1, -2), keepdims=True)
+        usable = jnp.isfinite(top) & (top > 0)
+        gram = jnp.where(usable, evidence / jnp.where(usable, top, 1.0), 0.0)
+    floor = ENERGY_FLOOR[str(gram.dtype) if rows else "float32"]
+    if squared:
+        gram, floor = matmul(gram, transpose(gram)), max(floor**2, 1e-12)
+    rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
+    energy, vectors = spectrum((rest + transpose(rest)) / 2)
+    count = like.shape[-1]
+    total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None]
+    chosen = (energy > floor * total)[..., None, :count]
+    new = jnp.where(chosen, vectors[..., :count], 0.0)
+    # QR turns zero columns into arbitrary ones: mask after it.
+    for _ in range(2):
+        new = jnp.linalg.qr(residual_columns(columns, new)).Q
+        new = jnp.where(chosen, new, 0.0)
+    return (jnp.pad(new, [(0, 0)] * (new.ndim - 1) + [(0, count - new.shape[-1])]),)
+
+
+def _started(
+    lora: Any,
+    opt_state: Any,
+    pairs: Sequence[Halves],
+    evidence: Evidence,
+    *,
+    scale: float,
+    rows: bool,
+    squared: bool = False,
+) -> Any:
+    """`lora` with A <- scale · leading directions of the evidence, B <- 0."""
+    names, leaves = _tree.flatten_with_names(lora)
+    require_wide(leaves, names)
+    here = bases_of(get_subspace(opt_state), lora, pairs)
+    new = list(leaves)
+    for i, each in enumerate(pairs):
+        a, basis, weights = leaves[each.a], here.bases[each.a], here.weights[each.a]
+        if basis is None or weights is None:
+            raise ValueError(
+                f"the subspace in opt_state has no basis for the A {names[each.a]!r}, "
+                "expected one, which says along which axes its directions lie."
+            )
+        met = evidence(i, basis, weights)
+        columns, _ = to_columns(basis, weights)
+        rank, axis = each.factors.rank, each.factors.rank_axis[0]
+        like = jnp.zeros((*columns.shape[:-1], rank), columns.dtype)
+        (found,) = on_host(_leading, like, columns, met, rows=rows, squared=squared)
+        shapes = (jnp.zeros((*x.shape[:-1], rank)) for x in (basis, weights))
+        stored, _ = to_storage(found, found[..., 0, :], *shapes)
+        stored = jnp.moveaxis(jnp.squeeze(stored, axis), -1, axis)
+        new[each.a] = placed_like(a, scale * stored)
+        new[each.b] = placed_like(leaves[each.b], jnp.zeros_like(leaves[each.b]))
+    return jax.tree.unflatten(_tree.flatten(lora)[1], new)
+
+
+def inflora(
+    lora: Any,
+    opt_state: Any,
+    inputs: Any,
+    *,
+    form: Literal["paper", "code"] = "paper",
+    pairs: Sequence[Any] | None = None,
+) -> Any:
+    """InfLoRA's start of a task: A from the new task's inputs outside the old ones'.
+
+        A <- V_r / √3,  B <- 0
+
+    V_r: the r leading eigenvectors of (I − UUᵀ) X̄ (I − UUᵀ), X̄ the mean of x xᵀ over
+    the inputs x of the new task ("paper"; "code": the leading left singular vectors of
+    (I − UUᵀ) X̄, as the authors' code computes them). Then B alone trains, in the span
+    that the new task uses most and the old tasks do not use.
+
+    Call it after `start_task`, which grows U (the authors do so by DualGPM, with a
+    threshold that rises from task to task) and merges; train with
+    `train_b(adamr(rate, project_out(subspace)))`.
+
+    Args:
+      lora: the A's and B's, float32; what they hold is lost: merge before.
+      opt_state: with the `Subspace` of the A's.
+      inputs: `layer_inputs(forward, lora, x)` of the *new* task, before it is trained.
+      form: "paper" or "code".
+      pairs: as for `find_pairs`.
+
+    Returns:
+      A tree like `lora`. UᵀA = 0, the columns are orthogonal; those for which the new
+      task has no inputs outside U (or fewer than r directions) are 0.
+
+    Raises:
+      ValueError: as `start_task` raises it; for an A without a basis or without inputs.
+
+    >>> from adamr import empty_subspace, project_out, protect_inputs
+    >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.zeros((1, 2))}
+    >>> s = empty_subspace(lora, unprotected=["lora_b"])
+    >>> old = {"w_lora_a": jnp.eye(3)[:1], "w_lora_b": None}
+    >>> state = protect_inputs(project_out(s).init(lora), old)
+    >>> new = {"w_lora_a": jnp.array([[9.0, 3.0, 0.0]]), "w_lora_b": None}
+    >>> print(jnp.abs(inflora(lora, state, new)["w_lora_a"][:, 0]).round(3))
+    [0.    0.577 0.   ]
+
+    References:
+      Liang, Li, InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning,
+      arXiv:2404.00228.
+    """
+    if form not in ("paper", "code"):
+        raise ValueError(f"form is {form!r}, expected 'paper' or 'code'.")
+    found = halves(lora, pairs)
+    by_gram = isinstance(inputs, Covariance)
+    if by_gram:
+        entries = list(inputs.moments)
+    else:
+        entries = _tree.flatten_like(inputs, "inputs", lora)
+
+    def evidence(i, basis, weights):
+        name, x = found[i].pair.a, entries[found[i].a]
+        if _tree.is_hole(x):
+            raise ValueError(f"inputs has None at the A {name!r}, expected its inputs.")
+        x = jnp.asarray(x)
+        if not by_gram:
+            return sample_rows(name, x, basis, weights)
+        check_moment(x, name, basis, weights)
+        return x
+
+    return _started(
+        lora,
+        opt_state,
+        found,
+        evidence,
+        scale=1 / math.sqrt(3),
+        rows=not by_gram,
+        squared=form == "code",
+    )
+
+
+def keeplora(
+    base: Any,
+    lora: Any,
+    opt_state: Any,
+    gradient: Any,
+    *,
+    pairs: Sequence[Any] | None = None,
+) -> Any:
+    """KeepLoRA's start of a task: A from the gradient of the kernel outside U.
+
+        Ĝ = G − UUᵀG,  A <- the r leading left singular vectors of Ĝ,  B <- 0
+
+    G = ∂loss/∂W over some batches of the new task, W (in, out). The authors keep A
+    fixed from then on (`train_b`); with A trained, its gradient projected, old inputs
+    are protected as well. Their U starts with the leading directions of the pretrained
+    weights and grows by GPM's rule.
+
+    Args:
+      base: the kernels, for their shapes; after `start_task`.
+      lora: the A's and B's, float32; what they hold is lost: merge before.
+      opt_state: with the `Subspace` of the A's.
+      gradient: a tree like `base`, the loss' gradient with respect to the kernels
+        (`jax.grad(loss, argnums=...)`); None where a leaf is the kernel of no pair.
+      pairs: as for `find_pairs`.
+
+    Returns:
+      A tree like `lora`. UᵀA = 0, the columns are orthonormal, or 0 where Ĝ has rank
+      below r.
+
+    Raises:
+      ValueError: as `start_task` raises it; for an A without a basis, and for a
+        gradient of another shape or (outside jit) one that is not finite.
+
+    >>> from adamr import empty_subspace, project_out, protect_inputs
+    >>> base = {"w": jnp.ones((3, 2))}
+    >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.zeros((1, 2))}
+    >>> s = empty_subspace(lora, unprotected=["lora_b"])
+    >>> old = {"w_lora_a": jnp.eye(3)[:1], "w_lora_b": None}
+    >>> state = protect_inputs(project_out(s).init(lora), old)
+    >>> gradient = {"w": jnp.array([[9.0, 9.0], [1.0, 1.0], [0.0, 0.0]])}
+    >>> print(jnp.abs(keeplora(base, lora, state, gradient)["w_lora_a"][:, 0]))
+    [0. 1. 0.]
+
+    References:
+      Luo et al., KeepLoRA, github.com/MaolinLuo/KeepLoRA.
+    """
+    found = located(base, lora, pairs)
+    kernels = _tree.flatten(base)[0]
+    entries = _tree.flatten_like(gradient, "gradient", base)
+    leaves = _tree.flatten(lora)[0]
+
+    def evidence(i, basis, weights):
+        each, g = found[i], entries[found[i].kernel]
+        name, shape = each.pair.kernel, kernels[each.kernel].shape
+        if _tree.is_hole(g) or jnp.shape(g) != shape:
+            got = "None" if _tree.is_hole(g) else f"shape {jnp.shape(g)}"
+            raise ValueError(
+                f"gradient has {got} at the kernel {name!r}, expected shape {shape}."
+            )
+        if not _tree.is_traced(g) and not jnp.all(jnp.isfinite(g)):
+            raise ValueError(f"gradient has NaN or infinite entries at {name!r}.")
+        as_a = each.meeting.outputs_as_rank(jnp.asarray(g), leaves[each.a].shape)
+        return gradient_rows(as_a, basis, weights)
+
+    parts = [each.halves for each in found]
+    return _started(lora, opt_state, parts, evidence, scale=1.0, rows=True)
