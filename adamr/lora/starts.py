@@ -284,7 +284,8 @@ def keeplora(
             raise ValueError(
                 f"gradient has {got} at the kernel {name!r}, expected shape {shape}."
             )
-        if not _tree.is_traced(g) and not jnp.all(jnp.isfinite(g)):
+        finite = jnp.all(jnp.isfinite(g))
+        if not _tree.is_traced(finite) and not finite:
             raise ValueError(f"gradient has NaN or infinite entries at {name!r}.")
         as_a = each.meeting.outputs_as_rank(jnp.asarray(g), leaves[each.a].shape)
         return gradient_rows(as_a, basis, weights)
