@@ -108,6 +108,12 @@ def directions(s: adamr.Subspace) -> adamr.Directions:
     return adamr.grow_directions(d, jax.tree.map(lambda *x: jnp.stack(x), *samples))
 
 
+def last_axes(tree: Tree) -> list[int | None]:
+    """The last axis of every kernel, as that of an A's columns."""
+    leaves = adamr._tree.flatten(tree)[0]
+    return [x.ndim - 1 if getattr(x, "ndim", 0) > 1 else None for x in leaves]
+
+
 def _merged(route: Factory) -> Build:
     """A full chain around a route, with the modifier that every case shares."""
     return lambda s: (
@@ -484,6 +490,18 @@ CASES = [
             lambda learning_rate=0.1, b1=0.9: adamr.protection.half_fine_tuning(
                 adamr.adamr(learning_rate, adamr.project_out(s), b1=b1),
                 jax.random.key(3),
+            )
+        ),
+    ),
+    Case(
+        "train_block",
+        lambda s: (
+            lambda learning_rate=0.1, b1=0.9: adamr.lora.in_blocks(
+                adamr.adamr(
+                    learning_rate, adamr.project_out(s), b1=b1, weight_decay=0.1
+                ),
+                rank=4,
+                axes=last_axes,
             )
         ),
     ),
