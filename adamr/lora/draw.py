@@ -1,5 +1,6 @@
 """Fresh A's inside the complement of what is protected."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from jax.sharding import AxisType
 
 from adamr._tree import is_traced, placed_like
 from adamr.lora.pairs import Halves
-from adamr.lora.shapes import Factors
+from adamr.lora.shapes import Factors, Shape
 from adamr.subspaces.subspace import Subspace, layout, project_leaf, used
 
 __all__ = ["Init", "he_uniform", "outside", "redrawn"]
@@ -35,6 +36,7 @@ def placed(old: jax.Array, new: jax.Array) -> jax.Array:
     return new
 
 
+@jax.jit
 def outside(basis: jax.Array, weights: jax.Array, a: jax.Array) -> jax.Array:
     """(I − UUᵀ) A, each column scaled back to the length that it had.
 
@@ -55,24 +57,15 @@ def outside(basis: jax.Array, weights: jax.Array, a: jax.Array) -> jax.Array:
     return project_leaf(basis, whole, a)
 
 
-def _drawn(
-    key: jax.Array,
-    like: jax.Array,
-    how: Factors,
-    basis: jax.Array | None,
-    weights: jax.Array | None,
-    init: Init,
+@functools.partial(jax.jit, static_argnames=("shape", "how", "init", "dtype"))
+def _fresh(
+    key: jax.Array, shape: Shape, how: Factors, init: Init, dtype: Any
 ) -> jax.Array:
-    """A fresh A in float32 or wider: A₀ from `init`, moved outside U."""
-    slices = math.prod(like.shape[: how.lead])
-    dtype = jnp.promote_types(like.dtype, jnp.float32)
-    shape = (math.prod(how.fan_in), how.rank)
-    keys = jax.random.split(key, slices)
-    columns = jax.vmap(lambda one: init(one, shape, dtype))(keys)
-    fresh = placed(like, how.from_columns(columns, like.shape))
-    if basis is None or weights is None:
-        return fresh
-    return outside(basis, weights, fresh)
+    """A₀ of this shape, one draw of (n, r) for each stacked layer."""
+    keys = jax.random.split(key, math.prod(shape[: how.lead]))
+    one = math.prod(how.fan_in), how.rank
+    columns = jax.vmap(lambda key: init(key, one, dtype))(keys)
+    return how.from_columns(columns, shape)
 
 
 def redrawn(
@@ -83,15 +76,10 @@ def redrawn(
     init: Init,
 ) -> dict[int, jax.Array]:
     """A fresh A for every pair, by its position in `leaves`."""
-    keys = jax.random.split(key, len(pairs))
-    return {
-        each.a: _drawn(
-            one,
-            leaves[each.a],
-            each.factors,
-            here.bases[each.a],
-            here.weights[each.a],
-            init,
-        )
-        for one, each in zip(keys, pairs, strict=True)
-    }
+    fresh = {}
+    for one, each in zip(jax.random.split(key, len(pairs)), pairs, strict=True):
+        old, basis, weights = (x[each.a] for x in (leaves, *here))
+        dtype = jnp.promote_types(old.dtype, jnp.float32)
+        new = placed(old, _fresh(one, old.shape, each.factors, init, dtype))
+        fresh[each.a] = new if basis is None else outside(basis, weights, new)
+    return fresh

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adamr.sharding import einsum_sharding
 
-__all__ = ["Factors", "Meeting", "factors", "meeting"]
+__all__ = ["Factors", "Meeting", "Shape", "factors", "meeting"]
 
 Shape = tuple[int, ...]
 
