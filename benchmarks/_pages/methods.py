@@ -73,6 +73,12 @@ class Method(NamedTuple):
 
 RATE = 1e-3
 
+
+def blocks(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """As `adamr.lora.train_block` trains them: the first columns of each kernel."""
+    return adamr.lora.in_blocks(tx, RANK, lambda tree: [None, 1, 1])
+
+
 METHODS: dict[str, Method] = {
     "gpm": Method(
         "2103.09762", lambda: adamr.gpm(RATE, subspace()),
@@ -228,6 +234,39 @@ METHODS: dict[str, Method] = {
         closed_forms=("test_norms_stay_to_1e_6_after_every_kth_step",),
     ),
     "adamp": Method("2006.08217", lambda: adamr.adamp(RATE), parity=("adamp",)),
+    "start_task": Method(
+        "2103.09762, 2106.09685", lambda: adamr.gpm(RATE, subspace()),
+        lambda: adamr.project_out(subspace()), leak,
+        boundary=("start_task", "room"),
+        closed_forms=(
+            "test_one_layer_moves_as_its_float64_twin",
+            "test_what_each_way_of_projecting_forgets_and_learns",
+            "test_boundary_equals_its_float64_twin",
+            "test_old_responses_do_not_move",
+        ),
+    ),
+    "start_block": Method(
+        "2103.09762, 2106.09685", lambda: blocks(adamr.gpm(RATE, subspace())),
+        probe=leak, boundary=("start_block", "room"),
+        closed_forms=("test_three_tasks_beside_an_int8_kernel",),
+    ),
+    "inflora": Method(
+        "2404.00228", lambda: adamr.gpm(RATE, subspace()), probe=leak,
+        boundary=("start_task", "inflora"),
+        closed_forms=(
+            "test_inflora_equals_its_float64_twin",
+            "test_inflora_trains_b_alone_and_keeps_old_responses",
+        ),
+    ),
+    "keeplora": Method(
+        "2601.19659", lambda: adamr.gpm(RATE, subspace()), probe=leak,
+        boundary=("start_task", "keeplora"),
+        closed_forms=("test_keeplora_equals_its_float64_twin",),
+    ),
+    "orthogonality": Method(
+        "2310.14152", lambda: blocks(optax.adam(RATE)), boundary=("start_block",),
+        closed_forms=("test_o_lora_equals_its_float64_twin",),
+    ),
 }  # fmt: skip
 
 
@@ -359,7 +398,8 @@ Written by `python -m benchmarks._pages.methods` from code and tests; do not edi
   masked. Decoupled routing has its guard on. "broken" has the order of magnitude of
   the worst of 40 steps on random gradients of uneven scale. `sgp` is shown at λ = 1,
   GEM and its kin at memory strength 0, of `trgp` and `rogo` the part that trains the
-  weights.
+  weights. The methods of `adamr.lora` (`start_task` and after it) are counted as if the
+  two kernels were A's: their promise is that no A moves into the protected space.
 - **verified against**: from the tests in the last column, all of which passed when this
   page was written. Parity data and how it was made: `tests/parity/golden/README.md`.
 
