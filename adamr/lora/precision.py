@@ -19,6 +19,9 @@ def masters(lora: Any) -> Any:
     change inside that space was 17 % of the whole, and 3e-6 in float32. So train the
     masters, and cast inside the loss; its gradient comes back in float32.
 
+    A model that multiplies in bfloat16 rounds A each time: for an old input x, xA is
+    then not 0 but up to 2⁻⁸ ‖x‖ ‖A‖ (it does not add up from step to step).
+
     Args:
       lora: the A's and B's, of any floating dtype; holes stay.
 

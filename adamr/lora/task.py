@@ -169,9 +169,10 @@ def start_task(
     the optimizer, in `optax.MultiSteps` between two groups.
 
     Args:
-      base: the frozen kernels, any floating dtype. The merge is rounded once: a bf16
-        entry keeps 8 bits, so it moves by up to 2⁻⁹ of itself beside A·B, and what A·B
-        adds below that is lost.
+      base: the frozen kernels, any floating dtype. The merge is rounded once: in
+        bfloat16 each entry by up to 2⁻⁸ of itself (0.4 %), which changes every
+        response a little, and loses what A·B adds below that. Where this is too much,
+        pass `lora.masters(base)` and cast inside the loss.
       lora: the A's and B's, float32 (`lora.masters`).
       opt_state: of an optimizer over `lora`, in any wrapper, that holds a `Subspace` of
         the A's and of no B.
@@ -182,7 +183,8 @@ def start_task(
         in Flax.
       threshold: the share of the inputs' energy to protect, in [0, 1].
       init: `(key, (n, r), dtype) -> A₀` as JAX's initializers, once per stacked layer;
-        n is all of A's fan-in. He-uniform, as Qwix, Flax and (nearly) PEFT draw it.
+        n is all of A's fan-in. He-uniform, as Qwix and Flax draw it; PEFT's A₀ is
+        `jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")`.
       pairs: as for `find_pairs`.
 
     Returns:

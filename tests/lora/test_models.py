@@ -125,3 +125,48 @@ def test_tunix_llama_adapted_by_qwix():
 
     old, new = jnp.array([[1, 4, 7]]), jnp.array([[2, 9, 8]])
     assert_kept(*split(model, logits), old, new, 14)
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_int8_kernel_of_qwix_in_an_nnx_optimizer():
+    """The merge is refused by name; a block beside the kernel trains, and is kept."""
+    qwix = pytest.importorskip("qwix")
+    rule = qwix.LoraRule(module_path=".*", rank=4, alpha=4.0, weight_qtype="int8")
+    x, new = normal(0, 2, 8), normal(1, 4, 8)
+    model = qwix.apply_lora_to_model(
+        nnx.Linear(8, 5, rngs=nnx.Rngs(0)),
+        qwix.LoraProvider([rule]),
+        x,
+        rngs=nnx.Rngs(1),
+    )
+    forward, base, lora = split(model, lambda model, x: model(x))
+    with pytest.raises(ValueError, match="kernel/array/qvalue.*start_block"):
+        room_of.find_pairs(base, lora)
+    tx = optimizer(
+        forward, base, lora, x,
+        lambda s: room_of.train_block(adamr.adamr(0.1, adamr.project_out(s)), 2),
+    )  # fmt: skip
+    held = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, held, x):
+        def loss(model):
+            return jnp.mean((model(x) - 1) ** 2)
+
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        held.update(model, nnx.grad(loss, argnums=wrt)(model))
+
+    step(model, held, x)
+    before = model(x)
+    lora = nnx.state(model, nnx.LoRAParam)
+    inputs = adamr.layer_inputs(forward, lora, base, x, kind="rows")
+    lora, held.opt_state = room_of.start_block(
+        lora, held.opt_state, inputs, jax.random.key(0), threshold=1.0
+    )
+    nnx.update(model, lora)
+    assert largest(before, model(x)) < 1e-6
+    then = model(new)
+    for _ in range(5):
+        step(model, held, new)
+    assert largest(then, model(new)) > 0.05
+    assert largest(before, model(x)) < 1e-5

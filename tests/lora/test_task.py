@@ -332,6 +332,19 @@ def test_masters_of_a_bf16_model():
     assert np.mean(error / np.abs(exact)) > 2.0**-11
 
 
+def test_what_a_cast_to_bf16_lets_through():
+    forward, base, lora, x = layer("dense")
+    tx = optimizer(forward, base, lora, x)
+    inputs = adamr.layer_inputs(forward, lora, base, x, kind="rows")
+    base, lora, _ = room_of.start_task(
+        base, lora, tx.init(lora), inputs, jax.random.key(5), threshold=1.0
+    )
+    a = room_of.cast_like(lora, in_bf16(lora))["w_lora_a"].astype(jnp.float32)
+    size = jnp.linalg.norm(x, axis=1)[:, None] * jnp.linalg.norm(a, axis=0)[None]
+    share = jnp.max(jnp.abs(x @ a) / size)
+    assert 1e-5 < share < 2.0**-8
+
+
 @pytest.mark.slow
 def test_bf16_pairs_leak_and_masters_do_not():
     """Of what A moves in 50 steps, the share inside the protected space."""
