@@ -65,6 +65,13 @@ def in_blocks(
 
     Returns:
       An optimizer whose state is a `BlockState`.
+
+    Raises:
+      ValueError: for a rank below 1.
+
+    >>> tx = in_blocks(optax.sgd(1.0), 2, lambda tree: [0])
+    >>> print(tx.update(jnp.ones(4), tx.init(jnp.ones(4)))[0])
+    [-1. -1.  0.  0.]
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")

@@ -26,7 +26,7 @@ he_uniform: Init = jax.nn.initializers.he_uniform()
 _LEAST = 1e-5
 
 
-def placed(old: jax.Array, new: jax.Array) -> jax.Array:
+def _placed(old: jax.Array, new: jax.Array) -> jax.Array:
     """`new` with dtype and placement of `old`, also along explicit axes in a trace."""
     new = placed_like(old, new)
     if is_traced(new):
@@ -78,8 +78,11 @@ def redrawn(
     """A fresh A for every pair, by its position in `leaves`."""
     fresh = {}
     for one, each in zip(jax.random.split(key, len(pairs)), pairs, strict=True):
-        old, basis, weights = (x[each.a] for x in (leaves, *here))
+        i = each.a
+        old, basis, weights = leaves[i], here.bases[i], here.weights[i]
         dtype = jnp.promote_types(old.dtype, jnp.float32)
-        new = placed(old, _fresh(one, old.shape, each.factors, init, dtype))
-        fresh[each.a] = new if basis is None else outside(basis, weights, new)
+        new = _placed(old, _fresh(one, old.shape, each.factors, init, dtype))
+        if basis is not None and weights is not None:
+            new = outside(basis, weights, new)
+        fresh[i] = new
     return fresh

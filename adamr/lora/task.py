@@ -5,7 +5,7 @@ then xA = 0 for every x in span U, and h does not move, whatever B does. So A is
 in the complement of U and stays there, because its gradient is projected, and B is
 free. The other choices fail: with B projected and A free, xA moves; with A projected
 but not drawn anew, xA ≠ 0 and B moves h; with both projected, B's r inputs are used up
-after one task and nothing is learned.
+after one task, and little more is learned.
 """
 
 from collections.abc import Callable, Sequence
@@ -229,7 +229,7 @@ def start_task(
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
     _require_floating(base, found)
-    # Before the growth: what does not fit is told before the long computation.
+    # What does not fit is told before the long computation.
     bases_of(get_subspace(opt_state), lora, found)
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")

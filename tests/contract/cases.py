@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import adamr
+from adamr import _tree
 
 Tree = Any
 ExtraArgs = dict[str, Tree]
@@ -110,7 +111,7 @@ def directions(s: adamr.Subspace) -> adamr.Directions:
 
 def last_axes(tree: Tree) -> list[int | None]:
     """The last axis of every kernel, as that of an A's columns."""
-    leaves = adamr._tree.flatten(tree)[0]
+    leaves = _tree.flatten(tree)[0]
     return [x.ndim - 1 if getattr(x, "ndim", 0) > 1 else None for x in leaves]
 
 

@@ -115,6 +115,11 @@ def test_in_any_wrapper_without_recompiling(wrap):
     base, lora, state = room_of.start_task(
         base, lora, state, inputs, jax.random.key(5), scaling=S, threshold=1.0
     )
+    if wrap == "gpm_si":
+        anchor = adamr.get_anchor(state)
+        jax.tree.map(np.testing.assert_array_equal, anchor.anchor, lora)
+        assert all(jnp.any(x) for x in jax.tree.leaves(anchor.importance))
+        assert not any(jnp.any(x) for x in jax.tree.leaves(state.omega))
     new = normal(9, 3, 8)
     with nothing_compiles():
         for _ in range(4):
