@@ -495,6 +495,17 @@ CASES = [
         ),
     ),
     Case(
+        "train_b",
+        lambda s: (
+            lambda learning_rate=0.1, b1=0.9: adamr.lora.hold(
+                adamr.adamr(
+                    learning_rate, adamr.project_out(s), b1=b1, weight_decay=0.1
+                ),
+                lambda tree: [axis is not None for axis in last_axes(tree)],
+            )
+        ),
+    ),
+    Case(
         "train_block",
         lambda s: (
             lambda learning_rate=0.1, b1=0.9: adamr.lora.in_blocks(

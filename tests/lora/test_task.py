@@ -39,6 +39,39 @@ def test_old_responses_do_not_move(name):
     assert largest(before, forward(wild, base, x)) < 1e-3
 
 
+def test_every_task_of_a_stream_is_kept():
+    """Four tasks of two inputs fill 8 of 12 directions; each keeps its response."""
+    base = {"w": normal(0, 12, 5)}
+    lora = {"w_lora_a": normal(1, 12, 2), "w_lora_b": jnp.zeros((2, 5))}
+
+    def forward(lora, base, x):
+        return x @ base["w"] + S * (x @ lora["w_lora_a"] @ lora["w_lora_b"])
+
+    xs = [normal(40 + t, 2, 12) for t in range(4)]
+    tx = optimizer(forward, base, lora, xs[0])
+    grad = jax.grad(lambda p, base, x: jnp.mean((forward(p, base, x) - 1) ** 2))
+
+    @jax.jit
+    def step(lora, base, state, x):
+        updates, state = tx.update(grad(lora, base, x), state, lora)
+        return optax.apply_updates(lora, updates), state
+
+    state, ends = jax.jit(tx.init)(lora), []
+    for t, x in enumerate(xs):
+        before = jnp.mean((forward(lora, base, x) - 1) ** 2)
+        for _ in range(30):
+            lora, state = step(lora, base, state, x)
+        ends.append(forward(lora, base, x))
+        assert jnp.mean((ends[-1] - 1) ** 2) < 0.5 * before
+        inputs = adamr.layer_inputs(forward, lora, base, x, kind="rows")
+        base, lora, state = room_of.start_task(
+            base, lora, state, inputs, jax.random.key(t), scaling=S, threshold=1.0
+        )
+    assert room_of.room(state, lora)["w_lora_a"] == (4, 4)
+    for x, end in zip(xs, ends, strict=True):
+        assert largest(end, forward(lora, base, x)) < 1e-5
+
+
 def nnx_model():
     from flax import nnx
 
