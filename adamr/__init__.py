@@ -95,6 +95,7 @@ from adamr.recipes.mofo import mofo as mofo
 from adamr.recipes.muon import muon as muon
 from adamr.recipes.norms import adamp as adamp
 from adamr.recipes.ogd import ogd as ogd
+from adamr.recipes.osft import osft as osft
 from adamr.recipes.trgp import rogo as rogo
 from adamr.recipes.trgp import trgp as trgp
 
@@ -125,5 +126,6 @@ from adamr.subspaces import empty_subspace as empty_subspace
 from adamr.subspaces import grow_directions as grow_directions
 from adamr.subspaces import grow_subspace as grow_subspace
 from adamr.subspaces import make_subspace as make_subspace
+from adamr.subspaces import weight_subspaces as weight_subspaces
 
 __version__ = "0.1.0"  # the only place that says it

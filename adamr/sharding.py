@@ -58,6 +58,14 @@ def _like(x: Any, leaf: Any, lead: int) -> Any:
     return jax.device_put(x, where, may_alias=False)
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """The whole array on every device, where explicit sharding must be told."""
+    where = sharding_of(x) if _tree.is_traced(x) else None
+    if where is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(where.mesh, PartitionSpec()))
+
+
 def einsum_sharding(subscripts: str, *operands: jax.Array) -> NamedSharding | None:
     """The sharding of a contraction's result, which explicit sharding must be told.
 

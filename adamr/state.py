@@ -6,6 +6,7 @@ apply_if_finite and nnx.Optimizer by type, so no path is needed. Shapes, dtypes 
 placement stay, so the compiled step runs on.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -36,13 +37,16 @@ __all__ = [
 ]
 
 
-def _shapes(subspace: Protected) -> list[tuple[int, ...] | None]:
+Shapes = tuple[tuple[int, ...] | None, ...]
+
+
+def _shapes(subspace: Protected) -> Shapes:
     leaves = jax.tree.leaves(tuple(subspace), is_leaf=lambda x: x is None)
-    return [None if x is None else jnp.shape(x) for x in leaves]
+    return tuple(None if x is None else jnp.shape(x) for x in leaves)
 
 
-def _held(opt_state: Any) -> Protected:
-    """The subspace that the links of the state hold, all of them the same."""
+def _all_held(opt_state: Any) -> list[Protected]:
+    """One subspace of each kind and shape that the links of the state hold."""
     found = find_nodes(opt_state, Subspace, Directions)
     if not found:
         raise ValueError(
@@ -50,14 +54,18 @@ def _held(opt_state: Any) -> Protected:
             "project_out, protect_update, oblique_second_moment, in_eigenbasis or "
             "fopng."
         )
-    first, *others = found
-    for other in others:
-        if type(other) is not type(first) or _shapes(other) != _shapes(first):
-            raise ValueError(
-                "opt_state holds subspaces of different shapes: pass the part of the "
-                "state that has one of them."
-            )
-    return first
+    return list({(type(each), _shapes(each)): each for each in found[::-1]}.values())
+
+
+def _held(opt_state: Any) -> Protected:
+    """The subspace that the links of the state hold, all of them the same."""
+    held = _all_held(opt_state)
+    if len(held) > 1:
+        raise ValueError(
+            "opt_state holds subspaces of different shapes: pass the part of the "
+            "state that has one of them. (set_subspace takes several, as osft needs.)"
+        )
+    return held[0]
 
 
 def get_subspace(opt_state: Any) -> Any:
@@ -84,7 +92,7 @@ def get_subspace(opt_state: Any) -> Any:
 
 def set_subspace(
     opt_state: Any,
-    subspace: Protected,
+    subspace: Protected | Sequence[Subspace],
     *,
     moments: Literal["project", "reset", "keep"] = "project",
 ) -> Any:
@@ -94,7 +102,8 @@ def set_subspace(
       opt_state: of any wrapper around a link that holds a subspace.
       subspace: of the same kind and shapes, such as `grow_subspace(get_subspace(state),
         ...)` or `grow_directions(...)`. Directions over leaves that the optimizer does
-        not see are restricted to those it sees.
+        not see are restricted to those it sees. For a state that holds several, as that
+        of `osft` does: all of them, in any order, each told by its shapes.
       moments: what happens to the routed first moment, which was gathered in the old
         allowed space and would leak into the new directions for ~1/(1−b1) steps.
         "project" (default): m <- m − U diag(λ) Uᵀ m, v stays; "reset": m, v and the
@@ -121,25 +130,30 @@ def set_subspace(
     """
     if moments not in ("project", "reset", "keep"):
         raise ValueError(f"moments is {moments!r}, expected project, reset or keep.")
-    held = _held(opt_state)
-    if not isinstance(subspace, type(held)):
-        raise TypeError(
-            f"subspace must be a {type(held).__name__}, got "
-            f"{type(subspace).__name__}: the state holds a {type(held).__name__}."
-        )
-    subspace = subspace.restrict(held[0])  # to the leaves that the optimizer sees
-    new, old = _shapes(subspace), _shapes(held)
-    if new != old:
+    several = type(subspace) in (list, tuple)
+    given: list[Any] = list(subspace) if several else [subspace]
+    held = _all_held(opt_state) if several else [_held(opt_state)]
+    kind = type(held[0])
+    for each in given:
+        if not isinstance(each, kind):
+            raise TypeError(
+                f"subspace must be a {kind.__name__}, got {type(each).__name__}: the "
+                f"state holds a {kind.__name__}."
+            )
+    # Restricted to the leaves that the optimizer sees.
+    given = [each.restrict(held[0][0]) for each in given]
+    new, old = ({_shapes(each): each for each in group} for group in (given, held))
+    if new.keys() != old.keys():
         raise ValueError(
-            f"subspace has shapes {new}, the state holds {old}: keep max_rank and axes "
-            "unchanged (of Directions, capacity and exclude), or initialise the "
-            "optimizer anew."
+            f"subspace has shapes {list(new)}, the state holds {list(old)}: keep "
+            "max_rank and axes unchanged (of Directions, capacity and exclude; of "
+            "weight_subspaces, room), or initialise the optimizer anew."
         )
 
     def swap(old):
-        return replace_arrays(old, jax.tree.leaves(subspace))
+        return replace_arrays(old, jax.tree.leaves(new[_shapes(old)]))
 
-    opt_state = map_nodes(swap, opt_state, type(subspace))
+    opt_state = map_nodes(swap, opt_state, kind)
     opt_state = map_nodes(renew_basis, opt_state, FopngState)
     if moments == "project":
         return project_moments(opt_state)
@@ -212,24 +226,25 @@ def protect_inputs(
 
 
 def project_moments(opt_state: Any) -> Any:
-    """Projects every routed first moment off the subspace that the state holds.
+    """Projects every routed first moment off the subspaces that the state holds.
 
     m <- m − U diag(λ) Uᵀ m; moments in an eigenbasis are reset (see `set_subspace`).
 
     Args:
-      opt_state: of any wrapper around a link that holds a subspace.
+      opt_state: of any wrapper around links that hold subspaces.
 
     Raises:
-      ValueError: if there is no subspace, or several of different shapes.
+      ValueError: if there is no subspace.
     """
-    subspace = get_subspace(opt_state)
+    held = _all_held(opt_state)
 
     def leaf(node):
         if isinstance(node, EigenbasisState):
             return reset_moments(node)
-        if not fits(subspace, node.mu):  # as in another part of a partition
-            return node
-        projected = subspace.project(node.mu)
+        projected = node.mu
+        for subspace in held:
+            if fits(subspace, projected):  # not that of another part of a partition
+                projected = subspace.project(projected)
         return node._replace(mu=jax.tree.map(placed_like, node.mu, projected))
 
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)

@@ -4,8 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from adamr import _tree
-from adamr.subspaces.axes import Axes, reason_of, unread_leaves
-from adamr.subspaces.make import flatten_axes
+from adamr.subspaces.axes import Axes, flatten_axes, reason_of, unread_leaves
 from adamr.subspaces.subspace import Subspace, layout
 
 __all__ = ["Coverage", "LeafCoverage", "coverage"]

@@ -16,4 +16,5 @@ from adamr.recipes import mofo as mofo
 from adamr.recipes import muon as muon
 from adamr.recipes import norms as norms
 from adamr.recipes import ogd as ogd
+from adamr.recipes import osft as osft
 from adamr.recipes import trgp as trgp

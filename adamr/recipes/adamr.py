@@ -38,15 +38,17 @@ class Protection(NamedTuple):
 def protection_of(modifier_state: Any) -> Protection:
     """Along which axes v is shared, which guard holds, what the step is kept off.
 
-    v is shared where a projection per leaf mixes coordinates. A projection only
-    shortens the gradient; whatever is chained to it may not, so then a shared v is
-    guarded as well. Directions of the whole vector mix all leaves, and no v per leaf
+    v is shared where a projection per leaf mixes coordinates. Projections only
+    shorten the gradient; whatever else is chained to them may not, so then a shared v
+    is guarded as well. Directions of the whole vector mix all leaves, and no v per leaf
     commutes with them.
     """
     subspaces = tuple(find_nodes(modifier_state, Subspace))
     links = find_nodes(modifier_state, ProjectOutState)
     unmade = any(is_unmade(link.subspace) for link in links)
-    projects = isinstance(modifier_state, ProjectOutState)
+    chained = type(modifier_state) is tuple
+    parts = modifier_state if chained else (modifier_state,)
+    projects = all(isinstance(part, ProjectOutState) for part in parts)
     return Protection(
         share=subspaces if subspaces or unmade else None,
         guard=True if projects else "shared",

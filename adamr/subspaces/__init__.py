@@ -29,3 +29,5 @@ from adamr.subspaces.sketch import empty_sketch as empty_sketch
 from adamr.subspaces.sketch import update_sketch as update_sketch
 from adamr.subspaces.subspace import Subspace as Subspace
 from adamr.subspaces.subspace import rank as rank
+from adamr.subspaces.weights import layer_budget as layer_budget
+from adamr.subspaces.weights import weight_subspaces as weight_subspaces

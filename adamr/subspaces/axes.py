@@ -1,11 +1,14 @@
 """Which axes of a leaf are contracted with the layer's input, and which only stack."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+
+from adamr import _tree
 
 __all__ = [
     "MAX_FAN_IN",
@@ -13,6 +16,8 @@ __all__ = [
     "ReadAxes",
     "default_axes",
     "fan_in",
+    "flatten_axes",
+    "leaf_axes",
     "read_axes",
     "reason_of",
     "unread_leaves",
@@ -161,3 +166,75 @@ def default_axes(path: str, shape: tuple[int, ...]) -> Axes | None:
             return Axes((0, 1))
         return Axes((1,), (0,))
     return Axes(tuple(range(ndim - 1)))
+
+
+def flatten_axes(axes: Any, params: Any) -> list[Any]:
+    """Axes per leaf of `params`: a tree like it, or a rule `(path, shape) -> Axes`."""
+    names, leaves = _tree.flatten_with_names(params)
+    # A module that can be called is a tree nevertheless.
+    if callable(axes) and jax.tree_util.all_leaves([axes]):
+        pairs = zip(names, leaves, strict=True)
+        return [axes(n, x.shape) if hasattr(x, "shape") else None for n, x in pairs]
+    found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
+    if len(found) != len(leaves):
+        raise ValueError(
+            f"axes must be a tree like params with an Axes or None per leaf: got "
+            f"{len(found)} entries, expected {len(leaves)} {names}."
+        )
+    return found
+
+
+def _warn(unread: dict[str, str]) -> None:
+    """One warning for all leaves that could not be read, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unread.items():
+        names.setdefault(reason, []).append(name)
+    told = "; ".join(f"{', '.join(each)} ({why})" for why, each in names.items())
+    warnings.warn(
+        f"{len(unread)} leaves stay unprotected: {told}. Name them in unprotected= to "
+        "accept that.",
+        stacklevel=4,
+    )
+
+
+def leaf_axes(
+    params: Any,
+    axes: Any,
+    unprotected: Sequence[str],
+    max_fan_in: int | None = MAX_FAN_IN,
+) -> list[Axes | None]:
+    """The checked axes of each leaf that is to be protected; see `empty_subspace`."""
+    names, leaves = _tree.flatten_with_names(params)
+    if isinstance(unprotected, str):
+        raise ValueError(f"unprotected must be a sequence of str, got {unprotected!r}.")
+    for part in unprotected:
+        if not any(part in name for name in names):
+            raise ValueError(
+                f"unprotected names {part!r}, which no leaf of {names} has."
+            )
+    how = flatten_axes(default_axes if axes is None else axes, params)
+    reasons, unread = unread_leaves(axes), {}
+    found: list[Axes | None] = []
+    for name, leaf, spec in zip(names, leaves, how, strict=True):
+        wanted = not any(part in name for part in unprotected)
+        why = reason_of(name, reasons)
+        if wanted and spec is None and why and hasattr(leaf, "shape"):
+            unread[name] = why
+        if not wanted or spec is None or not hasattr(leaf, "shape"):
+            found.append(None)
+            continue
+        if not math.prod(leaf.shape):  # without entries there is nothing to protect
+            found.append(None)
+            continue
+        spec = Axes(*spec).normalized(leaf.ndim)
+        size = fan_in(spec, leaf.shape)
+        if max_fan_in is not None and size > max_fan_in:
+            raise ValueError(
+                f"{name} has a fan-in of {size}, more than max_fan_in = {max_fan_in} "
+                "(the vocabulary of an embedding?): name it in unprotected=, or raise "
+                "max_fan_in."
+            )
+        found.append(spec)
+    if unread:
+        _warn(unread)
+    return found

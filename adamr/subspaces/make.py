@@ -5,7 +5,6 @@ Under jit shapes are checked and values taken on trust.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +18,12 @@ from adamr.subspaces.axes import (
     Axes,
     default_axes,
     fan_in,
-    reason_of,
-    unread_leaves,
+    flatten_axes,
+    leaf_axes,
 )
 from adamr.subspaces.subspace import Subspace
 
-__all__ = ["cast_bases", "empty_subspace", "make_subspace"]
+__all__ = ["cast_bases", "empty_subspace", "make_subspace", "stored_shapes"]
 
 
 def _axes_for(name, leaf, given: Axes | None, basis) -> Axes:
@@ -122,12 +121,12 @@ def _shaped(name, leaf, axes: Axes, basis, weight, max_rank):
     order = sorted(range(len(inner)), key=lambda i: inner[i])
     u = u.reshape(*batch, *(leaf.shape[d] for d in axes.protected), capacity)
     u = u.transpose(*order, len(inner))
-    of_basis, of_weights = _stored_shapes(leaf.shape, axes, capacity)
+    of_basis, of_weights = stored_shapes(leaf.shape, axes, capacity)
     u, lam = u.reshape(of_basis), lam.reshape(of_weights)
     return jnp.asarray(u, jnp.float32), jnp.asarray(lam, jnp.float32)
 
 
-def _stored_shapes(shape: tuple[int, ...], axes: Axes, capacity: int):
+def stored_shapes(shape: tuple[int, ...], axes: Axes, capacity: int):
     """Shapes of a leaf's basis and of its weights."""
     inner = axes.batch + axes.protected
     basis = [n if d in inner else 1 for d, n in enumerate(shape)]
@@ -227,35 +226,6 @@ def cast_bases(subspace: Subspace, dtype: jax.typing.DTypeLike) -> Subspace:
     )
 
 
-def flatten_axes(axes: Any, params: Any) -> list[Any]:
-    """Axes per leaf of `params`: a tree like it, or a rule `(path, shape) -> Axes`."""
-    names, leaves = _tree.flatten_with_names(params)
-    # A module that can be called is a tree nevertheless.
-    if callable(axes) and jax.tree_util.all_leaves([axes]):
-        pairs = zip(names, leaves, strict=True)
-        return [axes(n, x.shape) if hasattr(x, "shape") else None for n, x in pairs]
-    found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
-    if len(found) != len(leaves):
-        raise ValueError(
-            f"axes must be a tree like params with an Axes or None per leaf: got "
-            f"{len(found)} entries, expected {len(leaves)} {names}."
-        )
-    return found
-
-
-def _warn(unread: dict[str, str]) -> None:
-    """One warning for all leaves that could not be read, by reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in unread.items():
-        names.setdefault(reason, []).append(name)
-    told = "; ".join(f"{', '.join(each)} ({why})" for why, each in names.items())
-    warnings.warn(
-        f"{len(unread)} leaves stay unprotected: {told}. Name them in unprotected= to "
-        "accept that.",
-        stacklevel=3,
-    )
-
-
 def empty_subspace(
     params: Any,
     *,
@@ -292,39 +262,16 @@ def empty_subspace(
     >>> [b if b is None else b.shape for b in s.bases]
     [None, (3, 1, 2)]
     """
-    names, leaves = _tree.flatten_with_names(params)
-    if isinstance(unprotected, str):
-        raise ValueError(f"unprotected must be a sequence of str, got {unprotected!r}.")
-    for part in unprotected:
-        if not any(part in name for name in names):
-            raise ValueError(
-                f"unprotected names {part!r}, which no leaf of {names} has."
-            )
     _check_room(max_rank)
-    how = flatten_axes(default_axes if axes is None else axes, params)
-    reasons, unread = unread_leaves(axes), {}
+    leaves = _tree.flatten(params)[0]
     entries = []
-    for name, leaf, spec in zip(names, leaves, how, strict=True):
-        wanted = not any(part in name for part in unprotected)
-        why = reason_of(name, reasons)
-        if wanted and spec is None and why and hasattr(leaf, "shape"):
-            unread[name] = why
-        if not wanted or spec is None or not hasattr(leaf, "shape"):
+    for leaf, spec in zip(
+        leaves, leaf_axes(params, axes, unprotected, max_fan_in), strict=True
+    ):
+        if spec is None:
             entries.append((None, None))
             continue
-        if not math.prod(leaf.shape):  # without entries there is nothing to protect
-            entries.append((None, None))
-            continue
-        spec = Axes(*spec).normalized(leaf.ndim)
-        size = fan_in(spec, leaf.shape)
-        if max_fan_in is not None and size > max_fan_in:
-            raise ValueError(
-                f"{name} has a fan-in of {size}, more than max_fan_in = {max_fan_in} "
-                "(the vocabulary of an embedding?): name it in unprotected=, or raise "
-                "max_fan_in."
-            )
-        shapes = _stored_shapes(leaf.shape, spec, _capacity(max_rank, size))
+        room = _capacity(max_rank, fan_in(spec, leaf.shape))
+        shapes = stored_shapes(leaf.shape, spec, room)
         entries.append(tuple(jnp.zeros(shape, jnp.float32) for shape in shapes))
-    if unread:
-        _warn(unread)
     return Subspace(*zip(*entries, strict=True)) if entries else Subspace((), ())

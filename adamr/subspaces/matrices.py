@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adamr import _tree
-from adamr.subspaces.axes import Axes, default_axes
-from adamr.subspaces.make import flatten_axes
+from adamr.subspaces.axes import Axes, default_axes, flatten_axes
 from adamr.subspaces.subspace import Layout, Subspace, layout
 
 __all__ = ["matrices", "matrix_axes", "outputs"]

@@ -33,12 +33,14 @@ from benchmarks._pages.probes import (
     disruption,
     gradient,
     leak,
+    leak_of_both_sides,
     memories,
     one_memory,
     params,
     retained,
     stiffness,
     subspace,
+    weight_sides,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +121,19 @@ METHODS: dict[str, Method] = {
         lambda: adamr.project_out(subspace()), leak,
         boundary=("relaxing_subspace", "fold_scales", "grow_subspace"),
         closed_forms=(7,),
+    ),
+    "osft": Method(
+        "2504.07097, 2510.13003", lambda: adamr.osft(RATE, *weight_sides()),
+        lambda: optax.chain(*map(adamr.project_out, weight_sides())),
+        leak_of_both_sides,
+        boundary=("weight_subspaces", "layer_budget", "set_subspace"),
+        closed_forms=(
+            "test_osft_leaves_the_protected_directions_alone",
+            "test_osft_keeps_the_leading_singular_triples",
+            "test_osft_equals_its_float64_twin",
+            "test_projected_gradients_under_adamw_leak",
+        ),
+        parity=("osft_hook", "osft_under_adamw_leaks"),
     ),
     "muon": Method(
         "2502.16982", lambda: adamr.muon(RATE, adamr.project_out(subspace())),

@@ -95,6 +95,20 @@ def leak(tx, evidence):
     return worst
 
 
+def weight_sides() -> tuple[adamr.Subspace, adamr.Subspace]:
+    axes = {"bias": None, "first": adamr.Axes((0,)), "second": adamr.Axes((0,))}
+    return adamr.weight_subspaces(params(), axes, keep=0.25)
+
+
+def leak_of_both_sides(tx, evidence):
+    """The same for the directions of the inputs and of the outputs."""
+    worst = 0.0
+    for _, _, step, _ in _steps(tx, evidence):
+        for side in weight_sides():
+            worst = max(worst, float(adamr.update_leak(step, side).total))
+    return worst
+
+
 def direction_leak(tx, evidence):
     worst = 0.0
     for _, _, step, _ in _steps(tx, evidence):

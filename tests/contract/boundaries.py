@@ -30,8 +30,18 @@ def _fisher(state: Any, params: Any) -> Any:
     return adamr.modifiers.set_fisher(state, old=old, new=new)
 
 
-def _grown(state: Any, params: Any) -> Any:
-    return adamr.grow_subspace(adamr.get_subspace(state), _samples(state, params))
+def subspaces_of(state: Any) -> list[adamr.Subspace]:
+    """One of each shape: `osft` holds two, the other recipes one."""
+    found = find_nodes(state, adamr.Subspace)
+    return list({str(jax.tree.map(jnp.shape, s)): s for s in found}.values())
+
+
+def set_grown(state: Any, gradient: Any, **options: Any) -> Any:
+    """Every subspace grown by the gradient's columns, or rows."""
+    samples = adamr.subspaces.gradient_samples
+    held = subspaces_of(state)
+    grown = [adamr.grow_subspace(s, samples(s, gradient), **options) for s in held]
+    return adamr.set_subspace(state, grown if len(grown) > 1 else grown[0])
 
 
 BOUNDARIES: dict[str, tuple[type | None, Boundary]] = {
@@ -39,7 +49,7 @@ BOUNDARIES: dict[str, tuple[type | None, Boundary]] = {
     "reset_overlap": (OverlapState, lambda s, p: adamr.reset_overlap(s)),
     "set_subspace": (
         adamr.Subspace,
-        lambda s, p: adamr.set_subspace(s, _grown(s, p)),
+        set_grown,
     ),
     "protect_inputs": (
         adamr.Subspace,
@@ -65,5 +75,7 @@ BOUNDARIES: dict[str, tuple[type | None, Boundary]] = {
 def that_apply(state: Any) -> Iterator[tuple[str, Boundary]]:
     """The boundaries for which the state holds what they change."""
     for name, (kind, boundary) in BOUNDARIES.items():
+        if name == "protect_inputs" and len(subspaces_of(state)) > 1:
+            continue  # inputs protect one side
         if kind is None or find_nodes(state, kind):
             yield name, boundary

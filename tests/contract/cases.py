@@ -100,6 +100,31 @@ def subspace(seed: int = 0, max_rank: int = 4) -> adamr.Subspace:
     return adamr.make_subspace(params(), bases(seed), max_rank=max_rank)
 
 
+def output_side(s: Any) -> Any:
+    """A subspace over the outputs of the same leaves; a function where `s` is one."""
+    if callable(s):
+        return lambda p: output_side(s(p))
+    if len(s.bases) == 2:  # the leaves of nnx
+        small = {"bias": jnp.zeros(8), "kernel": jnp.zeros((6, 8))}
+        axes = {"bias": None, "kernel": adamr.Axes((1,))}
+        return adamr.empty_subspace(small, axes=axes, max_rank=3)
+    axes = {
+        "dense": {"bias": None, "kernel": adamr.Axes((1,))},
+        "conv": adamr.Axes((3,)),
+        "scale": None,
+        "stack": adamr.Axes((2,), (0,)),
+    }
+    kept = {
+        "dense": {"bias": None, "kernel": orthonormal(6, 8, 2)},
+        "conv": orthonormal(7, 8, 3),
+        "scale": None,
+        "stack": orthonormal(8, 2, 8, 2),
+    }
+    found = adamr.make_subspace(params(), kept, axes=axes, max_rank=3)
+    more = (None,) * (len(s.bases) - 5)  # leaves that protect nothing come last
+    return adamr.Subspace(found.bases + more, found.weights + more)
+
+
 def directions(s: adamr.Subspace) -> adamr.Directions:
     """Of the whole vector, for the tree of `params` or, by its leaves, of nnx."""
     small = {"bias": jnp.zeros(8), "kernel": jnp.zeros((6, 8))}
@@ -284,6 +309,22 @@ CASES = [
         "adam_nscl_as_in_code",
         lambda s: (
             lambda learning_rate=0.1: adamr.adam_nscl(learning_rate, s, as_in_code=True)
+        ),
+    ),
+    Case(
+        "osft",
+        lambda s: (
+            lambda learning_rate=0.1, weight_decay=0.1: adamr.osft(
+                learning_rate, s, output_side(s), weight_decay=weight_decay
+            )
+        ),
+    ),
+    Case(
+        "osft_paper",
+        lambda s: (
+            lambda learning_rate=0.1: adamr.osft(
+                learning_rate, s, output_side(s), form="paper"
+            )
         ),
     ),
     # trgp and rogo take {"params", "scales"}: tests/test_recipes_gpm.py.
@@ -592,5 +633,6 @@ COMPOSED = frozenset(
     faithful_rmsprop faithful_adagrad faithful_yogi faithful_shared_amsgrad
     adamr_elementwise gpm gpm_si adam_nscl ogd gem agem p_mgem gem_exact_by_leaf
     l2_sp_additive l2_sp ewc online_ewc mas er mudman hft adamp fopng_as_published
+    osft_paper
     """.split()
 )

@@ -208,8 +208,8 @@ def test_all_have_adams_moments():
     """b1, b2 and eps are Adam's in every recipe; MUDMAN's paper has another b2."""
     moments = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
     recipes = (
-        "adamr gpm gpm_si sgp adam_nscl trgp rogo ogd ewc online_ewc l2_sp si mas "
-        "rwalk er gem p_mgem agem hft"
+        "adamr gpm gpm_si sgp adam_nscl osft trgp rogo ogd ewc online_ewc l2_sp si "
+        "mas rwalk er gem p_mgem agem hft"
     )
     for recipe in recipes.split():
         found = {key: own(getattr(adamr, recipe), key) for key in moments}

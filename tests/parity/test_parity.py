@@ -18,6 +18,7 @@ import pytest
 import adamr
 from adamr.averaging import ema_weights, lines_scaling
 from adamr.buffers import add_to_reservoir, empty_reservoir
+from tests.references import osft as reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -729,3 +730,42 @@ def test_parity_ema():
     for params in map(kernels, given["weights"]):
         state = ema.update(state, params)
     jax.tree.map(close, state.weights, kernels(theirs["weights"]))
+
+
+def osft_sides(weight, k):
+    """Our two bases as columns: over the inputs and over the outputs of (in, out)."""
+    w = kernel(weight)
+    sides = adamr.weight_subspaces(w, adamr.Axes((0,)), keep=k / min(w.shape))
+    inside, outside = (np.asarray(s.bases[0], np.float64) for s in sides)
+    assert inside.shape[-1] == k
+    return sides, inside[:, 0], outside[0]
+
+
+def test_parity_osft_hook():
+    """The hooks of PEFT's OSF project off the directions that we find."""
+    given, theirs = case("osft", "hook")
+    _, inside, outside = osft_sides(given["weight"], given["k"])
+    raw = {name: np.asarray(x) for name, x in given["raw"].items()}
+    u, v = raw["U_low"], raw["V_low"]
+    close(u - outside @ (outside.T @ u), theirs["projected"]["U_low"])
+    close(v - (v @ inside) @ inside.T, theirs["projected"]["V_low"])
+
+
+@pytest.mark.parametrize("name", ["even", "uneven"])
+def test_parity_osft_under_adamw_leaks(name):
+    """Their factors under AdamW leak a fifth of the change, ours nothing."""
+    given, theirs = case("osft", name)
+    weight, k = np.asarray(given["weight"]), given["k"]
+    rate, decay = given["learning_rate"], given["weight_decay"]
+    gradients = np.asarray(given["gradients"])
+    twin = reference.factors_under_adamw(weight, gradients, k, rate=rate, decay=decay)
+    close(twin, theirs["weight"], 1e-9)
+    sides, inside, outside = osft_sides(weight, k)
+    change = (np.asarray(theirs["weight"]) - weight).T
+    assert 0.15 < reference.protected_share(change, inside, outside) < 0.25
+    w = kernel(weight)
+    tx = adamr.osft(rate, *sides, weight_decay=decay)
+    path, _ = run(tx, w, list(map(kernel, gradients)))
+    change = np.asarray(path[-1], np.float64)
+    assert np.linalg.norm(change) > 0.01
+    assert reference.protected_share(change, inside, outside) < 1e-6

@@ -1,0 +1,153 @@
+"""OSFT: full fine-tuning outside the top singular directions of the weights.
+
+    W = U_k Σ_k V_kᵀ + the rest,   P = U_k U_kᵀ on the fan-in side,  Q = V_k V_kᵀ on the
+                                   side of the outputs
+
+Several projections of the gradient G go by the name:
+
+    form            G̃                    who                         kept of W
+    "both_sides"    (I − P) G (I − Q)    OPLoRA, on its update;      U_kᵀ W and W V_k
+                                         mini_trainer and PEFT's
+                                         OSF, through the factors
+    "paper"         G − P G Q            the equation of the paper   U_kᵀ W V_k alone
+
+The factors that mini_trainer and PEFT train, each with its gradient projected, reach
+the same kernels as a dense one whose step is projected on both sides, so on a dense
+kernel code and OPLoRA are one form.
+
+OSFT's code hands projected gradients to AdamW, whose element-wise √v̂ puts a part of
+the step back into the protected directions (mini_trainer now projects its factors again
+after each step), and so does the decay of a dense kernel. With v shared along the
+fan-in Adam commutes with P, with v shared along the outputs with Q, and with both only
+if each matrix has one v: so it is in `osft`.
+"""
+
+from typing import Any, Literal
+
+import jax
+import optax
+
+from adamr.modifiers.projection import project_out
+from adamr.recipes.adamr import adamr
+from adamr.routing.carrier import plain_gradient
+from adamr.subspaces.columns import at_least_float32
+from adamr.subspaces.protected import SubspaceSource, require_source
+from adamr.subspaces.subspace import Subspace
+
+__all__ = ["osft"]
+
+
+def _project_block(
+    inside: SubspaceSource, outside: SubspaceSource
+) -> optax.GradientTransformationExtraArgs:
+    """G − P G Q: the part that lies in both sides is removed."""
+    sides = project_out(inside), project_out(outside)
+
+    def init_fn(params):
+        return tuple(side.init(params) for side in sides)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates = plain_gradient(updates, "osft", params)
+        del extra_args
+        wide = jax.tree.map(at_least_float32, updates)
+        block = wide
+        for side, held in zip(sides, state, strict=True):
+            block = optax.tree.sub(block, side.update(block, held, params)[0])
+        kept = optax.tree.sub(wide, block)
+        return jax.tree.map(lambda x, g: x.astype(g.dtype), kept, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def osft(
+    learning_rate: optax.ScalarOrSchedule,
+    inside: SubspaceSource,
+    outside: SubspaceSource,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    eps_root: float = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    form: Literal["both_sides", "paper"] = "both_sides",
+) -> optax.GradientTransformationExtraArgs:
+    """Orthogonal Subspace Fine-Tuning, exact for the step itself under Adam.
+
+        m from (I − P) G (I − Q),  v = the mean of G² over the matrix
+        Δ = m̂ / (√v̂ + eps) + (I − P) (weight_decay · W) (I − Q)
+
+    Guarantee: Uᵀ Δ = 0 and Δ V = 0 for every protected kernel, to float32 rounding,
+    weight decay included, so the protected singular triples of W stay what they are.
+    (form="paper": Uᵀ Δ V = 0.) Leaves without a basis get plain Adam.
+
+    The price is that the entries of one matrix share their v, so Adam no longer evens
+    out rows or columns of different scale; it takes less state than Adam. On a small
+    transformer it learned as well as element-wise v (`python -m benchmarks.osft_leak`),
+    at three to ten times Adam's learning rate, since v sees the whole gradient and m
+    the free part. Element-wise v needs a projected step, which costs Adam's state and
+    one projection more:
+
+        optax.chain(
+            route_first_moment(optax.chain(project_out(inside), project_out(outside))),
+            faithful_second_moment(),
+            protect_update(inside),
+            protect_update(outside),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    Args:
+      learning_rate: a number or a schedule.
+      inside, outside: from `weight_subspaces`; or functions of the parameters that
+        make them in `init`, such as `lambda p: weight_subspaces(p, axes)[0]`.
+      b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask: as for `adamr`.
+      form: which projection, see the module's docstring; "both_sides" is that of the
+        authors' code and of OPLoRA.
+
+    Returns:
+      An optimizer. At a boundary decompose the new weights, without recompiling:
+      `set_subspace(state, weight_subspaces(params, axes))`; it projects the first
+      moment, or resets it with `moments="reset"`.
+
+    Raises:
+      TypeError: for a side that is neither a subspace nor a function.
+      ValueError: for an unknown form; at init, for other leaves than a side was made
+        for; at update, without `params` where weights decay.
+
+    >>> import jax.numpy as jnp
+    >>> from adamr import Axes, weight_subspaces
+    >>> params = {"w": jnp.diag(jnp.array([3.0, 1.0]))}
+    >>> tx = osft(0.1, *weight_subspaces(params, {"w": Axes((0,))}), weight_decay=0.1)
+    >>> state = tx.init(params)
+    >>> step, state = tx.update({"w": jnp.ones((2, 2))}, state, params)
+    >>> print(step["w"].round(2) + 0.0)
+    [[ 0.    0.  ]
+     [ 0.   -0.11]]
+
+    References:
+      Nayak et al., Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for
+      Continual Learning, arXiv:2504.07097. Xiong, Xie, OPLoRA: Orthogonal Projection
+      LoRA Prevents Catastrophic Forgetting, arXiv:2510.13003.
+    """
+    for side in (inside, outside):
+        require_source(side, "osft", Subspace)
+    if form not in ("both_sides", "paper"):
+        raise ValueError(f"form is {form!r}, expected 'both_sides' or 'paper'.")
+    if form == "paper":
+        modifier = _project_block(inside, outside)
+    else:
+        modifier = optax.chain(project_out(inside), project_out(outside))
+    return adamr(
+        learning_rate,
+        modifier,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
