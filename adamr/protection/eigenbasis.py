@@ -104,6 +104,7 @@ def in_eigenbasis(
             along, rest = step.along.astype(jnp.float32), step.rest.astype(jnp.float32)
             back = reconstruct(basis, weights, along)
             inside = coordinates(basis, weights, rest)  # 0 along padding
+            inside = reconstruct(basis, weights, inside)
             back = back + without(basis, used(basis, weights), rest, inside)
             return back.astype(like.dtype)
 
