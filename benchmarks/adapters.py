@@ -81,6 +81,9 @@ def run(config: Config) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     params = adapters(config, rng)
     gradients = [step_time.gradients_like(params, rng) for _ in range(2)]
+    timed = step_time.Config(
+        pairs=config.pairs, seconds=config.seconds, seed=config.seed
+    )
     groups, rate = [], step_time.LEARNING_RATE
     for rank in config.ranks:
         print(f"rank {rank}")
@@ -90,7 +93,7 @@ def run(config: Config) -> dict[str, Any]:
             "chain": optax.chain(project, optax.adam(rate)),
             "alias": adamr.adamr(rate, project),
         }
-        found = step_time.measure(optimizers, RATIOS, params, gradients, config)
+        found = step_time.measure(optimizers, RATIOS, params, gradients, timed)
         groups.append({"rank": rank, **found})
     return {
         "machine": timing.machine(),
