@@ -103,8 +103,9 @@ def in_eigenbasis(
                 return step.astype(like.dtype)
             along, rest = step.along.astype(jnp.float32), step.rest.astype(jnp.float32)
             back = reconstruct(basis, weights, along)
-            inside = coordinates(basis, weights, rest)  # 0 along padding
-            back = back + without(basis, used(basis, weights), rest, inside)
+            leaked = coordinates(basis, weights, rest)  # 0 along padding
+            leaked = reconstruct(basis, weights, leaked)
+            back = back + without(basis, used(basis, weights), rest, leaked)
             return back.astype(like.dtype)
 
         steps = _tree.map_positions(leaf, plain, steps, *basis.at(plain))

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import adamr
-from benchmarks import accelerator, boundary, scaling
+from benchmarks import accelerator, adapters, boundary, scaling
 from benchmarks._speed import rivals, timing
 
 
@@ -103,6 +103,20 @@ def test_a_boundary_of_a_small_model(tmp_path):
     assert (found["leaves"], found["distinct"]) == (14, 8)
     assert json.loads(out.read_text())["small"] == found
     assert all(value > 0 for value in found.values())
+
+
+def test_steps_on_the_adapters_of_a_small_model(tmp_path):
+    out = tmp_path / "adapters.json"
+    config = adapters.Config(layers=1, ranks=(4,), seconds=0.0, out=out)
+    found = adapters.main(config)
+    assert (found["leaves"], found["parameters"]) == (14, 81_408)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found))
+    (group,) = found["groups"]
+    assert {n: r["target"] for n, r in group["ratios"].items()} == {
+        "chain / adam": None,
+        "alias / adam": 2.5,
+    }
+    assert all(0 < r["median"] < 100 for r in group["ratios"].values())
 
 
 @pytest.mark.slow

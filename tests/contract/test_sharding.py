@@ -250,6 +250,23 @@ def test_what_a_step_sends_on_two_axes():
     ]
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_adapter_sends_its_coordinates(explicit):
+    """More directions than outputs: another order of the products, the same message."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((IN, RANK)))[0]
+    p = {"a": jnp.asarray(rng.standard_normal((IN, 2)), jnp.float32)}
+    tx = adamr.project_out(adamr.make_subspace(p, {"a": basis}, max_rank=RANK))
+    alone = tx.update(p, tx.init(p))[0]
+    mesh = mesh_of({"x": 2}, explicit)
+    with jax.set_mesh(mesh):
+        for where, expected in ((("x", None), reduced(RANK * 2)), ((None, "x"), [])):
+            here = place(p, mesh, *where)
+            assert sent(tx, here) == expected
+            state = jax.jit(tx.init, out_shardings=state_shardings(tx, here))(here)
+            assert_close(jax.jit(tx.update)(here, state)[0], alone)
+
+
 @pytest.mark.parametrize("where", [("x", None), (None, "x")])
 def test_what_directions_and_constraints_send(where):
     """Inner products of whole vectors: one number per direction or pair of tasks."""

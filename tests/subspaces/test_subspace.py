@@ -25,6 +25,8 @@ LAYOUTS = [
     ((6, 4, 5), "experts", Axes((2,), (0,)), (6, 5)),
     ((4, 2, 3, 5), "scanned/heads", Axes((1, 2), (0,)), (4, 6)),
     ((1, 5), "single", None, (1,)),
+    ((12, 2), "adapter", None, (12,)),  # more directions than outputs
+    ((3, 12, 2), "scan/adapter", None, (3, 12)),
 ]
 each_layout = pytest.mark.parametrize(
     ("shape", "path", "axes", "fan_in"), LAYOUTS, ids=[x[1] for x in LAYOUTS]
