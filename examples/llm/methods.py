@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
         end=functools.partial(task_ends.start_task, threshold=0.0),
     ),
     "lora_complement": Method(
-        "pairs merged; A from the new task's inputs outside old ones, projected; B free",
+        "pairs merged; A from new inputs outside old ones, projected; B free",
         _gpm_of_a,
         protects_general=True,
         start=task_ends.choose_a,
