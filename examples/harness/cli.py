@@ -24,37 +24,53 @@ from examples.streams.domains import DataError
 
 TUNING_TASKS = 3
 
-__all__ = ["TUNING_TASKS", "Options", "listed", "main", "settings"]
+__all__ = [
+    "TUNING_TASKS",
+    "Common",
+    "Options",
+    "candidates",
+    "chosen",
+    "listed",
+    "main",
+    "settings",
+    "terminable",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Common:
     """What every example asks. The steps of a task belong to the example, and so do
     `coefficient` and `coefficient_grid`, where methods have a coefficient.
     """
 
     method: str = "all"
     """Methods, by commas, or all."""
-    evaluations: int = 5
-    """Evaluations per task, on all tasks."""
     seeds: int = 1
-    """Runs per method, side by side in one program; seed 0, 1, ..."""
+    """Runs per method; seed 0, 1, ..."""
     learning_rate: float | None = None
     """For every method. Default: each method's own."""
     lr_grid: str | None = None
     """Learning rates by commas: each method takes its best on validation data of the
-    first three tasks, with a seed that no run uses."""
+    first tasks, with a seed that no run uses."""
     threshold: float = THRESHOLD
     """Energy share of a task's layer inputs that subspace methods protect."""
+    save_every: float = 30.0
+    """Seconds between checkpoints."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Where results, pictures and checkpoints go."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Common):
+    """What the examples of the shared loop ask."""
+
+    evaluations: int = 5
+    """Evaluations per task, on all tasks."""
     reference: Literal["single", "joint"] | None = None
     """Also trains a new network with plain Adam for every task, on it alone or on all
     tasks up to it, and reports intransigence: what learning in sequence has lost."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """A logger in addition to the JSON lines."""
-    save_every: float = 30.0
-    """Seconds between checkpoints."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
-    """Where results, pictures and checkpoints go."""
 
 
 class Candidates(NamedTuple):
@@ -68,7 +84,7 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def settings(config: Options) -> dict[str, Any]:
+def settings(config: Common) -> dict[str, Any]:
     """The options as `results.json` has them."""
     whole = dataclasses.asdict(config)
     return {k: str(v) if isinstance(v, Path) else v for k, v in whole.items()}
@@ -78,7 +94,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _names(config: Options, methods: dict[str, Method]) -> list[str]:
+def chosen(config: Common, methods: dict[str, Any]) -> list[str]:
     names = list(methods) if config.method == "all" else listed(config.method)
     known = ", ".join(methods)
     for name in names:
@@ -94,7 +110,7 @@ def _names(config: Options, methods: dict[str, Method]) -> list[str]:
     return names
 
 
-def _numbers(config: Options, name: str, grid: str, least: str) -> list[float] | None:
+def _numbers(config: Common, name: str, grid: str, least: str) -> list[float] | None:
     """The numbers of an option or of its grid; None if neither is given."""
     given = {_flag(key): getattr(config, key, None) for key in (name, grid)}
     given = {flag: value for flag, value in given.items() if value is not None}
@@ -114,17 +130,28 @@ def _numbers(config: Options, name: str, grid: str, least: str) -> list[float] |
     return None
 
 
-def candidates(config: Options, methods: dict[str, Method]) -> dict[str, Candidates]:
-    """Learning rates and coefficients of every method that runs, or of the reference.
+def candidates(
+    config: Common,
+    methods: dict[str, Any],
+    *,
+    also: Sequence[str] = (),
+    may_be_0: Sequence[str] = (),
+) -> dict[str, Candidates]:
+    """Learning rates and coefficients of every method that runs or is in `also`.
+
+    Whole numbers among the options are at least 1, those in `may_be_0` at least 0.
 
     Raises:
       UsageError: for an option that cannot be used.
     """
-    names = _names(config, methods)
+    names = chosen(config, methods)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int) and value < 1:
-            raise UsageError(f"{_flag(field.name)}: got {value}, expected at least 1.")
+        least = 0 if field.name in may_be_0 else 1
+        if isinstance(value, int) and value < least:
+            raise UsageError(
+                f"{_flag(field.name)}: got {value}, expected at least {least}."
+            )
     if not 0 <= config.threshold <= 1:
         raise UsageError(
             f"--threshold: got {config.threshold}, expected a share from 0 to 1."
@@ -135,17 +162,15 @@ def candidates(config: Options, methods: dict[str, Method]) -> dict[str, Candida
         )
     rates = _numbers(config, "learning_rate", "lr_grid", "a positive number")
     coefficients = _numbers(config, "coefficient", "coefficient_grid", "0")
-    if config.reference is not None and "adam" not in names:
-        names = [*names, "adam"]
 
-    def of(method: Method) -> Candidates:
+    def of(method: Any) -> Candidates:
         own = method.coefficient
         return Candidates(
             rates or [method.learning_rate],
             [0.0] if own is None else coefficients or [own.value],
         )
 
-    return {name: of(methods[name]) for name in names}
+    return {name: of(methods[name]) for name in dict.fromkeys([*names, *also])}
 
 
 def _total(config: Options, example: Example, methods: int, sweeps: int) -> int:
@@ -166,7 +191,7 @@ def _learn_all(
     rows: list[dict],
 ) -> None:
     """Every method; `rows` and `results.json` grow with each that ends."""
-    names, seeds = _names(config, example.methods), list(range(config.seeds))
+    names, seeds = chosen(config, example.methods), list(range(config.seeds))
     sweeps = [name for name, (r, k) in choices.items() if len(r) * len(k) > 1]
     folder, tuning, reference = config.out / "checkpoints", {}, None
     options = {"evaluations": config.evaluations, "every": config.save_every}
@@ -204,7 +229,7 @@ def _learn_all(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM raises `Stopped`, unless a run holds it back until it has saved."""
 
     def stop(number, frame):
@@ -244,8 +269,9 @@ def main(
     if not console.is_terminal:
         console.width = 120
     try:
-        with _terminable():
-            choices = candidates(config, methods)
+        with terminable():
+            also = [] if config.reference is None else ["adam"]
+            choices = candidates(config, methods, also=also)
             example = prepare(config, console)
             if example.steps % config.evaluations:
                 raise UsageError(

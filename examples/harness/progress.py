@@ -15,10 +15,11 @@ from examples.harness.report import finite
 
 Report = Callable[[loop.Position, loop.History], None]
 
-__all__ = ["Report", "watch"]
+__all__ = ["Report", "bar_on", "watch"]
 
 
-def _bar(console: Console) -> Progress:
+def bar_on(console: Console) -> Progress:
+    """A progress bar whose tasks have a field `state`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -60,7 +61,7 @@ def watch(
     """
     (out / "events").mkdir(parents=True, exist_ok=True)
     with (
-        _bar(console) as progress,
+        bar_on(console) as progress,
         HOOKS[logger](out) as log,
         contextlib.ExitStack() as opened,
     ):

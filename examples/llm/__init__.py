@@ -14,4 +14,15 @@ tokens.py       rows -> arrays of token ids, with the answer marked; batches
 scores.py       a metric per task, of generated answers
 sari.py         the metric of simplifications
 measures.py     numbers of a stream: losses, transfer, distance to the base, memory
+options.py      what the command line asks
+plans.py        options -> model, tasks as arrays, optimizer
+data.py         the tasks as arrays
+learner.py      what is trained and what is frozen; layer inputs
+methods.py      the methods by name
+task_ends.py    what they do between two tasks
+stream.py       the loop over tasks and steps
+runs.py         the loop with checkpoints; the choice of a learning rate
+answers.py      generated answers, scored
+report.py       numbers of a run, the table
+pictures.py     pictures of them
 """

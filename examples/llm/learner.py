@@ -1,0 +1,150 @@
+"""What is trained of a pretrained model, and the programs that all methods share."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adamr
+from adamr.subspaces import covariance
+from examples.llm import measures
+from examples.llm.models import (
+    Model,
+    Parts,
+    full_forward,
+    lora_forward,
+    split,
+    with_lora,
+)
+from examples.llm.tokens import Encoded, take
+
+__all__ = [
+    "Learner",
+    "full_learner",
+    "inputs_of",
+    "logits_on",
+    "lora_learner",
+    "mean_loss",
+]
+
+PORTION = 16  # rows that are scored or captured at once
+TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+
+class Learner(NamedTuple):
+    """A model as trained and frozen parameters.
+
+    Attributes:
+      forward: (trained, base, tokens) -> logits (batch, time, vocabulary).
+      trained: before the first task: the low-rank pairs, or all parameters.
+      base: what stays frozen while a task is learned; () where all parameters train.
+      scaling: by which the model multiplies A·B; None without pairs.
+      model, parts: whose module `forward` computes.
+    """
+
+    forward: Callable[[Any, Any, jax.Array], jax.Array]
+    trained: Any
+    base: Any
+    scaling: float | None
+    model: Model
+    parts: Parts
+
+    def on_base(self, trained: Any, tokens: jax.Array) -> jax.Array:
+        """`forward` on the pretrained base, as a function of what is trained."""
+        return self.forward(trained, self.base, tokens)
+
+    def module_trees(self, trained: Any, base: Any) -> tuple[Any, Any]:
+        """Pairs and kernels, as the generator of answers takes them."""
+        return (self.parts.lora, trained) if self.scaling is None else (trained, base)
+
+
+def lora_learner(model: Model, rank: int, alpha: float, seed: int = 0) -> Learner:
+    """Low-rank pairs beside every kernel of attention and MLP; the rest is frozen."""
+    model = with_lora(model, rank, alpha, seed)
+    parts = split(model.module)
+    forward = lora_forward(parts, model.dtype)
+    return Learner(forward, parts.lora, parts.base, alpha / rank, model, parts)
+
+
+def full_learner(model: Model) -> Learner:
+    """All parameters, in float32."""
+    parts = split(model.module)
+    whole = full_forward(parts, model.dtype)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), parts.base)
+
+    def forward(trained, base, tokens):
+        del base
+        return whole(trained, tokens)
+
+    return Learner(forward, trained, (), None, model, parts)
+
+
+@functools.partial(jax.jit, static_argnames="forward")
+def _loss(forward, trained, base, tokens, answer):
+    return measures.answer_loss(forward(trained, base, tokens), tokens, answer)
+
+
+@functools.partial(jax.jit, static_argnames="forward")
+def _logits(forward, trained, base, tokens):
+    return forward(trained, base, tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "normalize"))
+def _captured(forward, normalize, subspace, trained, base, tokens, mask):
+    def whole(trained, tokens):
+        return forward(trained, base, tokens)
+
+    return adamr.layer_inputs(
+        whole, trained, tokens, mask=mask, normalize=normalize, leaves=subspace
+    )
+
+
+def _portions(encoded: Encoded) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens, answers and lengths, always as many rows; those added count nothing."""
+    for first in range(0, len(encoded.tokens), PORTION):
+        rows = np.arange(first, min(first + PORTION, len(encoded.tokens)))
+        tokens, answer = take(encoded, rows)
+        more = (0, PORTION - len(rows))
+        yield (
+            np.pad(tokens, (more, (0, 0)), mode="edge"),
+            np.pad(answer, (more, (0, 0))),
+            np.pad(encoded.lengths[rows], more),
+        )
+
+
+def mean_loss(learner: Learner, trained: Any, base: Any, encoded: Encoded) -> float:
+    """Nats per answer token over all rows."""
+    total = count = 0.0
+    for tokens, answer, _ in _portions(encoded):
+        here = float(answer[:, 1:].sum())
+        loss = _loss(learner.forward, trained, base, tokens, answer)
+        total, count = total + here * float(loss), count + here
+    return total / count
+
+
+def logits_on(learner: Learner, trained: Any, base: Any, tokens: Any) -> jax.Array:
+    """Logits of a few rows."""
+    return _logits(learner.forward, trained, base, tokens)
+
+
+def inputs_of(
+    learner: Learner,
+    trained: Any,
+    base: Any,
+    encoded: Encoded,
+    subspace: adamr.Subspace,
+    *,
+    normalize: bool,
+) -> Any:
+    """What the protected leaves meet in these rows, without padding."""
+    total = None
+    for tokens, _, lengths in _portions(encoded):
+        mask = np.arange(tokens.shape[1]) < lengths[:, None]
+        found = _captured(
+            learner.forward, normalize, subspace, trained, base, tokens, mask
+        )
+        total = found if total is None else covariance.update_covariance(total, found)
+    return total

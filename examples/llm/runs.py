@@ -1,0 +1,142 @@
+"""Runs that survive a kill: of a method, and of what its learning rate is chosen from.
+
+Each continues from its last checkpoint and ends with the same bits as a run that was
+never stopped.
+"""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adamr import checkpoint
+from examples.harness.example import UsageError
+from examples.harness.resume import Stopped
+from examples.llm import measures, stream
+from examples.llm.stream import History, Plan, Position
+
+__all__ = ["TUNING_SEED", "TUNING_TASKS", "learn", "number_of", "total_steps", "tune"]
+
+TUNING_SEED = 1000  # of no reported run
+TUNING_TASKS = 2
+
+Report = Callable[[Position, History], None]
+
+
+def total_steps(tasks: int, steps: int) -> int:
+    """Of a whole run; the end of a task counts as a step."""
+    return tasks * (steps + 1)
+
+
+def number_of(position: Position, steps: int) -> int:
+    """The steps of `total_steps` that are done."""
+    return position.task * (steps + 1) + position.step
+
+
+def _position(number: int, steps: int) -> Position:
+    task, step = divmod(number - 1, steps + 1) if number else (0, -1)
+    return Position(task, step + 1)
+
+
+def learn(
+    folder: Path,
+    plan: Plan,
+    *,
+    rate: float,
+    coefficient: float,
+    seed: int,
+    identity: dict[str, Any],
+    every: float,
+    report: Report,
+) -> tuple[History, float]:
+    """`stream.learn` from its last checkpoint on.
+
+    Args:
+      folder: of the checkpoints of this run alone.
+      plan: method, model, tasks.
+      rate, coefficient, seed: of the run.
+      identity: what else it depends on; a checkpoint of another one is refused.
+      every: seconds between checkpoints.
+      report: called after every step.
+
+    Returns:
+      What was measured, and the wall time of all parts.
+
+    Raises:
+      UsageError: for a checkpoint of something else, or while another process learns.
+      Stopped: after SIGTERM.
+    """
+    began, steps = time.perf_counter(), plan.sizes.steps
+    config = {
+        **identity, "rate": rate, "coefficient": coefficient, "seed": seed,
+        **plan.setting._asdict(), **plan.sizes._asdict(),
+    }  # fmt: skip
+    end = total_steps(len(plan.stream.parts), steps)
+    with contextlib.ExitStack() as stack:
+        try:
+            saver = stack.enter_context(
+                checkpoint.Checkpoints(
+                    folder,
+                    config=config,
+                    keep=1,
+                    every=datetime.timedelta(seconds=every),
+                )  # fmt: skip
+            )
+            found = saver.restore(stream.start(plan, rate, coefficient))
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        resume, before = None, 0.0
+        if found is not None:
+            history, before = found.metrics["history"], found.metrics["seconds"]
+            resume = _position(found.step, steps), found.state, history
+            report(resume[0], history)
+            if found.step == end:
+                return history, before
+        history: History = {}
+        seconds = before
+        for position, run, history in stream.learn(
+            plan, rate=rate, coefficient=coefficient, seed=seed, resume=resume
+        ):
+            report(position, history)
+            seconds = before + time.perf_counter() - began
+            number = number_of(position, steps)
+            saver.save(
+                number, run, {"history": history, "seconds": seconds},
+                force=number == end,
+            )  # fmt: skip
+            if saver.stopping:
+                raise Stopped
+    return history, seconds
+
+
+def tune(
+    folder: Path,
+    plan: Plan,
+    rates: Sequence[float],
+    coefficient: float,
+    *,
+    report: Callable[[str], Report],
+    **options: Any,
+) -> dict[str, Any]:
+    """The final loss of every rate on the first tasks' validation rows, and the best.
+
+    Nothing of later tasks, no test row and no seed of a result is seen.
+    """
+    losses = []
+    for rate in rates:
+        history, _ = learn(
+            folder / f"rate-{rate:g}", plan, rate=rate, coefficient=coefficient,
+            seed=TUNING_SEED, report=report(f"rate {rate:g}"), **options,
+        )  # fmt: skip
+        numbers = measures.of_losses(np.array(history["loss_matrix"], float))
+        losses.append(numbers["final_loss"])
+    usable = np.where(np.isfinite(losses), losses, np.inf)
+    candidates = [
+        {"learning_rate": rate, "final_loss": loss}
+        for rate, loss in zip(rates, losses, strict=True)
+    ]
+    return {"candidates": candidates, "best": candidates[int(usable.argmin())]}

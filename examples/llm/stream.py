@@ -1,0 +1,264 @@
+"""One method learns one task after the other; what it knows is measured in between."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples.llm import measures
+from examples.llm.data import Part, Stream, spread_rows
+from examples.llm.learner import Learner, logits_on, mean_loss
+from examples.llm.methods import Method
+from examples.llm.task_ends import Run, Setting
+from examples.llm.tokens import Encoded, batch_rows, take
+
+__all__ = ["History", "Plan", "Position", "Sizes", "base_logits", "learn", "start"]
+
+KL_ROWS = 8  # general rows on which predictions are compared with the base model's
+Answer = Callable[[Any, Any, Part], dict[str, float]]
+
+
+class Position(NamedTuple):
+    """How far a run is: steps of a task that are done; its end counts as one more."""
+
+    task: int
+    step: int
+
+
+class Sizes(NamedTuple):
+    """How much is learned, and from how much.
+
+    Attributes:
+      steps: per task.
+      batch: rows a step.
+      general: rows of general text that are protected before the first task.
+      memory: rows of every finished task that replay keeps.
+    """
+
+    steps: int
+    batch: int
+    general: int
+    memory: int
+
+
+# What was measured so far, as JSON has it.
+History = dict[str, Any]
+
+
+def empty_history(tasks: int) -> History:
+    return {
+        "loss_matrix": [[None] * tasks for _ in range(tasks)],
+        "score_matrix": [[None] * tasks for _ in range(tasks)],
+        "scores": [],
+        "general": [],
+        "kl": None,
+        "train_loss": [[] for _ in range(tasks)],
+        "step_seconds": [],
+        "boundary_seconds": [],
+    }
+
+
+class Plan(NamedTuple):
+    """All that runs of one method have in common.
+
+    Attributes:
+      learner: the pretrained model.
+      method: from `methods`, for what the learner trains.
+      setting: of protection.
+      sizes: of steps, batches and memories.
+      stream: the tasks.
+      probe: from `base_logits`.
+      answer: (trained, base, part) -> scores of generated answers, the metric first.
+      build: (learning rate, coefficient) -> optimizer. One function for all runs of a
+        method, so that its step is compiled once.
+    """
+
+    learner: Learner
+    method: Method
+    setting: Setting
+    sizes: Sizes
+    stream: Stream
+    probe: tuple[Any, ...]
+    answer: Answer
+    build: Callable[[Any, Any], optax.GradientTransformation]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("forward", "penalty", "build"),
+    donate_argnames=("trained", "opt_state"),
+)
+def _step(
+    forward, penalty, build, rate, coefficient, trained, base, opt_state, batch, memory
+):
+    def loss_on(rows, trained):
+        return measures.answer_loss(forward(trained, base, rows[0]), *rows)
+
+    def objective(trained):
+        loss = loss_on(batch, trained)
+        if penalty is None:
+            return loss, loss
+        return loss + coefficient * penalty(trained, opt_state), loss
+
+    (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+    extra = {}
+    if memory is not None:
+        replayed = jax.grad(functools.partial(loss_on, memory))(trained)
+        # No answer counts before the first task is finished: the mean is 0/0.
+        extra["memory_gradient"] = jax.tree.map(
+            lambda g: jnp.where(jnp.any(memory[1]), g, 0.0), replayed
+        )
+    tx = build(rate, coefficient)
+    updates, opt_state = tx.update(gradient, opt_state, trained, **extra)
+    return optax.apply_updates(trained, updates), opt_state, loss
+
+
+def start(plan: Plan, rate: float, coefficient: float) -> Run:
+    """The pretrained model and a fresh optimizer; fresh buffers, which steps donate."""
+    trained = jax.tree.map(jnp.copy, plan.learner.trained)
+    return Run(trained, plan.learner.base, plan.build(rate, coefficient).init(trained))
+
+
+def base_logits(learner: Learner, general: Encoded) -> tuple[Any, ...]:
+    """Tokens and answers of a few rows, and the logits of the pretrained model."""
+    tokens, answer = take(general, np.arange(min(KL_ROWS, len(general.tokens))))
+    found = logits_on(learner, learner.trained, learner.base, tokens)
+    return tokens, answer, np.asarray(found)
+
+
+def _kl(learner: Learner, run: Run, probe: tuple[Any, ...]) -> float:
+    tokens, answer, before = probe
+    after = logits_on(learner, run.trained, run.base, tokens)
+    return float(measures.kl_to_base(before, after, answer))
+
+
+def _replayed(
+    plan: Plan, task: int, step: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows drawn from the memories of all finished tasks alike.
+
+    Before there is one, rows of which nothing counts.
+    """
+    rng = np.random.default_rng([seed, task, step, 1])
+    old = [spread_rows(p.train, plan.sizes.memory) for p in plan.stream.parts[:task]]
+    count = plan.sizes.batch
+    if not old:
+        tokens, answer = take(plan.stream.parts[0].train, np.arange(1).repeat(count))
+        return tokens, np.zeros_like(answer)
+    drawn = [old[i] for i in rng.integers(len(old), size=count)]
+    rows = [(memory, rng.integers(len(memory.tokens))) for memory in drawn]
+    tokens = np.stack([memory.tokens[i] for memory, i in rows])
+    return tokens, np.stack([memory.answer[i] for memory, i in rows])
+
+
+def _measure(plan: Plan, run: Run, task: int, history: History) -> None:
+    """Losses and scores of all tasks so far, and of general text."""
+    at = run.trained, run.base
+    for j, part in enumerate(plan.stream.parts[: task + 1]):
+        history["loss_matrix"][task][j] = mean_loss(plan.learner, *at, part.test)
+        if part.prompts:
+            scores = plan.answer(*at, part)
+            history["scores"].append({"after": task, "task": j, **scores})
+            history["score_matrix"][task][j] = next(iter(scores.values()))
+    general = plan.stream.general.test
+    history["general"].append(mean_loss(plan.learner, *at, general))
+
+
+def _between(
+    plan: Plan,
+    function: Callable[..., Run],
+    run: Run,
+    part: Part,
+    key: jax.Array,
+    history: History,
+    count: int | None = None,
+) -> Run:
+    """What a method does between two tasks, with some rows of one, timed."""
+    began = time.perf_counter()
+    rows = spread_rows(part.train, plan.setting.captured if count is None else count)
+    run = function(plan.learner, plan.setting, run, rows, key)
+    jax.block_until_ready(run.trained)
+    history["boundary_seconds"].append(time.perf_counter() - began)
+    return run
+
+
+def _begin(plan: Plan, run: Run, key: jax.Array) -> tuple[Run, History]:
+    """Measures general text and protects it, where the method can."""
+    history = empty_history(len(plan.stream.parts))
+    general, count = plan.stream.general, plan.sizes.general
+    loss = mean_loss(plan.learner, run.trained, run.base, general.test)
+    history["general"].append(loss)
+    if plan.method.protects_general and count:
+        end = plan.method.end
+        run = _between(plan, end, run, general, key, history, count)
+    return run, history
+
+
+def _trained_step(
+    plan: Plan, run: Run, numbers: tuple[float, float], task: int, step: int, seed: int
+) -> tuple[Run, float]:
+    part, sizes = plan.stream.parts[task], plan.sizes
+    rows = batch_rows(task, seed, step, sizes.batch, len(part.train.tokens))
+    memory = _replayed(plan, task, step, seed) if plan.method.replays else None
+    trained, state, loss = _step(
+        plan.learner.forward, plan.method.penalty, plan.build, *numbers,
+        run.trained, run.base, run.opt_state, take(part.train, rows), memory,
+    )  # fmt: skip
+    return Run(trained, run.base, state), float(loss)
+
+
+def learn(
+    plan: Plan,
+    *,
+    rate: float,
+    coefficient: float,
+    seed: int,
+    resume: tuple[Position, Run, History] | None = None,
+) -> Iterator[tuple[Position, Run, History]]:
+    """Learns the tasks and yields after every step and at the end of every task.
+
+    Args:
+      plan: method, model, tasks.
+      rate: learning rate.
+      coefficient: ignored by a method without one.
+      seed: of the order of rows and of what is drawn at boundaries.
+      resume: what was yielded before an interruption; what follows has the same bits.
+
+    Yields:
+      `Position`, `Run`, history. The first is before the first step, general text
+      protected.
+    """
+    method, steps, key = plan.method, plan.sizes.steps, jax.random.key(seed)
+    if resume is None:
+        run = start(plan, rate, coefficient)
+        run, history = _begin(plan, run, jax.random.fold_in(key, 0))
+        done = Position(0, 0)
+        yield done, run, history
+    else:
+        done, run, history = resume
+    for task, part in enumerate(plan.stream.parts):
+        if (task, steps + 1) <= done:
+            continue
+        if done <= (task, 0) and method.start is not None:
+            draw = jax.random.fold_in(key, 2 * task + 1)
+            run = _between(plan, method.start, run, part, draw, history)
+        for step in range(steps):
+            if (task, step) < done:
+                continue
+            began = time.perf_counter()
+            run, loss = _trained_step(plan, run, (rate, coefficient), task, step, seed)
+            history["train_loss"][task].append(loss)
+            history["step_seconds"].append(time.perf_counter() - began)
+            yield Position(task, step + 1), run, history
+        _measure(plan, run, task, history)
+        if task + 1 == len(plan.stream.parts):
+            history["kl"] = _kl(plan.learner, run, plan.probe)
+        elif method.end is not None:
+            draw = jax.random.fold_in(key, 2 * task + 2)
+            run = _between(plan, method.end, run, part, draw, history)
+        yield Position(task, steps + 1), run, history

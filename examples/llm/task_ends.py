@@ -1,0 +1,170 @@
+"""What methods do between two tasks.
+
+    (learner, setting, run, rows, key) -> run
+
+`rows` are some of the finished task's training rows, or general text before the first
+task, or rows of the new task where a function starts it. All of them run eagerly,
+between two steps.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import adamr
+from adamr import lora
+from examples.llm.learner import TOKENS, Learner, inputs_of
+from examples.llm.tokens import Encoded, take
+
+__all__ = [
+    "Run",
+    "Setting",
+    "choose_a",
+    "consolidate",
+    "consolidate_si",
+    "decompose",
+    "grow",
+    "grow_and_consolidate_si",
+    "start_block",
+    "start_task",
+]
+
+FISHER_ROWS = 32  # rows from which a Fisher information is estimated
+KEEP = 0.5  # share of a kernel's singular directions that OSFT protects
+
+
+class Run(NamedTuple):
+    """What changes while a stream is learned: parameters and optimizer state."""
+
+    trained: Any
+    base: Any
+    opt_state: Any
+
+
+class Setting(NamedTuple):
+    """What the command line says about protection.
+
+    Attributes:
+      threshold: share of the energy of a task's layer inputs that is protected.
+      capacity: most directions per kernel; None: the fan-in.
+      normalize: whether every input counts alike, whatever its length.
+      captured: rows of a task whose inputs are looked at.
+      rank: of a low-rank pair; of one block where finished pairs stay.
+    """
+
+    threshold: float
+    capacity: int | None
+    normalize: bool
+    captured: int
+    rank: int
+
+
+def _inputs(learner: Learner, setting: Setting, run: Run, rows: Encoded) -> Any:
+    return inputs_of(
+        learner,
+        run.trained,
+        run.base,
+        rows,
+        adamr.get_subspace(run.opt_state),
+        normalize=setting.normalize,
+    )
+
+
+def start_task(learner, setting, run, rows, key, *, threshold=None):
+    """Pairs are merged, their inputs protected, new pairs drawn outside of those."""
+    threshold = setting.threshold if threshold is None else threshold
+    inputs = _inputs(learner, setting, run, rows)
+    return Run(
+        *_swapped(
+            lora.start_task(
+                run.base,
+                run.trained,
+                run.opt_state,
+                inputs,
+                key,
+                scaling=learner.scaling,
+                threshold=threshold,
+            )  # fmt: skip
+        )
+    )
+
+
+def _swapped(ended):
+    base, pairs, opt_state = ended
+    return pairs, base, opt_state
+
+
+def choose_a(learner, setting, run, rows, key):
+    """A from the new task's inputs outside of those of old tasks."""
+    del key
+    inputs = _inputs(learner, setting, run, rows)
+    return run._replace(trained=lora.inflora(run.trained, run.opt_state, inputs))
+
+
+def start_block(learner, setting, run, rows, key):
+    """The next block of the pairs; nothing is protected except by O-LoRA's penalty."""
+    del learner, setting, rows
+    return run._replace(
+        **dict(
+            zip(
+                ("trained", "opt_state"),
+                lora.start_block(run.trained, run.opt_state, None, key),
+                strict=True,
+            )
+        )
+    )
+
+
+def grow(learner, setting, run, rows, key):
+    """The inputs of the finished task are protected."""
+    del key
+    inputs = _inputs(learner, setting, run, rows)
+    state = adamr.protect_inputs(run.opt_state, inputs, threshold=setting.threshold)
+    return run._replace(opt_state=state)
+
+
+def decompose(learner, setting, run, rows, key):
+    """The top singular directions of the weights as they are now are protected."""
+    del setting, rows, key
+    sides = kernel_sides(learner, run.trained)
+    return run._replace(opt_state=adamr.set_subspace(run.opt_state, sides))
+
+
+def kernel_sides(learner: Learner, params: Any) -> tuple[adamr.Subspace, ...]:
+    """OSFT's protected directions of every kernel: on its fan-in, on its outputs."""
+    axes = adamr.contracted_axes(learner.on_base, params, TOKENS)
+    return adamr.weight_subspaces(params, axes, keep=KEEP)
+
+
+def consolidate(learner, setting, run, rows, key):
+    """A sampled Fisher information of the answers."""
+    del setting
+    tokens, answer = take(rows, slice(FISHER_ROWS))
+    fisher = _fisher(learner.forward, run.trained, run.base, tokens, answer, key)
+    state = adamr.consolidate(run.opt_state, run.trained, fisher)
+    return run._replace(opt_state=state)
+
+
+@functools.partial(jax.jit, static_argnames="forward")
+def _fisher(forward, trained, base, tokens, answer, key):
+    def logits(trained, row):
+        tokens, answer = row
+        found = forward(trained, base, tokens[None])[0, :-1]
+        # A constant in place of logits that the loss does not see has no gradient.
+        return jnp.where(answer[1:, None], found, 0.0)
+
+    return adamr.fisher_information(
+        logits, trained, (tokens, answer), kind="sampled", key=key, chunk_size=2
+    )
+
+
+def consolidate_si(learner, setting, run, rows, key):
+    del learner, setting, rows, key
+    return run._replace(opt_state=adamr.consolidate_si(run.opt_state, run.trained))
+
+
+def grow_and_consolidate_si(learner, setting, run, rows, key):
+    run = grow(learner, setting, run, rows, key)
+    return consolidate_si(learner, setting, run, rows, key)

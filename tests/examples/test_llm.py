@@ -1,0 +1,216 @@
+"""The command: tiny models learn real formats, resume, and refuse what cannot be used.
+
+Needs the extra `llm`, which CI's environment does not have.
+"""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("tunix")
+pytest.importorskip("qwix")
+
+from examples.harness.resume import Stopped  # noqa: E402
+from examples.llm import __main__ as command  # noqa: E402
+from examples.llm import plans, runs  # noqa: E402
+from examples.llm.methods import METHODS  # noqa: E402
+from examples.llm.options import Config  # noqa: E402
+from examples.llm.tiny import write_tiny  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+
+SMALL = {
+    "steps": 2,
+    "batch": 2,
+    "context": 40,
+    "scored": 4,
+    "captured": 4,
+    "general": 4,
+    "memory": 2,
+    "generated": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def rows(word: str, count: int) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"{word} {i}?\n", "answer": f"{word[::-1]} {i % 3}"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two tasks and general text in TRACE's layout."""
+    folder = tmp_path_factory.mktemp("data")
+    for word in ("upper", "lower", "General"):
+        (folder / word).mkdir()
+        for part in ("train", "eval", "test"):
+            content = json.dumps(rows(word, 12))
+            (folder / word / f"{part}.json").write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("model"))
+
+
+def flags(**options) -> list[str]:
+    return [
+        part
+        for name, value in {**SMALL, **options}.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def run(data, model, out, **options) -> int:
+    where = {"data": data, "model": model, "out": out}
+    return command.main(flags(**where, **options))
+
+
+def planned(data, model, method="adam", **options):
+    config = Config(data=data, model=model, **{**SMALL, **options})
+    loaded = plans.load_all(config, lambda _: None)
+    return loaded, config, plans.planner(loaded, config)(method)
+
+
+def test_results_tell_what_was_learned_and_forgotten(data, model, tmp_path, capsys):
+    names = "adam,lora_complement"
+    assert run(data, model, tmp_path, method=names, generated=2, new_tokens=3) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in found["methods"]] == names.split(",")
+    for row in found["methods"]:
+        losses = np.array(row["loss_matrix"], float)
+        assert row["final_loss"] == pytest.approx(losses[1].mean())
+        assert row["learned_loss"] == pytest.approx(losses.diagonal().mean())
+        assert row["forgetting"] == pytest.approx(losses[1, 0] - losses[0, 0])
+        assert len(row["general"]) == 3
+        assert row["general_after"] == row["general"][-1]
+        assert row["kl"] >= 0
+        assert set(row["metrics"]) == {"OP", "BWT", "BWT/T", "forgetting"}
+        assert [len(x) for x in row["train_loss"]] == [2, 2]
+    adam, protected = found["methods"]
+    # General text was protected first, and both began from the same model.
+    assert adam["general"][0] == protected["general"][0]
+    moved = [abs(r["general_after"] - r["general"][0]) for r in (adam, protected)]
+    assert moved[1] < moved[0] / 5
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "balance.png").stat().st_size > 10_000
+    assert "lora_complement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora_complement", "er"])
+def test_a_stopped_run_ends_with_the_same_bits(data, model, tmp_path, method):
+    loaded, config, plan = planned(data, model, method)
+    options = {
+        "rate": 1e-2,
+        "coefficient": 0.5,
+        "seed": 3,
+        "identity": plans.identity(loaded, config, method),
+        "every": 1e-5,  # after each step
+    }
+
+    def learned(folder, stop_after=None):
+        seen = []
+
+        def report(position, history):
+            seen.append(position)
+            if len(seen) == stop_after:
+                raise Stopped
+
+        return runs.learn(tmp_path / folder, plan, report=report, **options)[0]
+
+    whole = learned("whole")
+    for steps in (4, 2):  # within the second task, then at its end
+        with pytest.raises(Stopped):
+            learned("parts", stop_after=steps)
+    parts = learned("parts")
+    for measured in ("loss_matrix", "general", "kl", "train_loss"):
+        assert parts[measured] == whole[measured]
+
+
+def test_a_checkpoint_of_other_data_is_refused(data, model, tmp_path, capsys):
+    assert run(data, model, tmp_path, method="adam", tasks="upper") == 0
+    assert run(data, model, tmp_path, method="adam", tasks="lower") == 2
+    assert "tasks" in capsys.readouterr().err
+
+
+def test_the_rate_is_chosen_on_validation_rows(data, model, tmp_path):
+    assert run(data, model, tmp_path, method="adam", lr_grid="1e-9,3e-2") == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    tuned = found["tuning"]["adam"]
+    assert [c["learning_rate"] for c in tuned["candidates"]] == [1e-9, 3e-2]
+    best = min(tuned["candidates"], key=lambda c: c["final_loss"])
+    assert tuned["best"] == best
+    assert found["methods"][0]["learning_rate"] == best["learning_rate"]
+
+
+def test_replay_before_a_task_is_finished_changes_nothing(data, model):
+    _, _, plain = planned(data, model, "adam")
+    _, _, replay = planned(data, model, "er")
+    losses = []
+    for plan in (plain, replay):
+        steps = runs.stream.learn(plan, rate=1e-2, coefficient=0.5, seed=0)
+        losses.append([next(steps)[2]["train_loss"][0] for _ in range(3)][-1])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(data, model, tmp_path, method):
+    assert run(data, model, tmp_path, method=method) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert np.isfinite(row["final_loss"])
+
+
+BAD = {
+    "no_such_task": ({"tasks": "upper,sideways"}, "sideways"),
+    "general": ({"tasks": "General"}, "never trained on"),
+    "no_such_method": ({"method": "adamw"}, "lora_complement"),
+    "no_steps": ({"steps": 0}, "--steps"),
+    "negative": ({"general": -1}, "--general"),
+    "beyond_the_model": ({"context": 1000}, "256"),
+    "nothing_left": ({"context": 3}, "nothing of the answers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_told(data, model, tmp_path, capsys, case):
+    options, told = BAD[case]
+    assert run(data, model, tmp_path, **{"method": "adam", **options}) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_rows_that_were_cut_are_counted(data, model, tmp_path, capsys):
+    # A prompt has 8 or 9 tokens of one byte; its answer begins within 12.
+    assert run(data, model, tmp_path, method="adam", tasks="upper", context=12) == 0
+    assert "12 rows were shortened" in capsys.readouterr().out
+
+
+def test_a_broken_task_is_named(data, model, tmp_path, capsys):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    (broken / "lower" / "test.json").unlink()
+    assert run(broken, model, tmp_path / "out") == 2
+    assert "test.json" in capsys.readouterr().err
+    content = rows("lower", 3)
+    content[1]["answer"] = " "
+    (broken / "lower" / "test.json").write_text(json.dumps(content))
+    assert run(broken, model, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "row 1" in error and "empty" in error
+
+
+def test_a_tokenizer_of_another_model_is_refused(data, tmp_path, capsys):
+    small = write_tiny(tmp_path / "small", vocab_size=100)
+    assert run(data, small, tmp_path / "out") == 2
+    assert "tokenizer" in capsys.readouterr().err
