@@ -76,6 +76,37 @@ def test_keeplora_in_pefts_order():
     )
 
 
+@pytest.mark.parametrize("kind", ["rows", "gram"])
+def test_wide_layers_start_from_nearly_all_of_the_energy_that_eigh_finds(kind):
+    n, r = 300, 4
+    lora = {"w_lora_a": jnp.ones((n, r)), "w_lora_b": jnp.zeros((r, 2))}
+    spread = 0.9 ** jnp.arange(n)[None]
+    old, new = (normal(seed, 400, n) * spread for seed in (41, 42))
+    subspace = adamr.empty_subspace(lora, unprotected=["lora_b"])
+    state = adamr.project_out(subspace).init(lora)
+    state = adamr.protect_inputs(state, {"w_lora_a": old, "w_lora_b": None})
+    inputs = adamr.layer_inputs(lambda p, x: x @ p["w_lora_a"], lora, new, kind=kind)
+    a = np.asarray(room_of.inflora(lora, state, inputs)["w_lora_a"], np.float64)
+    basis = np.asarray(adamr.get_subspace(state).bases[0][:, 0], np.float64)
+    basis = basis[:, np.any(basis, axis=0)]
+    expected = twin.inflora(basis, np.asarray(new, np.float64), r, "paper")
+    energy = [np.sum(np.square(new @ x)) for x in (a, expected)]
+    assert energy[0] > 0.999 * energy[1]
+    np.testing.assert_allclose(a.T @ a, np.eye(r) / 3, atol=1e-5)
+    assert np.max(np.abs(basis.T @ a)) < 1e-6
+
+
+def test_a_wide_layer_without_room_starts_at_zero():
+    lora = {"w_lora_a": jnp.ones((300, 2)), "w_lora_b": jnp.zeros((2, 2))}
+    bases = {"w_lora_a": jnp.eye(300)[:, :299], "w_lora_b": None}
+    subspace = adamr.make_subspace(lora, bases)
+    state = adamr.project_out(subspace).init(lora)
+    inputs = {"w_lora_a": normal(43, 20, 300), "w_lora_b": None}
+    a = np.asarray(room_of.inflora(lora, state, inputs)["w_lora_a"])
+    np.testing.assert_allclose(np.abs(a[:, 0]), np.eye(300)[299] / 3**0.5, atol=1e-5)
+    assert not np.any(a[:, 1])
+
+
 @pytest.mark.smoke
 def test_inflora_trains_b_alone_and_keeps_old_responses():
     forward, base, lora, x, tx, state = protecting("dense")
