@@ -79,7 +79,7 @@ def balance(groups: dict[str, list[dict]]) -> Figure:
                 [
                     row["forgetting"]
                     if what == "forgetting"
-                    else row["general_after"] - row["general_before"]
+                    else row["general_loss_after"] - row["general_loss_before"]
                     for row in own
                 ]
             )

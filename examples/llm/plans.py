@@ -26,6 +26,8 @@ from examples.llm.tokens import Encoder, encoder_for, read_tokenizer
 __all__ = ["Loaded", "identity", "load_all", "planner"]
 
 TEXT_CONTEXT, ROWS_CONTEXT = 64, 96
+# The first token of a text has activations so large that in some layers they alone
+# would reach the threshold. Scaled to one length, all inputs count alike.
 NORMALIZE = True
 ALPHA = 2.0  # α / rank of a pair
 Say = Callable[[str], None]

@@ -22,7 +22,7 @@ DEFINITIONS = {
     "forgetting": "mean over j < T-1 of L[T-1][j] - min of L[i][j] over i < T-1",
     "general": "loss on general text before the first task and after each; the method "
     "never learns it",
-    "general_before, general_after": "the first and the last of these",
+    "general_loss_before, general_loss_after": "the first and the last of these",
     "kl": "KL(base model || model at the end) on general text, nats per token",
     "score_matrix": "R[i][j]: the metric of task j on generated answers after task i",
     "OP": "mean over j of R[T-1][j]",
@@ -58,8 +58,8 @@ def row(
         **_named(method.coefficient, coefficient),
         **{"forgetting": 0.0, **measures.of_losses(losses)},
         **({"metrics": measures.of_scores(scores)} if answered else {}),
-        "general_before": history["general"][0],
-        "general_after": history["general"][-1],
+        "general_loss_before": history["general"][0],
+        "general_loss_after": history["general"][-1],
         "seconds": seconds,
         "seconds_per_step": float(np.median(steps)) if steps else None,
         "peak_memory": measures.peak_memory(),
@@ -116,7 +116,7 @@ def table(rows: list[dict]) -> Table:
         "final": lambda r: r["final_loss"],
         "learned": lambda r: r["learned_loss"],
         "forgetting": lambda r: r["forgetting"],
-        "general": lambda r: r["general_after"],
+        "general": lambda r: r["general_loss_after"],
         "KL": lambda r: r["kl"],
     }
     if all("metrics" in r for r in rows):
@@ -133,7 +133,7 @@ def table(rows: list[dict]) -> Table:
         own = groups[name]
         cells = [_cell(own, of) for of in columns.values()]
         at = list(columns).index("general")
-        cells[at] = f"{own[0]['general_before']:.3f} -> {cells[at]}"
+        cells[at] = f"{own[0]['general_loss_before']:.3f} -> {cells[at]}"
         made.add_row(
             name,
             f"{own[0]['learning_rate']:g}",

@@ -94,14 +94,14 @@ def test_results_tell_what_was_learned_and_forgotten(data, model, tmp_path, caps
         assert row["learned_loss"] == pytest.approx(losses.diagonal().mean())
         assert row["forgetting"] == pytest.approx(losses[1, 0] - losses[0, 0])
         assert len(row["general"]) == 3
-        assert row["general_after"] == row["general"][-1]
+        assert row["general_loss_after"] == row["general"][-1]
         assert row["kl"] >= 0
         assert set(row["metrics"]) == {"OP", "BWT", "BWT/T", "forgetting"}
         assert [len(x) for x in row["train_loss"]] == [2, 2]
     adam, protected = found["methods"]
     # General text was protected first, and both began from the same model.
     assert adam["general"][0] == protected["general"][0]
-    moved = [abs(r["general_after"] - r["general"][0]) for r in (adam, protected)]
+    moved = [abs(r["general_loss_after"] - r["general"][0]) for r in (adam, protected)]
     assert moved[1] < moved[0] / 5
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "balance.png").stat().st_size > 10_000
