@@ -18,6 +18,8 @@ __all__ = ["Evidence", "Grow", "grow_together"]
 
 Grow = Callable[..., tuple[jax.Array, jax.Array]]
 
+MOST_BYTES = 2**30  # of float64 bases and evidence that are stacked at a time
+
 
 class Evidence(NamedTuple):
     """What one leaf is grown by.
@@ -84,6 +86,15 @@ def _grow_kind(
     return [basis for basis, _ in stored] + [weight for _, weight in stored]
 
 
+def _portions(groups: list[list[Evidence]]) -> list[list[list[Evidence]]]:
+    """Groups of one kind in equal parts (the last may be smaller) of bounded memory."""
+    first = groups[0]
+    size = 8 * (3 * len(first) * first[0].basis.size + first[0].array.size)
+    parts = -(-len(groups) * size // MOST_BYTES)
+    count = -(-len(groups) // min(parts, len(groups)))
+    return [groups[i : i + count] for i in range(0, len(groups), count)]
+
+
 def grow_together(
     evidence: Sequence[Evidence], **options: Any
 ) -> dict[int, tuple[jax.Array, jax.Array]]:
@@ -103,7 +114,8 @@ def grow_together(
         kind = (len(group), first.grow, *map(_described, arrays))
         kinds.setdefault(kind, []).append(group)
     grown = {}
-    for (sharing, grow, *_), groups in kinds.items():
+    portions = [(kind, some) for kind, all in kinds.items() for some in _portions(all)]
+    for (sharing, grow, *_), groups in portions:
         leaves = [each for group in groups for each in group]
         rounding = float(jnp.finfo(leaves[0].basis.dtype).eps) ** 2
         found = on_host(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import adamr
-from adamr.subspaces import columns
+from adamr.subspaces import columns, together
 
 SIZES = {"q": (12, 8), "k": (12, 4), "v": (12, 4), "out": (8, 12), "odd": (12, 3)}
 
@@ -53,6 +53,26 @@ def test_growing_together_equals_growing_apart(jitted):
     for a, b in zip(together.bases, apart.bases, strict=True):
         projectors = [np.asarray(x)[:, 0] @ np.asarray(x)[:, 0].T for x in (a, b)]
         np.testing.assert_allclose(*projectors, atol=1e-3 if jitted else 1e-6)
+
+
+def test_many_leaves_grow_in_portions_of_bounded_memory(monkeypatch):
+    params = {name: jnp.zeros((12, 3)) for name in "abcde"}
+    samples = {name: rows(seed, 12) for seed, name in enumerate(params)}
+    empty = adamr.empty_subspace(params, max_rank=6)
+    whole = adamr.grow_subspace(empty, samples, threshold=0.9)
+    stacked = []
+
+    def counted(function, *arrays, **options):
+        stacked.append(sum(x.shape == (20, 12) for x in arrays))
+        return columns.on_host(function, *arrays, **options)
+
+    monkeypatch.setattr(together, "on_host", counted)
+    # Of one leaf: three bases of 12 x 6 and 20 rows of 12, in float64.
+    monkeypatch.setattr(together, "MOST_BYTES", 2 * 8 * (3 * 72 + 240))
+    parts = adamr.grow_subspace(empty, samples, threshold=0.9)
+    assert stacked == [2, 2, 1]
+    for x, y in zip(whole.bases, parts.bases, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_leaves_with_other_bases_do_not_share():
