@@ -161,6 +161,13 @@ def inflora(
     threshold that rises from task to task) and merges; train with
     `train_b(adamr(rate, project_out(subspace)))`.
 
+    Without `train_b`, A trains as well and its gradient is projected. Old responses stay
+    in place, and a task is learned faster than from the random A of `start_task`, of
+    which little meets the new inputs: it is what `python -m examples.llm` recommends.
+
+    Of a fan-in above 256 the vectors come from a block iteration and hold nearly all of
+    the energy that the leading eigenvectors do.
+
     Args:
       lora: the A's and B's, float32; what they hold is lost: merge before.
       opt_state: with the `Subspace` of the A's.

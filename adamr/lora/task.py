@@ -161,6 +161,9 @@ def start_task(
     with `subspace = empty_subspace(lora, axes=lora.axes(forward, lora, x))`. There v is
     shared along A's fan-in, and B gets plain Adam.
 
+    A₀ is random, and where much is protected, little of it meets the new task's inputs.
+    `lora.inflora(lora, opt_state, inputs of the new task)` then draws A from those.
+
     To protect text that the pretrained model should keep, make the same call before the
     first task, with that text's inputs: B = 0, so the merge changes nothing.
 
