@@ -161,9 +161,9 @@ def inflora(
     threshold that rises from task to task) and merges; train with
     `train_b(adamr(rate, project_out(subspace)))`.
 
-    Without `train_b`, A trains as well and its gradient is projected. Old responses stay
-    in place, and a task is learned faster than from the random A of `start_task`, of
-    which little meets the new inputs: it is what `python -m examples.llm` recommends.
+    Without `train_b`, A trains as well and its gradient is projected. Old responses
+    stay in place, and a task is learned faster than from the random A of `start_task`,
+    little of which meets the new inputs; `python -m examples.llm` recommends it.
 
     Of a fan-in above 256 the vectors come from a block iteration and hold nearly all of
     the energy that the leading eigenvectors do.
