@@ -1,5 +1,6 @@
 """The lines of docs/pretrained.md run, and keep what they promise to keep."""
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
+RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 N, R, SCALING = 24, 2, 2.0
 
 
@@ -78,3 +80,22 @@ def test_old_answers_stay_and_every_task_is_learned():
     at_the_end = [loss(pairs, base, task.batches[0]) for task in tasks]
     np.testing.assert_allclose(at_the_end, learned, rtol=1e-3)
     assert all(x < 0.8 * y for x, y in zip(learned, untrained, strict=True))
+
+
+def test_the_tables_say_what_was_measured():
+    found = json.loads((RESULTS / "llm_instruct.json").read_text())
+    lines = PAGE.read_text().splitlines()
+    labels = {"adam": "Adam on the pairs", "lora_complement": "the lines above"}
+    for row in found["methods"]:
+        whole, each = (x for x in lines if x.startswith(f"| {labels[row['method']]} |"))
+        assert whole.split(" | ")[1:] == [
+            f"{row['learned_loss']:.3f}",
+            f"{row['final_loss']:.3f}",
+            f"{row['forgetting']:.3f}",
+            f"{row['general_loss_before']:.3f} → {row['general_loss_after']:.3f}",
+            f"{row['kl']:.3f} |",
+        ]
+        losses = row["loss_matrix"]
+        told = [f"{own[i]:.3f} → {losses[-1][i]:.3f}" for i, own in enumerate(losses)]
+        assert each.removesuffix(" |").split(" | ")[1:] == told
+    assert found["command"] in PAGE.read_text()
