@@ -1,4 +1,4 @@
-"""Memory of parameters and optimizer state at 1B, 8B and 70B parameters.
+"""Memory of parameters and optimizer state at 1B, 8B and 70B, and of fine-tuning.
 
     python -m benchmarks.memory [--write]
 
@@ -22,6 +22,8 @@ import tyro
 import adamr
 from benchmarks._pages.tables import table, written
 from benchmarks._speed import models, timing
+from benchmarks._speed.finetuning import boundary, finetuning
+from examples.harness import meshes
 from examples.pod import placement
 
 PAGE = Path("docs/scaling.md")
@@ -152,16 +154,16 @@ def compiled(name: str, size: str) -> Any:
     """Memory analysis of one update per device, parameters and state donated."""
     params = models.shapes(models.SIZES[size])
     devices = jax.devices()[: math.prod(map(int, re.findall(r"\d+", MESHES[size])))]
-    mesh = placement.parse_mesh(MESHES[size], devices)
+    mesh = meshes.parse_mesh(MESHES[size], devices)
     specs = placement.param_specs(params)
     placement.check_fit(params, specs, mesh)
-    params = placement.structs(params, placement.shardings(mesh, specs))
+    params = meshes.structs(params, placement.shardings(mesh, specs))
     tx = optax.GradientTransformation(lambda p: RECIPES[name](p).init(p), None)
     where = (
         jax.tree.map(lambda x: x.sharding, params),
         adamr.state_shardings(tx, params),
     )
-    state = placement.structs(state_of(name, params), where[1])
+    state = meshes.structs(state_of(name, params), where[1])
 
     def step(params, state, gradient):
         updates, state = RECIPES[name](params).update(gradient, state, params)
@@ -193,6 +195,9 @@ def devices() -> str:
     return table(heads, rows)
 
 
+FROM_SHAPES = (recipes, sizes, finetuning, boundary)
+
+
 @dataclasses.dataclass
 class Config:
     """Prints the tables of docs/scaling.md."""
@@ -205,7 +210,7 @@ def main(config: Config) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
     page = PAGE.read_text()
-    for make in (recipes, sizes, devices):
+    for make in (*FROM_SHAPES, devices):
         content = make()
         print(f"{make.__name__}: {make.__doc__}\n{content}\n")
         page = written(page, make.__name__, content)

@@ -31,6 +31,7 @@ from benchmarks.step_time import (
     optimizers_by_rank,
     random_bases,
 )
+from examples.harness import meshes
 from examples.harness.report import write
 from examples.pod import placement
 
@@ -154,7 +155,7 @@ def by_tasks(number: int, config: Config) -> dict[str, dict]:
 
 def by_devices(number: int, config: Config) -> dict[str, dict]:
     """A stack of layers split by `fsdp`; bytes are those of one device."""
-    mesh = placement.parse_mesh(f"fsdp={number}", jax.devices()[:number])
+    mesh = meshes.parse_mesh(f"fsdp={number}", jax.devices()[:number])
     shapes = models.shapes(models.Size(2, 256, 512, 64, vocabulary=1024))
     specs = placement.param_specs(shapes)
     where = placement.shardings(mesh, specs)
@@ -177,7 +178,7 @@ def by_devices(number: int, config: Config) -> dict[str, dict]:
 
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(where, beside))
         runs[name] = timing.stepper(step, params, state)
-        about[name] = {"state_bytes": placement.bytes_per_device(state)}
+        about[name] = {"state_bytes": meshes.bytes_per_device(state)}
     times = timing.time_rounds(
         runs,
         [params],

@@ -10,6 +10,7 @@
     example.py      what an example hands over, and what it gets back
     cli.py          the command line (progress.py, loggers.py)
     statistics.py   metrics, intervals, paired tests
+    meshes.py       the devices of `--mesh`, and batches on them
     report.py       `results.json` and the table
     pictures.py     accuracies as pictures
 

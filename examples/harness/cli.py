@@ -148,7 +148,7 @@ def candidates(
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         least = 0 if field.name in may_be_0 else 1
-        if isinstance(value, int) and value < least:
+        if type(value) is int and value < least:
             raise UsageError(
                 f"{_flag(field.name)}: got {value}, expected at least {least}."
             )

@@ -4,6 +4,7 @@ smollm2.py      the default model: fetched, checked, converted, cached
 conversion.py   GGUF -> Hugging Face files
 families.py     config.json -> sizes of Tunix's models
 folders.py      config.json, and what the weights' headers must have
+placement.py    where model, pairs, rows and state lie on a mesh
 rotary.py       rotary positions as config.json asks for them
 models.py       folders of Hugging Face files -> functions of trees, with LoRA
 generate.py     greedy answers to batches of prompts
@@ -22,6 +23,7 @@ methods.py      the methods by name
 task_ends.py    what they do between two tasks
 stream.py       the loop over tasks and steps
 runs.py         the loop with checkpoints; the choice of a learning rate
+dry_run.py      the programs compiled for a mesh, and the bytes of each device
 answers.py      generated answers, scored
 report.py       numbers of a run, the table
 pictures.py     pictures of them

@@ -9,12 +9,12 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from examples.harness import cli
+from examples.harness import cli, meshes
 from examples.harness.example import UsageError
 from examples.harness.progress import bar_on
 from examples.harness.report import write
 from examples.harness.resume import Stopped
-from examples.llm import pictures, report, runs
+from examples.llm import dry_run, pictures, report, runs
 from examples.llm.methods import METHODS
 from examples.llm.options import MAY_BE_0, Config
 from examples.llm.plans import Loaded, identity, load_all, planner
@@ -25,7 +25,7 @@ Watch = Callable[[str, int], runs.Report]
 
 
 @contextlib.contextmanager
-def _watched(console: Console, steps: int, total: int) -> Iterator[Watch]:
+def _watched(console: Console, steps: Sequence[int], total: int) -> Iterator[Watch]:
     """Makes the reports of runs: (label, tasks) -> report."""
     with bar_on(console) as progress:
         bar = progress.add_task("compiling", total=total, state="")
@@ -49,8 +49,8 @@ def _watched(console: Console, steps: int, total: int) -> Iterator[Watch]:
 
 def _total(config: Config, choices: dict[str, cli.Candidates], loaded: Loaded) -> int:
     """How many steps the command takes."""
-    whole = runs.total_steps(len(loaded.stream.parts), config.steps)
-    first = runs.total_steps(len(loaded.tuning.parts), config.steps)
+    whole = runs.total_steps(loaded.steps)
+    first = runs.total_steps(loaded.steps[: len(loaded.tuning.parts)])
     tuned = sum(len(c.rates) for c in choices.values() if len(c.rates) > 1)
     return len(choices) * config.seeds * whole + tuned * first
 
@@ -64,7 +64,7 @@ def _learn_all(
 ) -> None:
     """Every method; `results.json` grows with each run that ends."""
     plan, tasks = planner(loaded, config), len(loaded.stream.parts)
-    with _watched(console, config.steps, _total(config, choices, loaded)) as watch:
+    with _watched(console, loaded.steps, _total(config, choices, loaded)) as watch:
         for name, (rates, (coefficient, *_)) in choices.items():
             folder, rate = config.out / "checkpoints" / name, rates[0]
             options = {
@@ -109,6 +109,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with cli.terminable():
             choices = cli.candidates(config, METHODS, may_be_0=MAY_BE_0)
+            if config.dry_run:
+                name, (_, (coefficient, *_)) = next(iter(choices.items()))
+                dry_run.run(config, name, coefficient, say)
+                return 0
+            if config.cpu_devices is not None:
+                meshes.simulate(config.cpu_devices)
             try:
                 config.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -10,27 +10,32 @@ import numpy as np
 
 import adamr
 from adamr.subspaces import covariance
+from examples.harness import meshes
 from examples.llm import measures
 from examples.llm.models import (
     Model,
     Parts,
+    cast,
     full_forward,
     lora_forward,
     split,
     with_lora,
 )
+from examples.llm.placement import put_rows, split_moments
 from examples.llm.tokens import Encoded, take
 
 __all__ = [
     "Learner",
+    "capture",
     "full_learner",
     "inputs_of",
     "logits_on",
     "lora_learner",
     "mean_loss",
+    "portion",
 ]
 
-PORTION = 16  # rows that are scored or captured at once
+PORTION = 16  # rows; see `portion`
 TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
 
@@ -52,9 +57,13 @@ class Learner(NamedTuple):
     model: Model
     parts: Parts
 
-    def on_base(self, trained: Any, tokens: jax.Array) -> jax.Array:
-        """`forward` on the pretrained base, as a function of what is trained."""
-        return self.forward(trained, self.base, tokens)
+    def traced(self) -> tuple[Any, ...]:
+        """`forward` and shapes of its arguments, for what is read off its equations."""
+
+        def bare(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+        return self.forward, *jax.tree.map(bare, (self.trained, self.base)), TOKENS
 
     def module_trees(self, trained: Any, base: Any) -> tuple[Any, Any]:
         """Pairs and kernels, as the generator of answers takes them."""
@@ -73,7 +82,7 @@ def full_learner(model: Model) -> Learner:
     """All parameters, in float32."""
     parts = split(model.module)
     whole = full_forward(parts, model.dtype)
-    trained = jax.tree.map(lambda x: x.astype(jnp.float32), parts.base)
+    trained = cast(parts.base, jnp.float32)
 
     def forward(trained, base, tokens):
         del base
@@ -92,22 +101,34 @@ def _logits(forward, trained, base, tokens):
     return forward(trained, base, tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "normalize"))
-def _captured(forward, normalize, subspace, trained, base, tokens, mask):
+@functools.partial(jax.jit, static_argnames=("forward", "normalize", "mesh"))
+def capture(forward, normalize, mesh, subspace, trained, base, tokens, mask):
+    """What the leaves of a subspace meet in some rows."""
+
     def whole(trained, tokens):
         return forward(trained, base, tokens)
 
-    return adamr.layer_inputs(
-        whole, trained, tokens, mask=mask, normalize=normalize, leaves=subspace
-    )
+    met = adamr.layer_inputs(
+        whole, trained, tokens, mask=mask, normalize=normalize, leaves=subspace,
+        max_fan_in=None,  # the subspace has room for them
+    )  # fmt: skip
+    return split_moments(met, mesh)
 
 
-def _portions(encoded: Encoded) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def portion(mesh: jax.sharding.Mesh | None) -> int:
+    """How many rows are scored or captured at once: a multiple of the mesh's parts."""
+    parts = 1 if mesh is None else meshes.batch_parts(mesh)
+    return parts * -(-PORTION // parts)
+
+
+def _portions(
+    encoded: Encoded, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tokens, answers and lengths, always as many rows; those added count nothing."""
-    for first in range(0, len(encoded.tokens), PORTION):
-        rows = np.arange(first, min(first + PORTION, len(encoded.tokens)))
+    for first in range(0, len(encoded.tokens), size):
+        rows = np.arange(first, min(first + size, len(encoded.tokens)))
         tokens, answer = take(encoded, rows)
-        more = (0, PORTION - len(rows))
+        more = (0, size - len(rows))
         yield (
             np.pad(tokens, (more, (0, 0)), mode="edge"),
             np.pad(answer, (more, (0, 0))),
@@ -118,15 +139,18 @@ def _portions(encoded: Encoded) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
 def mean_loss(learner: Learner, trained: Any, base: Any, encoded: Encoded) -> float:
     """Nats per answer token over all rows."""
     total = count = 0.0
-    for tokens, answer, _ in _portions(encoded):
+    mesh = learner.model.mesh
+    for tokens, answer, _ in _portions(encoded, portion(mesh)):
         here = float(answer[:, 1:].sum())
-        loss = _loss(learner.forward, trained, base, tokens, answer)
+        rows = put_rows((tokens, answer), mesh)
+        loss = _loss(learner.forward, trained, base, *rows)
         total, count = total + here * float(loss), count + here
     return total / count
 
 
 def logits_on(learner: Learner, trained: Any, base: Any, tokens: Any) -> jax.Array:
     """Logits of a few rows."""
+    tokens = put_rows(tokens, learner.model.mesh)
     return _logits(learner.forward, trained, base, tokens)
 
 
@@ -140,11 +164,12 @@ def inputs_of(
     normalize: bool,
 ) -> Any:
     """What the protected leaves meet in these rows, without padding."""
-    total = None
-    for tokens, _, lengths in _portions(encoded):
+    total, mesh = None, learner.model.mesh
+    for tokens, _, lengths in _portions(encoded, portion(mesh)):
         mask = np.arange(tokens.shape[1]) < lengths[:, None]
-        found = _captured(
-            learner.forward, normalize, subspace, trained, base, tokens, mask
+        rows = put_rows((tokens, mask), mesh)
+        found = capture(
+            learner.forward, normalize, mesh, subspace, trained, base, *rows
         )
         total = found if total is None else covariance.update_covariance(total, found)
     return total

@@ -16,7 +16,7 @@ from examples.harness.methods import Coefficient
 from examples.harness.replay import from_first_task
 from examples.harness.setting import default_of
 from examples.llm import task_ends
-from examples.llm.learner import TOKENS, Learner
+from examples.llm.learner import Learner
 from examples.llm.task_ends import KEEP, Setting
 
 __all__ = ["DEFAULT", "METHODS", "Method"]
@@ -61,8 +61,10 @@ def _of_pairs(learner: Learner, setting: Setting):
     """Room for the inputs of every A; B stays free."""
 
     def room(pairs):
-        axes = lora.axes(learner.on_base, pairs, TOKENS)
-        return adamr.empty_subspace(pairs, axes=axes, max_rank=setting.capacity)
+        axes = lora.axes(*learner.traced())
+        return adamr.empty_subspace(
+            pairs, axes=axes, max_rank=setting.capacity, max_fan_in=None
+        )
 
     return room
 
@@ -71,7 +73,7 @@ def _of_all(learner: Learner, setting: Setting):
     """Room for the inputs of every trained kernel; with pairs, of every A and B."""
 
     def room(trained):
-        axes = adamr.contracted_axes(learner.on_base, trained, TOKENS)
+        axes = adamr.contracted_axes(*learner.traced())
         quiet = adamr.capture.unread_leaves(axes)
         return adamr.empty_subspace(
             trained, axes=axes, max_rank=setting.capacity, unprotected=tuple(quiet)

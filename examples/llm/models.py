@@ -1,7 +1,7 @@
 """Pretrained language models in Tunix, with LoRA from Qwix, as functions of trees."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from flax import nnx
 from examples.llm.errors import ModelError
 from examples.llm.families import family_of, need
 from examples.llm.folders import end_tokens, mixes_dtypes, read_config
+from examples.llm.placement import placed, recomputed, split_rows, tunix_mesh
 from examples.llm.rotary import replace_rotary
 from examples.streams.folders import library
 
@@ -20,8 +21,10 @@ __all__ = [
     "ADAPTED",
     "Model",
     "Parts",
+    "cast",
     "full_forward",
     "load",
+    "load_shapes",
     "logits",
     "lora_forward",
     "merge",
@@ -80,8 +83,7 @@ def load(
     Args:
       folder: with config.json and *.safetensors.
       dtype: float32, bfloat16 or float16; the weights are cast to it.
-      mesh: devices to place the weights on. Tunix splits them along the axes "fsdp" and
-        "tp"; other axes hold copies.
+      mesh: devices to place the weights on. See `placement`.
 
     Returns:
       The model with its rotary base, its scaling and its tied or own output layer.
@@ -91,14 +93,9 @@ def load(
         or lacks weights that config.json announces; for another dtype; for a mesh that
         does not divide the weights.
     """
-    library("tunix", "google-tunix", "for the models")
-    folder, dtype, mesh = Path(folder), jnp.dtype(dtype), _with_tunix_axes(mesh)
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}.")
+    folder, dtype, mesh = Path(folder), _usable(dtype), tunix_mesh(mesh)
     config = read_config(folder)
-    family = family_of(config)
-    sizes = family.config(config, dtype)
-    rotary = family.rotary(config) if family.rotary is not None else None
+    family, sizes, rotary = _described(config, dtype, mesh)
     mixed = mixes_dtypes(folder, family.tensors(config))
     loader = importlib.import_module(f"tunix.models.{family.package}.{family.loader}")
     try:
@@ -115,8 +112,56 @@ def load(
             f"{folder}: the weights cannot be placed ({error}), expected axes of the "
             "mesh whose sizes divide those of the model."
         ) from error
+    return _finished(module, sizes, rotary, config, folder, dtype, mesh)
+
+
+def load_shapes(
+    config: Mapping[str, Any],
+    folder: Path,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """The same model without weights: `jax.ShapeDtypeStruct`s, placed on the mesh.
+
+    Args:
+      config: as in config.json.
+      folder: that the model is named by.
+      dtype, mesh: as in `load`.
+
+    Raises:
+      ModelError: as `load`, for what can be read off config.json.
+    """
+    dtype, mesh = _usable(dtype), tunix_mesh(mesh)
+    family, sizes, rotary = _described(config, dtype, mesh)
+    package = importlib.import_module(f"tunix.models.{family.package}.model")
+    kind = getattr(package, family.package.capitalize())
+    module = nnx.eval_shape(lambda: kind(sizes, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    module = placed(nnx.merge(graph, cast(state, dtype)), mesh)
+    return _finished(module, sizes, rotary, config, folder, dtype, mesh)
+
+
+def _usable(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    library("tunix", "google-tunix", "for the models")
+    dtype = jnp.dtype(dtype)
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def _described(config, dtype, mesh):
+    """Tunix's family and sizes, and the rotary frequencies that it would not use."""
+    family = family_of(config)
+    sizes = family.config(config, dtype)
+    rotary = family.rotary(config) if family.rotary is not None else None
+    return family, sizes if mesh is None else recomputed(sizes), rotary
+
+
+def _finished(module, sizes, rotary, config, folder, dtype, mesh) -> Model:
     if rotary is not None:
         replace_rotary(module, rotary)
+    if mesh is not None:
+        split_rows(module, mesh)
     return Model(
         module,
         sizes,
@@ -127,15 +172,6 @@ def load(
         folder=folder,
         mesh=mesh,
     )
-
-
-def _with_tunix_axes(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh | None:
-    """The mesh with the axes that Tunix names; those it lacked have one device."""
-    if mesh is None:
-        return None
-    missing = [axis for axis in ("fsdp", "tp") if axis not in mesh.axis_names]
-    devices = mesh.devices.reshape(mesh.devices.shape + (1,) * len(missing))
-    return jax.sharding.Mesh(devices, (*mesh.axis_names, *missing))
 
 
 def logits(module: nnx.Module, tokens: jax.Array) -> jax.Array:
@@ -177,15 +213,28 @@ def with_lora(
     qwix = library("qwix", "qwix", "for low-rank pairs")
     if rank < 1:
         raise ModelError(f"rank: got {rank}, expected at least 1.")
-    provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=alpha)
-    one = jnp.zeros((1, 1), jnp.int32)
-    module = qwix.apply_lora_to_model(
-        model.module, provider, one, one, None, jnp.ones((1, 1, 1), bool),
-        rngs=nnx.Rngs(seed),
-    )  # fmt: skip
+
+    def beside(module):
+        provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=alpha)
+        one = jnp.zeros((1, 1), jnp.int32)
+        return qwix.apply_lora_to_model(
+            module, provider, one, one, None, jnp.ones((1, 1, 1), bool),
+            rngs=nnx.Rngs(seed),
+        )  # fmt: skip
+
+    if _is_shapes(model.module):
+        module = nnx.eval_shape(beside, model.module)
+    else:
+        module = beside(model.module)
+    module = placed(module, model.mesh)
     if not nnx.state(module, nnx.LoRAParam):
         raise ModelError(f"where: no kernel of the model is in {where!r}.")
     return model._replace(module=module)
+
+
+def _is_shapes(module: nnx.Module) -> bool:
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
+    return isinstance(leaves[0], jax.ShapeDtypeStruct)
 
 
 def split(module: nnx.Module) -> Parts:
@@ -195,18 +244,24 @@ def split(module: nnx.Module) -> Parts:
     such a base, their small steps are rounded away and leave the projected space.
     """
     graph, lora, base, rest = nnx.split(module, nnx.LoRAParam, nnx.Param, ...)
-    return Parts(graph, _cast(lora, jnp.float32), base, rest)
+    return Parts(graph, cast(lora, jnp.float32), base, rest)
 
 
-def _cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+def cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """Arrays or shapes with this dtype."""
+
+    def leaf(x):
+        shape = isinstance(x, jax.ShapeDtypeStruct)
+        return x.update(dtype=dtype) if shape else x.astype(dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
 def merge(
     parts: Parts, lora: nnx.State, base: nnx.State, dtype: jax.typing.DTypeLike
 ) -> nnx.Module:
     """The module with these arrays, computing in dtype; masters may be float32."""
-    pairs, weights = _cast(lora, dtype), _cast(base, dtype)
+    pairs, weights = cast(lora, dtype), cast(base, dtype)
     return nnx.merge(parts.graph, pairs, weights, parts.rest)
 
 

@@ -45,6 +45,8 @@ class Config(cli.Common):
     """The number that a method has besides its learning rate. Default: its own."""
     steps: int = 30
     """Steps per task."""
+    epochs: bool = False
+    """Learns every task for as many epochs as TRACE does, in place of --steps."""
     batch: int = 4
     """Rows per step."""
     context: int | None = None
@@ -53,6 +55,15 @@ class Config(cli.Common):
     """Columns of a low-rank pair, whose weight α / rank is 2."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights and of the computation; what is trained is float32."""
+    mesh: str | None = None
+    """Sizes of the axes data, fsdp and tensor, such as data=2,fsdp=4; their product is
+    the number of devices. Default: one device."""
+    cpu_devices: int | None = None
+    """Simulates this number of CPU devices."""
+    dry_run: bool = False
+    """Compiles the step and the task boundary of the first method for --mesh (data=1
+    without it) on simulated devices, without weights or data, and prints the bytes of
+    each device. --model may also be llama-2-7b or llama-2-70b."""
     capacity: int | None = None
     """Most directions that are protected of a kernel's inputs. Default: all of them."""
     captured: int = 64

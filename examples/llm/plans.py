@@ -5,13 +5,15 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from examples.harness import cli
+from examples.harness import cli, meshes
 from examples.harness.example import UsageError
 from examples.llm import runs
 from examples.llm.answers import answerer
-from examples.llm.data import Stream, prepare
+from examples.llm.data import Part, Stream, prepare
 from examples.llm.learner import Learner, full_learner, lora_learner
 from examples.llm.methods import METHODS
 from examples.llm.models import Model, load
@@ -23,7 +25,15 @@ from examples.llm.tasks import Tasks
 from examples.llm.tasks import load as load_tasks
 from examples.llm.tokens import Encoder, encoder_for, read_tokenizer
 
-__all__ = ["Loaded", "identity", "load_all", "planner"]
+__all__ = [
+    "Loaded",
+    "identity",
+    "learner_of",
+    "load_all",
+    "mesh_of",
+    "planner",
+    "setting_of",
+]
 
 TEXT_CONTEXT, ROWS_CONTEXT = 64, 96
 # The first token of a text has activations so large that in some layers they alone
@@ -43,6 +53,7 @@ class Loaded(NamedTuple):
       context: tokens of a row.
       stream: the tasks as arrays, with test rows.
       tuning: the first of them, with validation rows in place of test rows.
+      steps: of each task.
     """
 
     model: Model
@@ -51,6 +62,7 @@ class Loaded(NamedTuple):
     context: int
     stream: Stream
     tuning: Stream
+    steps: tuple[int, ...]
 
 
 def _context(config: Config, tasks: Tasks, model: Model) -> int:
@@ -64,25 +76,48 @@ def _context(config: Config, tasks: Tasks, model: Model) -> int:
     return asked
 
 
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh that --mesh names, checked against devices and batch."""
+    if config.mesh is None:
+        return None
+    mesh = meshes.parse_mesh(config.mesh, jax.devices())
+    meshes.check_batch(config.batch, mesh, "rows")
+    return mesh
+
+
+def _steps(config: Config, part: Part) -> int:
+    if not config.epochs:
+        return config.steps
+    if part.task.epochs is None:
+        raise UsageError(
+            f"--epochs: no number of epochs is known for {part.task.name}, expected "
+            "tasks of TRACE: give --steps instead."
+        )
+    return -(-part.task.epochs * len(part.train.tokens) // config.batch)
+
+
 def load_all(config: Config, say: Say) -> Loaded:
     """Reads the tasks and the model, and says what a user should know of them."""
     names = None if config.tasks is None else cli.listed(config.tasks)
     tasks = load_tasks(config.data, names)
     for note in tasks.notes:
         say(note)
+    mesh = mesh_of(config)
     folder = model_folder(config.model, say)
-    model = load(folder, jnp.dtype(config.dtype))
+    model = load(folder, jnp.dtype(config.dtype), mesh)
     end = model.ends[0] if model.ends else None
     encoder = encoder_for(read_tokenizer(folder), model.vocabulary, end)
     sizes = {"context": _context(config, tasks, model), "scored": config.scored}
     first = tasks._replace(tasks=tasks.tasks[: runs.TUNING_TASKS])
+    stream = prepare(tasks, encoder, generated=config.generated, say=say, **sizes)
     return Loaded(
         model,
         encoder,
         tasks,
         sizes["context"],
-        prepare(tasks, encoder, generated=config.generated, say=say, **sizes),
+        stream,
         prepare(first, encoder, held_out="valid", **sizes),
+        tuple(_steps(config, part) for part in stream.parts),
     )
 
 
@@ -101,20 +136,29 @@ def identity(loaded: Loaded, config: Config, name: str) -> dict[str, Any]:
     }
 
 
-def planner(loaded: Loaded, config: Config) -> Callable[..., Plan]:
-    """`plan(name of a method, tuning=False)`; methods share programs where they can."""
-    setting = Setting(
+def setting_of(config: Config) -> Setting:
+    return Setting(
         config.threshold, config.capacity, NORMALIZE, config.captured, config.lora_rank
     )
-    sizes = Sizes(config.steps, config.batch, config.general, config.memory)
+
+
+def learner_of(model: Model, trains: str, rank: int, tasks: int) -> Learner:
+    """What a method trains of a model: see `Method.trains`."""
+    if trains == "all":
+        return full_learner(model)
+    rank *= tasks if trains == "blocks" else 1
+    return lora_learner(model, rank, ALPHA * rank)
+
+
+def planner(loaded: Loaded, config: Config) -> Callable[..., Plan]:
+    """`plan(name of a method, tuning=False)`; methods share programs where they can."""
+    setting = setting_of(config)
+    sizes = Sizes(loaded.steps, config.batch, config.general, config.memory)
 
     @functools.lru_cache(maxsize=1)  # another kind of learner frees the last one
     def learner(trains: str) -> Learner:
-        if trains == "all":
-            return full_learner(loaded.model)
-        blocks = len(loaded.stream.parts) if trains == "blocks" else 1
-        rank = config.lora_rank * blocks
-        return lora_learner(loaded.model, rank, ALPHA * rank)
+        tasks = len(loaded.stream.parts)
+        return learner_of(loaded.model, trains, config.lora_rank, tasks)
 
     def plan(name: str, tuning: bool = False) -> Plan:
         method = METHODS[name]
@@ -128,7 +172,7 @@ def planner(loaded: Loaded, config: Config) -> Callable[..., Plan]:
             own,
             method,
             setting,
-            sizes,
+            sizes._replace(steps=loaded.steps[: len(stream.parts)]),
             stream,
             base_logits(own, stream.general.test),
             answerer(own, loaded.encoder, config.new_tokens),

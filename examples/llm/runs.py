@@ -27,19 +27,22 @@ TUNING_TASKS = 2
 Report = Callable[[Position, History], None]
 
 
-def total_steps(tasks: int, steps: int) -> int:
-    """Of a whole run; the end of a task counts as a step."""
-    return tasks * (steps + 1)
+def total_steps(steps: Sequence[int]) -> int:
+    """Of tasks with so many steps each; the end of a task counts as a step."""
+    return sum(steps) + len(steps)
 
 
-def number_of(position: Position, steps: int) -> int:
+def number_of(position: Position, steps: Sequence[int]) -> int:
     """The steps of `total_steps` that are done."""
-    return position.task * (steps + 1) + position.step
+    return total_steps(steps[: position.task]) + position.step
 
 
-def _position(number: int, steps: int) -> Position:
-    task, step = divmod(number - 1, steps + 1) if number else (0, -1)
-    return Position(task, step + 1)
+def _position(number: int, steps: Sequence[int]) -> Position:
+    task = 0
+    while number > steps[task] + 1:
+        number -= steps[task] + 1
+        task += 1
+    return Position(task, number)
 
 
 def learn(
@@ -73,9 +76,9 @@ def learn(
     began, steps = time.perf_counter(), plan.sizes.steps
     config = {
         **identity, "rate": rate, "coefficient": coefficient, "seed": seed,
-        **plan.setting._asdict(), **plan.sizes._asdict(),
+        **plan.setting._asdict(), **plan.sizes._asdict(), "steps": list(steps),
     }  # fmt: skip
-    end = total_steps(len(plan.stream.parts), steps)
+    end = total_steps(steps)
     with contextlib.ExitStack() as stack:
         try:
             saver = stack.enter_context(

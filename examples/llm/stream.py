@@ -14,10 +14,20 @@ from examples.llm import measures
 from examples.llm.data import Part, Stream, spread_rows
 from examples.llm.learner import Learner, logits_on, mean_loss
 from examples.llm.methods import Method
+from examples.llm.placement import kept, places_of, put_rows, started
 from examples.llm.task_ends import Run, Setting
 from examples.llm.tokens import Encoded, batch_rows, take
 
-__all__ = ["History", "Plan", "Position", "Sizes", "base_logits", "learn", "start"]
+__all__ = [
+    "History",
+    "Plan",
+    "Position",
+    "Sizes",
+    "base_logits",
+    "learn",
+    "start",
+    "train_step",
+]
 
 KL_ROWS = 8  # general rows on which predictions are compared with the base model's
 Answer = Callable[[Any, Any, Part], dict[str, float]]
@@ -34,13 +44,13 @@ class Sizes(NamedTuple):
     """How much is learned, and from how much.
 
     Attributes:
-      steps: per task.
+      steps: of each task.
       batch: rows a step.
       general: rows of general text that are protected before the first task.
       memory: rows of every finished task that replay keeps.
     """
 
-    steps: int
+    steps: tuple[int, ...]
     batch: int
     general: int
     memory: int
@@ -90,12 +100,15 @@ class Plan(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("forward", "penalty", "build"),
+    static_argnames=("forward", "penalty", "build", "places"),
     donate_argnames=("trained", "opt_state"),
 )
-def _step(
-    forward, penalty, build, rate, coefficient, trained, base, opt_state, batch, memory
-):
+def train_step(
+    forward, penalty, build, places, rate, coefficient, trained, base, opt_state, batch,
+    memory,
+):  # fmt: skip
+    """One step; parameters and state, which lie at `places`, and the loss."""
+
     def loss_on(rows, trained):
         return measures.answer_loss(forward(trained, base, rows[0]), *rows)
 
@@ -115,13 +128,15 @@ def _step(
         )
     tx = build(rate, coefficient)
     updates, opt_state = tx.update(gradient, opt_state, trained, **extra)
-    return optax.apply_updates(trained, updates), opt_state, loss
+    trained = optax.apply_updates(trained, updates)
+    return *kept((trained, opt_state), places), loss
 
 
 def start(plan: Plan, rate: float, coefficient: float) -> Run:
     """The pretrained model and a fresh optimizer; fresh buffers, which steps donate."""
     trained = jax.tree.map(jnp.copy, plan.learner.trained)
-    return Run(trained, plan.learner.base, plan.build(rate, coefficient).init(trained))
+    tx, mesh = plan.build(rate, coefficient), plan.learner.model.mesh
+    return Run(trained, plan.learner.base, started(tx, trained, mesh))
 
 
 def base_logits(learner: Learner, general: Encoded) -> tuple[Any, ...]:
@@ -202,12 +217,14 @@ def _begin(plan: Plan, run: Run, key: jax.Array) -> tuple[Run, History]:
 def _trained_step(
     plan: Plan, run: Run, numbers: tuple[float, float], task: int, step: int, seed: int
 ) -> tuple[Run, float]:
-    part, sizes = plan.stream.parts[task], plan.sizes
+    part, sizes, mesh = plan.stream.parts[task], plan.sizes, plan.learner.model.mesh
     rows = batch_rows(task, seed, step, sizes.batch, len(part.train.tokens))
     memory = _replayed(plan, task, step, seed) if plan.method.replays else None
-    trained, state, loss = _step(
-        plan.learner.forward, plan.method.penalty, plan.build, *numbers,
-        run.trained, run.base, run.opt_state, take(part.train, rows), memory,
+    places = places_of((run.trained, run.opt_state), mesh)
+    trained, state, loss = train_step(
+        plan.learner.forward, plan.method.penalty, plan.build, places, *numbers,
+        run.trained, run.base, run.opt_state,
+        *put_rows((take(part.train, rows), memory), mesh),
     )  # fmt: skip
     return Run(trained, run.base, state), float(loss)
 
@@ -233,7 +250,7 @@ def learn(
       `Position`, `Run`, history. The first is before the first step, general text
       protected.
     """
-    method, steps, key = plan.method, plan.sizes.steps, jax.random.key(seed)
+    method, key = plan.method, jax.random.key(seed)
     if resume is None:
         run = start(plan, rate, coefficient)
         run, history = _begin(plan, run, jax.random.fold_in(key, 0))
@@ -241,7 +258,8 @@ def learn(
         yield done, run, history
     else:
         done, run, history = resume
-    for task, part in enumerate(plan.stream.parts):
+    parts = zip(plan.stream.parts, plan.sizes.steps, strict=True)
+    for task, (part, steps) in enumerate(parts):
         if (task, steps + 1) <= done:
             continue
         if done <= (task, 0) and method.start is not None:

@@ -3,8 +3,8 @@
     (learner, setting, run, rows, key) -> run
 
 `rows` are some of the finished task's training rows, or general text before the first
-task, or rows of the new task where a function starts it. All of them run eagerly,
-between two steps.
+task, or rows of the new task where a function starts it. They run between two steps,
+most of them eagerly.
 """
 
 import functools
@@ -15,18 +15,21 @@ import jax.numpy as jnp
 
 import adamr
 from adamr import lora
-from examples.llm.learner import TOKENS, Learner, inputs_of
+from examples.llm.learner import Learner, inputs_of
+from examples.llm.placement import kept, places_of
 from examples.llm.tokens import Encoded, take
 
 __all__ = [
     "Run",
     "Setting",
+    "a_from_inputs",
     "choose_a",
     "consolidate",
     "consolidate_si",
     "decompose",
     "grow",
     "grow_and_consolidate_si",
+    "merge_and_redraw",
     "start_block",
     "start_task",
 ]
@@ -74,33 +77,49 @@ def _inputs(learner: Learner, setting: Setting, run: Run, rows: Encoded) -> Any:
 
 def start_task(learner, setting, run, rows, key, *, threshold=None):
     """Pairs are merged, their inputs protected, new pairs drawn outside of those."""
-    threshold = setting.threshold if threshold is None else threshold
-    inputs = _inputs(learner, setting, run, rows)
-    return Run(
-        *_swapped(
-            lora.start_task(
-                run.base,
-                run.trained,
-                run.opt_state,
-                inputs,
-                key,
-                scaling=learner.scaling,
-                threshold=threshold,
-            )  # fmt: skip
-        )
+    return _on_mesh(
+        merge_and_redraw,
+        learner,
+        run,
+        _inputs(learner, setting, run, rows),
+        key,
+        scaling=learner.scaling,
+        threshold=setting.threshold if threshold is None else threshold,
     )
 
 
-def _swapped(ended):
-    base, pairs, opt_state = ended
-    return pairs, base, opt_state
+def _on_mesh(program, learner, run, *arguments, **options):
+    """On a mesh one program, in float32; else eagerly, in float64 on the host."""
+    places = places_of(run, learner.model.mesh)
+    call = program.__wrapped__ if places is None else program
+    return call(run, *arguments, places=places, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("scaling", "threshold", "places"))
+def merge_and_redraw(run, inputs, key, *, scaling, threshold, places):
+    base, pairs, opt_state = lora.start_task(
+        run.base,
+        run.trained,
+        run.opt_state,
+        inputs,
+        key,
+        scaling=scaling,
+        threshold=threshold,
+    )
+    return kept(Run(pairs, base, opt_state), places)
 
 
 def choose_a(learner, setting, run, rows, key):
     """A from the new task's inputs outside of those of old tasks."""
     del key
     inputs = _inputs(learner, setting, run, rows)
-    return run._replace(trained=lora.inflora(run.trained, run.opt_state, inputs))
+    return _on_mesh(a_from_inputs, learner, run, inputs)
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def a_from_inputs(run, inputs, *, places):
+    pairs = lora.inflora(run.trained, run.opt_state, inputs)
+    return kept(run._replace(trained=pairs), places)
 
 
 def start_block(learner, setting, run, rows, key):
@@ -134,7 +153,7 @@ def decompose(learner, setting, run, rows, key):
 
 def kernel_sides(learner: Learner, params: Any) -> tuple[adamr.Subspace, ...]:
     """OSFT's protected directions of every kernel: on its fan-in, on its outputs."""
-    axes = adamr.contracted_axes(learner.on_base, params, TOKENS)
+    axes = adamr.contracted_axes(*learner.traced())
     return adamr.weight_subspaces(params, axes, keep=KEEP)
 
 

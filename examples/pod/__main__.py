@@ -23,10 +23,11 @@ import tyro
 from jax.sharding import Mesh
 
 from adamr.checkpoint.checkpoints import Checkpoints
+from examples.harness import meshes
+from examples.harness.example import UsageError
 from examples.harness.report import versions, write
 from examples.lm.model import PRESETS, Preset
 from examples.lm.problem import THRESHOLD
-from examples.pod import placement
 from examples.pod.train import learn_stream, programs
 from examples.streams import installed
 from examples.streams.domains import DataError, Domain, check_lengths, load_folder
@@ -77,10 +78,6 @@ class Config:
     """Which one this is: 0, 1, ..."""
 
 
-class UsageError(ValueError):
-    """An argument that cannot be used; the message is meant for the user."""
-
-
 def _check(config: Config) -> None:
     for name in ("batch", "steps", "max_rank", "every", "cpu_devices", "processes"):
         value = getattr(config, name)
@@ -101,8 +98,7 @@ def _check(config: Config) -> None:
 def start_processes(config: Config) -> None:
     """Joins the others; before anything else asks JAX for its devices."""
     if config.cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        meshes.simulate(config.cpu_devices)
     numbers = (config.processes, config.process)
     if config.coordinator in (None, "auto"):
         if numbers != (None, None):
@@ -130,12 +126,7 @@ def start_processes(config: Config) -> None:
 def _preset(config: Config, mesh: Mesh) -> Preset:
     preset = PRESETS[config.preset]
     batch, steps = config.batch or preset.batch, config.steps or preset.steps
-    parts = placement.batch_parts(mesh)
-    if batch % parts:
-        raise UsageError(
-            f"--batch: got {batch} windows, which data x fsdp = {parts} does not "
-            "divide: take another --batch or --mesh."
-        )
+    meshes.check_batch(batch, mesh, "windows")
     return dataclasses.replace(preset, batch=batch, steps=steps)
 
 
@@ -153,7 +144,7 @@ def run(config: Config) -> dict:
     """Returns what `results.json` says."""
     devices = jax.devices()
     text = f"data={len(devices)}" if config.mesh is None else config.mesh
-    mesh = placement.parse_mesh(text, devices)
+    mesh = meshes.parse_mesh(text, devices)
     preset = _preset(config, mesh)
     domains = _domains(config, preset.context)
     numbers = {
@@ -172,8 +163,8 @@ def run(config: Config) -> dict:
         "devices": f"{len(devices)} {devices[0].device_kind}",
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
-        "parameter_bytes_per_device": placement.bytes_per_device(made.like.params),
-        "state_bytes_per_device": placement.bytes_per_device(made.like.opt_state),
+        "parameter_bytes_per_device": meshes.bytes_per_device(made.like.params),
+        "state_bytes_per_device": meshes.bytes_per_device(made.like.opt_state),
     }
 
     def say(*words):
@@ -223,7 +214,7 @@ def main(args: Sequence[str] | None = None) -> int:
         _check(config)
         start_processes(config)
         run(config)
-    except (UsageError, DataError, placement.PlacementError) as error:
+    except (UsageError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,24 +1,16 @@
-"""Where things lie: the mesh, and rules for parameters and batches.
-
-    data     copies of the model, each with its part of the batch
-    fsdp     the batch is split, and so are parameters and state: gathered for use
-    tensor   the features inside a block are split
+"""Where the parameters of the text stream's model lie on a mesh.
 
 A kernel's spec names a mesh axis per axis of the kernel. `adamr.state_shardings` puts
 the optimizer's state where the parameters are.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+from examples.harness.meshes import PlacementError
 
 # Part of a kernel's name -> spec of its last two axes (in, out); the first that fits.
 RULES = {
@@ -29,36 +21,6 @@ RULES = {
     "head": P("fsdp", "tensor"),
     "embedding": P(None, "fsdp"),
 }
-
-
-class PlacementError(ValueError):
-    """A mesh that cannot be used; the message is meant for the user."""
-
-
-def parse_mesh(text: str, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh that `data=4,fsdp=2` names; axes that are not named have size 1.
-
-    Raises:
-      PlacementError: for another axis, a size that is not a positive number, or sizes
-        whose product is not the number of devices.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise PlacementError(
-                f"--mesh: got {part!r} in {text!r}, expected <axis>=<size> with an "
-                f"axis out of {', '.join(AXES)}, each once, and a size of at least 1."
-            )
-        sizes[axis] = int(size)
-    product = math.prod(sizes.values())
-    if product != len(devices):
-        raise PlacementError(
-            f"--mesh: {text!r} needs {product} devices, but there are {len(devices)}: "
-            "the sizes must multiply to that number."
-        )
-    shape = [sizes.get(axis, 1) for axis in AXES]
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
 def spec_of(name: str, shape: tuple[int, ...]) -> P:
@@ -99,15 +61,6 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def structs(shapes: Any, where: Any) -> Any:
-    """The shapes with the shardings, for programs that are compiled without arrays."""
-
-    def leaf(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(leaf, shapes, where)
-
-
 def gathered(specs: Any) -> Any:
     """The specs while the parameters are in use: whole along `fsdp`."""
 
@@ -115,24 +68,3 @@ def gathered(specs: Any) -> Any:
         return P(*(None if axis == "fsdp" else axis for axis in spec))
 
     return jax.tree.map(leaf, specs)
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Of the largest part of every array that a device holds."""
-    sizes = [
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    ]
-    return sum(sizes)
-
-
-def put_batch(batch: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
-    """The batch, which every process has whole, split along `axis`."""
-    spec = P(*[None] * axis, BATCH)
-    sharding = NamedSharding(mesh, spec)
-    return jax.make_array_from_callback(batch.shape, sharding, lambda at: batch[at])
-
-
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)

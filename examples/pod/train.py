@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import adamr
 from adamr.checkpoint.checkpoints import Checkpoints, Restored
+from examples.harness import meshes
 from examples.harness.setting import kernel_axes
 from examples.lm.model import Preset, Transformer
 from examples.lm.problem import UNPROTECTED
@@ -107,14 +108,14 @@ def programs(
     tx = optimizer(learning_rate, jax.eval_shape(empty, params))
     specs = placement.param_specs(params)
     placement.check_fit(params, specs, mesh)
-    params = placement.structs(params, placement.shardings(mesh, specs))
+    params = meshes.structs(params, placement.shardings(mesh, specs))
     state = adamr.state_shardings(
         optax.GradientTransformation(begin, tx.update), params
     )
     placed = State(jax.tree.map(lambda x: x.sharding, params), state)
     in_use = placement.shardings(mesh, placement.gathered(specs))
     whole = NamedSharding(mesh, P())
-    rows = NamedSharding(mesh, P(placement.BATCH))
+    rows = NamedSharding(mesh, P(meshes.BATCH))
 
     def loss_fn(params, windows):
         params = jax.lax.with_sharding_constraint(params, in_use)
@@ -151,7 +152,7 @@ def programs(
         train=jax.jit(train, donate_argnums=0, out_shardings=(placed, whole)),
         protect=jax.jit(protect, donate_argnums=0, out_shardings=placed),
         evaluate=jax.jit(evaluate, out_shardings=whole),
-        like=placement.structs(jax.eval_shape(init), placed),
+        like=meshes.structs(jax.eval_shape(init), placed),
     )
 
 
@@ -184,16 +185,16 @@ def learn_stream(
       `losses`: one per step; `matrix`: L[i, j], nats per byte on domain j's held-out
       text after learning domain i; `state`: the final one.
     """
-    parts = placement.batch_parts(mesh)
+    parts = meshes.batch_parts(mesh)
     count = _rounded_up(preset.eval_windows, parts)
     held_out = [spaced_windows(d.valid, count, preset.context) for d in domains]
-    held_out = placement.put_batch(np.stack(held_out), mesh, axis=1)
+    held_out = meshes.put_batch(np.stack(held_out), mesh, axis=1)
 
     def windows(task, count, *key):
         rng = np.random.default_rng([seed, *key])
         text = domains[task].train
         drawn = sample_windows(text, (count,), preset.context, rng)
-        return placement.put_batch(drawn, mesh)
+        return meshes.put_batch(drawn, mesh)
 
     restored = checkpoints.restore(made.like)
     empty = {"losses": [], "matrix": []}

@@ -111,6 +111,7 @@ def test_results_tell_what_was_learned_and_forgotten(data, model, tmp_path, caps
 @pytest.mark.parametrize("method", ["lora_complement", "er"])
 def test_a_stopped_run_ends_with_the_same_bits(data, model, tmp_path, method):
     loaded, config, plan = planned(data, model, method)
+    plan = plan._replace(sizes=plan.sizes._replace(steps=(1, 3)))
     options = {
         "rate": 1e-2,
         "coefficient": 0.5,
@@ -130,7 +131,7 @@ def test_a_stopped_run_ends_with_the_same_bits(data, model, tmp_path, method):
         return runs.learn(tmp_path / folder, plan, report=report, **options)[0]
 
     whole = learned("whole")
-    for steps in (4, 2):  # within the second task, then at its end
+    for steps in (3, 2, 3):  # at the end of the first task, then within the second
         with pytest.raises(Stopped):
             learned("parts", stop_after=steps)
     parts = learned("parts")
@@ -152,6 +153,17 @@ def test_the_rate_is_chosen_on_validation_rows(data, model, tmp_path):
     best = min(tuned["candidates"], key=lambda c: c["final_loss"])
     assert tuned["best"] == best
     assert found["methods"][0]["learning_rate"] == best["learning_rate"]
+
+
+def test_epochs_are_those_of_trace(data, model, tmp_path, capsys):
+    trace = tmp_path / "trace"
+    for name, source in (("FOMC", "upper"), ("C-STANCE", "lower")):
+        shutil.copytree(data / source, trace / name)
+    loaded, *_ = planned(trace, model, epochs=True)
+    assert [p.task.name for p in loaded.stream.parts] == ["C-STANCE", "FOMC"]
+    assert loaded.steps == (5 * 12 // 2, 3 * 12 // 2)
+    assert command.main([*flags(data=data, model=model, out=tmp_path), "--epochs"]) == 2
+    assert "no number of epochs is known for lower" in capsys.readouterr().err
 
 
 def test_replay_before_a_task_is_finished_changes_nothing(data, model):

@@ -22,8 +22,8 @@ from adamr.checkpoint.checkpoints import Checkpoints
 from adamr.routing.merge import FaithfulSecondMomentState
 from adamr.state import get_subspace
 from adamr.subspaces.subspace import rank
+from examples.harness import meshes
 from examples.lm.model import PRESETS
-from examples.pod import placement
 from examples.pod.__main__ import main
 from examples.pod.train import learn_stream, programs
 from examples.streams.domains import load_folder
@@ -45,7 +45,7 @@ def domains(folder):
 @functools.cache
 def made(text):
     """Mesh and programs; one compilation for all tests."""
-    mesh = placement.parse_mesh(text, jax.devices()[: 8 if "," in text else 1])
+    mesh = meshes.parse_mesh(text, jax.devices()[: 8 if "," in text else 1])
     return mesh, programs(TINY, mesh, **NUMBERS)
 
 
@@ -166,8 +166,8 @@ def test_errors(arguments, words, capsys, tmp_path):
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_named():
-    mesh = placement.parse_mesh("tensor=3", jax.devices()[:3])
-    with pytest.raises(placement.PlacementError, match=r"tensor=3 .* \(16, 16\)"):
+    mesh = meshes.parse_mesh("tensor=3", jax.devices()[:3])
+    with pytest.raises(meshes.PlacementError, match=r"tensor=3 .* \(16, 16\)"):
         programs(TINY, mesh, **NUMBERS)
 
 
