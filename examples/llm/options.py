@@ -64,11 +64,14 @@ class Config(cli.Common):
     """Compiles the step and the task boundary of the first method for --mesh (data=1
     without it) on simulated devices, without weights or data, and prints the bytes of
     each device. --model may also be llama-2-7b or llama-2-70b."""
+    threshold: float = 0.9
+    """Energy share of a task's layer inputs that is protected. Below the default of
+    `grow_subspace`, so that every task finds room to learn."""
     capacity: int | None = None
     """Most directions that are protected of a kernel's inputs. Default: all of them."""
     captured: int = 64
     """Rows of a finished task whose inputs are looked at."""
-    general: int = 32
+    general: int = 64
     """Rows of general text that are protected before the first task; 0: none."""
     memory: int = 16
     """Rows of every finished task that replay keeps."""

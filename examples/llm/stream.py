@@ -163,8 +163,8 @@ def _replayed(
     old = [spread_rows(p.train, plan.sizes.memory) for p in plan.stream.parts[:task]]
     count = plan.sizes.batch
     if not old:
-        tokens, answer = take(plan.stream.parts[0].train, np.arange(1).repeat(count))
-        return tokens, np.zeros_like(answer)
+        train, rows = plan.stream.parts[0].train, np.zeros(count, int)
+        return train.tokens[rows], np.zeros_like(train.answer[rows])
     drawn = [old[i] for i in rng.integers(len(old), size=count)]
     rows = [(memory, rng.integers(len(memory.tokens))) for memory in drawn]
     tokens = np.stack([memory.tokens[i] for memory, i in rows])
