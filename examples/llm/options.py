@@ -43,7 +43,7 @@ class Config(cli.Common):
     ] = ",".join(DEFAULT)
     coefficient: float | None = None
     """The number that a method has besides its learning rate. Default: its own."""
-    steps: int = 30
+    steps: int = 25
     """Steps per task."""
     epochs: bool = False
     """Learns every task for as many epochs as TRACE does, in place of --steps."""

@@ -50,7 +50,10 @@ def curves(groups: dict[str, list[dict]], tasks: list[str]) -> Figure:
         grid.flat[len(tasks)].plot(range(-1, len(tasks)), general, **look)
     for axes, title in zip(grid.flat, [*tasks, "general text"], strict=False):
         axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
+        first = -1 if title == "general text" else 0
+        names = ["before", *tasks][first + 1 :]
+        places = range(first, len(tasks))
+        axes.set_xticks(places, names, rotation=45, ha="right", fontsize=7)
         axes.set_xlim(-1.2, len(tasks) - 0.8)
         axes.tick_params(axis="y", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -56,7 +56,7 @@ KNOWN = {
 }
 
 # A model that was trained on English and on code has much to learn from them.
-INSTALLED = ("translations", "font_metrics", "character_tables", "c_headers")
+INSTALLED = ("translations", "font_metrics", "character_tables")
 SOURCES = {
     name: source
     for name, source in (installed.SOURCES | MORE_SOURCES).items()
