@@ -81,9 +81,10 @@ def _learn_all(
                     **options,
                 )  # fmt: skip
                 rate = tuned["best"]["learning_rate"]
+            whole = plan(name)
             for seed in range(config.seeds):
                 history, seconds = runs.learn(
-                    folder / f"seed-{seed}", plan(name), rate=rate, seed=seed,
+                    folder / f"seed-{seed}", whole, rate=rate, seed=seed,
                     report=watch(f"{name}, seed {seed}", tasks), **options,
                 )  # fmt: skip
                 content["methods"].append(

@@ -13,8 +13,6 @@ import adamr
 from adamr import lora
 from examples.harness import methods as shared
 from examples.harness.methods import Coefficient
-from examples.harness.replay import from_first_task
-from examples.harness.setting import default_of
 from examples.llm import task_ends
 from examples.llm.learner import Learner
 from examples.llm.task_ends import KEEP, Setting
@@ -164,9 +162,7 @@ METHODS: dict[str, Method] = {
     "si": _borrowed(
         "si", "Synaptic Intelligence on the pairs", end=task_ends.consolidate_si
     ),
-    "er": _borrowed("er", "experience replay on the pairs", replays=True)._replace(
-        build=lambda rate, weight, *_: from_first_task(adamr.er(rate, weight))
-    ),
+    "er": _borrowed("er", "experience replay on the pairs", replays=True),
     "gpm_shared": _on_both("gpm_shared", "shared routing"),
     "gpm_decoupled": _on_both("gpm_decoupled", "element-wise decoupled routing"),
     "gpm_adaptive": _on_both("gpm_adaptive", "decoupled, overlap-adaptive strength"),
@@ -198,12 +194,11 @@ METHODS: dict[str, Method] = {
         end=task_ends.decompose,
         learning_rate=1e-4,
     ),
-    "mofo": Method(
+    "mofo": _borrowed(
+        "mofo",
         "MoFO: the entries of largest momentum move",
-        lambda rate, share, *_: adamr.mofo(rate, share),
         trains="all",
         learning_rate=1e-4,
-        coefficient=Coefficient("share", default_of(adamr.mofo, "share")),
     ),
 }
 

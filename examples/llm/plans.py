@@ -160,17 +160,18 @@ def planner(loaded: Loaded, config: Config) -> Callable[..., Plan]:
         tasks = len(loaded.stream.parts)
         return learner_of(loaded.model, trains, config.lora_rank, tasks)
 
-    def plan(name: str, tuning: bool = False) -> Plan:
+    @functools.lru_cache(maxsize=1)  # its step is compiled once for all its runs
+    def built(name: str) -> tuple[Learner, Callable[..., Any]]:
         method = METHODS[name]
         own = learner(method.trains)
+        return own, lambda rate, k: method.build(rate, k, own, setting)
+
+    def plan(name: str, tuning: bool = False) -> Plan:
+        own, build = built(name)
         stream = loaded.tuning if tuning else loaded.stream
-
-        def build(rate, coefficient):
-            return method.build(rate, coefficient, own, setting)
-
         return Plan(
             own,
-            method,
+            METHODS[name],
             setting,
             sizes._replace(steps=loaded.steps[: len(stream.parts)]),
             stream,
