@@ -154,7 +154,8 @@ def decompose(learner, setting, run, rows, key):
 def kernel_sides(learner: Learner, params: Any) -> tuple[adamr.Subspace, ...]:
     """OSFT's protected directions of every kernel: on its fan-in, on its outputs."""
     axes = adamr.contracted_axes(*learner.traced())
-    return adamr.weight_subspaces(params, axes, keep=KEEP)
+    others = tuple(adamr.capture.unread_leaves(axes))  # norms and tied embeddings
+    return adamr.weight_subspaces(params, axes, keep=KEEP, unprotected=others)
 
 
 def consolidate(learner, setting, run, rows, key):
