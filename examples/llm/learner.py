@@ -162,11 +162,17 @@ def inputs_of(
     subspace: adamr.Subspace,
     *,
     normalize: bool,
+    skip: int = 0,
 ) -> Any:
-    """What the protected leaves meet in these rows, without padding."""
+    """What the protected leaves meet in these rows, without padding.
+
+    `skip` tokens at the start of each row do not count: the first has activations so
+    large that in some layers they alone reach a threshold.
+    """
     total, mesh = None, learner.model.mesh
     for tokens, _, lengths in _portions(encoded, portion(mesh)):
-        mask = np.arange(tokens.shape[1]) < lengths[:, None]
+        at = np.arange(tokens.shape[1])
+        mask = (skip <= at) & (at < lengths[:, None])
         rows = put_rows((tokens, mask), mesh)
         found = capture(
             learner.forward, normalize, mesh, subspace, trained, base, *rows

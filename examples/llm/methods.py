@@ -95,7 +95,7 @@ def _gpm_of_a(rate, _, learner, setting):
     return adamr.gpm(rate, _of_pairs(learner, setting))
 
 
-def _inflora(rate, _, learner, setting):
+def _b_alone(rate, _, learner, setting):
     return lora.train_b(_gpm_of_a(rate, None, learner, setting))
 
 
@@ -107,6 +107,15 @@ def _osft(rate, _, learner, setting):
     del setting
     sides = [lambda p, i=i: task_ends.kernel_sides(learner, p)[i] for i in (0, 1)]
     return adamr.osft(rate, *sides)
+
+
+def _osft_hooked(rate, _, learner, setting):
+    del setting
+    hooks = [
+        adamr.project_out(lambda p, i=i: task_ends.kernel_sides(learner, p)[i])
+        for i in (0, 1)
+    ]
+    return optax.chain(*hooks, optax.adamw(rate, weight_decay=0.01))
 
 
 def _on_both(name: str, route: str) -> Method:
@@ -143,9 +152,16 @@ METHODS: dict[str, Method] = {
     ),
     "inflora": Method(
         "InfLoRA: A fixed, from the new task's inputs outside old ones, B free",
-        _inflora,
+        _b_alone,
         protects_general=True,
         start=task_ends.choose_a,
+        end=task_ends.start_task,
+    ),
+    "keeplora": Method(
+        "KeepLoRA: A fixed, from the new task's gradient outside old inputs, B free",
+        _b_alone,
+        protects_general=True,
+        start=task_ends.choose_a_by_gradient,
         end=task_ends.start_task,
     ),
     "o_lora": Method(
@@ -190,6 +206,13 @@ METHODS: dict[str, Method] = {
     "osft": Method(
         f"OSFT, exact: the top {KEEP:.0%} of every kernel's singular directions kept",
         _osft,
+        trains="all",
+        end=task_ends.decompose,
+        learning_rate=1e-4,
+    ),
+    "osft_hooked": Method(
+        "OSFT as PEFT does it: gradients projected, then AdamW with decay",
+        _osft_hooked,
         trains="all",
         end=task_ends.decompose,
         learning_rate=1e-4,

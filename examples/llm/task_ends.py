@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 import adamr
 from adamr import lora
+from examples.llm import measures
 from examples.llm.learner import Learner, inputs_of
 from examples.llm.placement import kept, places_of
 from examples.llm.tokens import Encoded, take
@@ -24,6 +25,7 @@ __all__ = [
     "Setting",
     "a_from_inputs",
     "choose_a",
+    "choose_a_by_gradient",
     "consolidate",
     "consolidate_si",
     "decompose",
@@ -34,6 +36,7 @@ __all__ = [
     "start_task",
 ]
 
+GRADIENT_ROWS = 16  # rows of a new task whose gradient KeepLoRA looks at
 FISHER_ROWS = 32  # rows from which a Fisher information is estimated
 KEEP = 0.5  # share of a kernel's singular directions that OSFT protects
 
@@ -55,6 +58,7 @@ class Setting(NamedTuple):
       normalize: whether every input counts alike, whatever its length.
       captured: rows of a task whose inputs are looked at.
       rank: of a low-rank pair; of one block where finished pairs stay.
+      skip: tokens at the start of each row whose inputs do not count.
     """
 
     threshold: float
@@ -62,6 +66,7 @@ class Setting(NamedTuple):
     normalize: bool
     captured: int
     rank: int
+    skip: int = 0
 
 
 def _inputs(learner: Learner, setting: Setting, run: Run, rows: Encoded) -> Any:
@@ -72,6 +77,7 @@ def _inputs(learner: Learner, setting: Setting, run: Run, rows: Encoded) -> Any:
         rows,
         adamr.get_subspace(run.opt_state),
         normalize=setting.normalize,
+        skip=setting.skip,
     )
 
 
@@ -120,6 +126,23 @@ def choose_a(learner, setting, run, rows, key):
 def a_from_inputs(run, inputs, *, places):
     pairs = lora.inflora(run.trained, run.opt_state, inputs)
     return kept(run._replace(trained=pairs), places)
+
+
+def choose_a_by_gradient(learner, setting, run, rows, key):
+    """A from the gradient of the kernels on the new task, outside of old inputs."""
+    del setting, key
+    tokens, answer = take(rows, slice(GRADIENT_ROWS))
+    gradient = _kernel_gradient(learner.forward, run.trained, run.base, tokens, answer)
+    pairs = lora.keeplora(run.base, run.trained, run.opt_state, gradient)
+    return run._replace(trained=pairs)
+
+
+@functools.partial(jax.jit, static_argnames="forward")
+def _kernel_gradient(forward, pairs, base, tokens, answer):
+    def loss(base):
+        return measures.answer_loss(forward(pairs, base, tokens), tokens, answer)
+
+    return jax.grad(loss)(base)
 
 
 def start_block(learner, setting, run, rows, key):

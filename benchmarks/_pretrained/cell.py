@@ -1,0 +1,202 @@
+"""One method on one stream: its sweep, its seeds, what it forgot, and where it went.
+
+    python -m benchmarks._pretrained.cell JOB.json OUT.json
+
+A process of its own, so that peak memory is that of one method. `OUT.json` is written
+after the sweep and after every seed.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import adamr
+from adamr.subspaces.subspace import layout, rank
+from benchmarks._pretrained import change, lines
+from benchmarks._pretrained.streams import arms, config, grid
+from examples.harness.report import commit, write
+from examples.llm import measures, plans, stream
+from examples.llm.data import spread_rows
+from examples.llm.methods import METHODS
+from examples.llm.runs import TUNING_SEED
+from examples.llm.stream import Plan
+from examples.llm.task_ends import Run
+
+__all__ = ["Job", "main"]
+
+OLD_ROWS = 48  # rows of the first task along which the change is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process measures.
+
+    Attributes:
+      stream, arm: names in `streams`.
+      data, model: as the command line has them; "" for the default model.
+      seeds: the seeds that are still to run.
+      tuning: of an earlier process; None: to be done. With `rate`, none is needed.
+      cache: folder for what all methods share.
+    """
+
+    stream: str
+    arm: str
+    data: str
+    model: str
+    seeds: tuple[int, ...]
+    tuning: dict[str, Any] | None
+    rate: float | None
+    cache: str
+
+
+def _last(steps: Iterator[tuple[Any, Run, dict]]) -> tuple[Run, dict]:
+    for _, run, history in steps:  # noqa: B007
+        pass
+    return run, history
+
+
+def _score(plan: Plan, rate: float, coefficient: float) -> tuple[Run, float]:
+    """The final loss on the first tasks' validation rows."""
+    run, history = _last(
+        stream.learn(plan, rate=rate, coefficient=coefficient, seed=TUNING_SEED)
+    )
+    numbers = measures.of_losses(np.array(history["loss_matrix"], float))
+    return run, numbers["final_loss"]
+
+
+def _tuned(plan: Plan, name: str) -> dict[str, Any]:
+    """Three rates; at the best, the other coefficients."""
+    rates, (default, *others) = grid(name, METHODS[name])
+    sweep: list[tuple[float, float, float]] = []
+    best, best_run = (math.inf, rates[0], default), None
+
+    def attempt(rate: float, coefficient: float) -> None:
+        nonlocal best, best_run
+        began = time.perf_counter()
+        run, loss = _score(plan, rate, coefficient)
+        if loss < best[0]:
+            best = loss, rate, coefficient
+            best_run = run if name == "adam" else None
+        sweep.append((rate, coefficient, loss))
+        seconds = time.perf_counter() - began
+        print(f"  {rate:g}, {coefficient:g}: {loss:.3f} ({seconds:.0f} s)", flush=True)
+
+    for rate in rates:
+        attempt(rate, default)
+    at = best[1]
+    for coefficient in others:
+        attempt(at, coefficient)
+    found = {"rate": best[1], "coefficient": best[2], "sweep": sweep}
+    if best_run is not None:
+        found["lines_alpha"] = lines.tuned(plan, best_run)
+    return found
+
+
+def _rooms(opt_state: Any) -> dict[str, list[float]] | None:
+    """By fan-in: the mean and the largest share of it that is protected."""
+    try:
+        subspace = adamr.get_subspace(opt_state)
+    except ValueError:
+        return None
+    if not isinstance(subspace, adamr.Subspace):
+        return None  # both sides of OSFT
+    found: dict[str, list[float]] = {}
+    for count, basis, weights in zip(rank(subspace), *subspace, strict=True):
+        if basis is not None:
+            n = layout(basis, weights).fan_in
+            found.setdefault(str(n), []).append(float(np.mean(count)) / n)
+    return {n: [float(np.mean(x)), float(np.max(x))] for n, x in found.items()}
+
+
+def _learned(
+    plan: Plan, tuning: dict[str, Any], seed: int, cache: Path
+) -> tuple[dict[str, Any], Run]:
+    """One run over the whole stream: its row, and the model at its end."""
+    learner, first = plan.learner, plan.stream.parts[0]
+    before, met, peak, rooms = {}, {}, 0, []
+    began = time.perf_counter()
+    for position, run, history in stream.learn(  # noqa: B007
+        plan, rate=tuning["rate"], coefficient=tuning["coefficient"], seed=seed
+    ):
+        if position.step <= plan.sizes.steps[position.task]:
+            continue
+        rooms.append(_rooms(run.opt_state))
+        if not before:  # what follows is the benchmark's own memory
+            peak = measures.peak_memory()["resident"]
+            before = change.kernels_of(learner, run.trained, run.base)
+            rows = spread_rows(first.train, OLD_ROWS)
+            met = change.met_by(learner, run.trained, run.base, rows)
+        seconds = time.perf_counter() - began
+        print(f"  {position.task + 1} tasks in {seconds:.0f} s", flush=True)
+    after = change.kernels_of(learner, run.trained, run.base)
+    pretrained = change.kernels_of(learner, learner.trained, learner.base)
+    where = change.moved(before, after, met)
+    where |= change.share_of_singular(pretrained, after, cache / "singular.npz")
+    row = {
+        "seed": seed,
+        **_numbers(history),
+        "change": where,
+        "protected": None if rooms[0] is None else rooms,
+        "seconds": seconds,
+        "seconds_per_step": float(np.median(history["step_seconds"])),
+        "boundary_seconds": history["boundary_seconds"],
+        "peak_memory": peak,
+    }
+    return row, run
+
+
+def _numbers(history: dict[str, Any]) -> dict[str, Any]:
+    losses = np.array(history["loss_matrix"], float)
+    scores = np.array(history["score_matrix"], float)
+    answered = bool(np.isfinite(scores[-1]).all())
+    return {
+        **measures.of_losses(losses),
+        "general_loss_before": history["general"][0],
+        "general_loss_after": history["general"][-1],
+        "kl": history["kl"],
+        **({"metrics": measures.of_scores(scores)} if answered else {}),
+        "loss_matrix": history["loss_matrix"],
+        "score_matrix": history["score_matrix"] if answered else None,
+        "general": history["general"],
+    }
+
+
+def main(job: Job, out: Path) -> None:
+    arm = arms()[job.arm]
+    model = Path(job.model) if job.model else None
+    told = config(job.stream, arm, Path(job.data), model)
+    loaded = plans.load_all(told, lambda line: None)
+    plan_of = plans.planner(loaded, told)
+
+    def plan(tuning: bool = False) -> Plan:
+        made = plan_of(arm.method, tuning=tuning)
+        return made._replace(setting=made.setting._replace(**arm.setting))
+
+    tuning = job.tuning
+    if tuning is None and job.rate is None:
+        tuning = _tuned(plan(tuning=True), arm.method)
+    elif tuning is None:
+        _, (coefficient, *_) = grid(arm.method, METHODS[arm.method])
+        tuning = {"rate": job.rate, "coefficient": coefficient}
+    result = {"tuning": tuning, "rows": [], "commit": commit()}
+    write(out, result)
+    cache = Path(job.cache)
+    for seed in job.seeds:
+        row, run = _learned(plan(), tuning, seed, cache)
+        result["rows"].append(row)
+        if "lines_alpha" in tuning:
+            result.setdefault("lines", []).append(
+                lines.row(plan(), run, row, tuning["lines_alpha"])
+            )
+        write(out, result)
+
+
+if __name__ == "__main__":
+    main(Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

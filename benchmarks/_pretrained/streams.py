@@ -1,0 +1,86 @@
+"""The streams that a pretrained model learns, and what each method is tuned over."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from examples.llm.methods import METHODS, Method
+from examples.llm.options import Config
+
+__all__ = ["STREAMS", "Arm", "Grid", "arms", "config", "grid"]
+
+INSTRUCT = ("WikiSQL", "DSTC8-json", "TLDR-ko", "Banking-intent", "TLDR-shell")
+INSTRUCT = (*INSTRUCT, "PubMedQA")
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "instruct": {"tasks": ",".join(INSTRUCT)},
+    "instruct-reversed": {"tasks": ",".join(reversed(INSTRUCT))},
+    "installed": {},
+}
+ROWS = {"steps": 30, "batch": 6, "context": 80, "generated": 16, "new_tokens": 32}
+
+# Beside each method's own learning rate, a third and three times of it.
+STEP = 10**0.5
+OWN_RATE = {"osft": 1e-3, "osft_hooked": 1e-3}
+# Beside the number that a method has by default.
+COEFFICIENTS = {
+    "er": (1 / 6, 1 / 25),
+    "ewc": (1.0, 1e4),
+    "si": (0.01, 10.0),
+    "gpm_si_full": (0.01, 10.0),
+    "o_lora": (0.05, 5.0),
+}
+
+
+class Arm(NamedTuple):
+    """A method with the settings in which it departs from the stream's.
+
+    Attributes:
+      method: of `examples.llm`.
+      options: of its command line.
+      setting: fields of `task_ends.Setting` that no option sets.
+    """
+
+    method: str
+    options: dict[str, Any]
+    setting: dict[str, Any]
+
+
+class Grid(NamedTuple):
+    """What tuning chooses from: first a rate, then a coefficient at that rate."""
+
+    rates: tuple[float, ...]
+    coefficients: tuple[float, ...]
+
+
+# Each setting of the protected pairs alone, the others as they are by default.
+LEVERS = {
+    "threshold-0.8": Arm("lora_complement", {"threshold": 0.8}, {}),
+    "threshold-0.95": Arm("lora_complement", {"threshold": 0.95}, {}),
+    "threshold-0.97": Arm("lora_complement", {"threshold": 0.97}, {}),
+    "capacity-256": Arm("lora_complement", {"capacity": 256}, {}),
+    "captured-16": Arm("lora_complement", {"captured": 16}, {}),
+    "captured-192": Arm("lora_complement", {"captured": 192}, {}),
+    "general-0": Arm("lora_complement", {"general": 0}, {}),
+    "not-normalized": Arm("lora_complement", {}, {"normalize": False}),
+    "first-token-masked": Arm("lora_complement", {}, {"normalize": False, "skip": 1}),
+}
+
+
+def arms() -> dict[str, Arm]:
+    """Every method, and the protected pairs with one setting changed."""
+    return {name: Arm(name, {}, {}) for name in METHODS} | LEVERS
+
+
+def grid(name: str, method: Method) -> Grid:
+    own = OWN_RATE.get(name, method.learning_rate)
+    rates = tuple(float(f"{own * STEP**i:.1g}") for i in (-1, 0, 1))
+    default = 0.0 if method.coefficient is None else method.coefficient.value
+    return Grid(rates, (default, *COEFFICIENTS.get(name, ())))
+
+
+def config(stream: str, arm: Arm, data: Path, model: Path | None) -> Config:
+    """As `python -m examples.llm` would be told."""
+    settings = dict(STREAMS[stream])
+    if "tasks" in settings:
+        settings |= ROWS | {"data": data}
+    return Config(**{"method": arm.method, "model": model} | settings | arm.options)

@@ -1,0 +1,156 @@
+"""What a pretrained model forgets under every method, tuned alike.
+
+    python -m benchmarks.pretrained --streams installed
+    python -m benchmarks.pretrained --streams instruct --data DIR --methods adam,ewc
+
+SmolLM2-135M learns one task after the other (`_pretrained/streams.py`): low-rank pairs
+of rank 8, or all parameters. Each method takes the best of three learning rates, and
+then of three values of the coefficient that it has, on validation rows of the first two
+tasks with a seed that no result uses. Reported are losses and scores on test rows,
+general text that no task has, and where the change of the weights went
+(`_pretrained/change.py`).
+
+`<out>/pretrained_<stream>.json` grows with each finished method; the command continues
+from there. One method of six tasks takes about a quarter of an hour of two cores, and
+the protected pairs with one setting changed (`--methods levers`), at the rate that was
+best for them, two thirds of that.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks._pretrained.cell import Job
+from benchmarks._pretrained.streams import LEVERS, STREAMS, arms
+from benchmarks._speed import timing
+from examples.harness.report import versions, write
+from examples.llm.methods import METHODS
+from examples.llm.report import DEFINITIONS
+
+MORE_DEFINITIONS = {
+    "sweep": "[learning rate, coefficient, final loss] on validation rows of the first "
+    "two tasks, seed 1000",
+    "change": "of the kernels of attention and MLP, see "
+    "benchmarks/_pretrained/change.py; moved and along_inputs since the end of the "
+    "first task along its inputs, along_inside and along_outside of the whole change",
+    "protected": "after each task, by fan-in: mean and largest share of a kernel's "
+    "inputs that is protected",
+    "lines": "plain fine-tuning whose last state LiNeS moves back towards the "
+    "pretrained model",
+}
+
+
+@dataclasses.dataclass
+class Config:
+    """Forgetting of a pretrained model, method by method."""
+
+    streams: str = "installed"
+    """By commas: instruct, instruct-reversed (both need --data), installed."""
+    methods: str = "all"
+    """By commas, in the order to run them; all, or levers."""
+    seeds: int = 1
+    """Runs of each method; seed 0, 1, ..."""
+    data: Path = Path("data/instruct")
+    """Folder of the tasks in TRACE's layout."""
+    model: Path | None = None
+    """As for `python -m examples.llm`."""
+    out: Path = Path("benchmarks/results")
+    cache: Path = Path("runs/pretrained")
+    """For what all methods share."""
+
+
+def _chosen(methods: str) -> list[str]:
+    if methods == "all":
+        return list(METHODS)
+    if methods == "levers":
+        return list(LEVERS)
+    known, names = arms(), methods.split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(
+                f"--methods: got {name!r}, expected some of {', '.join(known)}; all, "
+                "or levers."
+            )
+    return names
+
+
+def _empty(stream: str) -> dict[str, Any]:
+    return {
+        "stream": stream,
+        "command": f"python -m benchmarks.pretrained --streams {stream}",
+        "settings": {k: v for k, v in STREAMS[stream].items()},
+        "definitions": DEFINITIONS | MORE_DEFINITIONS,
+        "machine": timing.machine(),
+        "versions": versions(),
+        "methods": {},
+    }
+
+
+def _measured(job: Job) -> dict[str, Any] | None:
+    """What a process of its own finds; None if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        told, found = Path(folder) / "job.json", Path(folder) / "out.json"
+        told.write_text(json.dumps(dataclasses.asdict(job)))
+        module = "benchmarks._pretrained.cell"
+        subprocess.run([sys.executable, "-m", module, told, found])
+        return json.loads(found.read_text()) if found.exists() else None
+
+
+def _merged(held: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    if held is None:
+        return found
+    for key in ("rows", "lines"):
+        if key in found:
+            held[key] = held.get(key, []) + found[key]
+    return held
+
+
+def run(config: Config, stream: str) -> None:
+    """All methods on one stream; finished seeds are not run again."""
+    path = config.out / f"pretrained_{stream}.json"
+    result = json.loads(path.read_text()) if path.exists() else _empty(stream)
+    for name in _chosen(config.methods):
+        held = result["methods"].get(name)
+        done = {row["seed"] for row in held["rows"]} if held else set()
+        seeds = tuple(seed for seed in range(config.seeds) if seed not in done)
+        if not seeds:
+            continue
+        rate = None
+        if name in LEVERS:
+            reference = result["methods"].get(arms()[name].method)
+            if reference is None:
+                raise SystemExit(
+                    f"{name}: run {arms()[name].method} on {stream} first."
+                )
+            rate = reference["tuning"]["rate"]
+        print(f"{stream}: {name}, seeds {seeds}", flush=True)
+        job = Job(
+            stream, name, str(config.data), str(config.model or ""), seeds,
+            held["tuning"] if held else None, rate, str(config.cache),
+        )  # fmt: skip
+        found = _measured(job)
+        if found is None:
+            print(f"{name}: nothing was measured, see above", flush=True)
+            continue
+        result["methods"][name] = _merged(held, found)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write(path, result)
+
+
+def main(config: Config) -> None:
+    for stream in config.streams.split(","):
+        if stream not in STREAMS:
+            raise SystemExit(
+                f"--streams: got {stream!r}, expected some of {', '.join(STREAMS)}."
+            )
+        run(config, stream)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
