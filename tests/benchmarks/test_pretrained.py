@@ -1,0 +1,102 @@
+"""The evidence on pretrained models: shares of a change, and one tiny stream."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("tyro")
+
+from benchmarks._pretrained import change  # noqa: E402
+from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, grid  # noqa: E402
+from examples.llm.methods import METHODS  # noqa: E402
+
+
+def test_a_change_across_old_inputs_moves_no_response():
+    w = {"k": np.ones((4, 3), np.float32)}
+    met = {"k": np.diag([0.5, 0.5, 0.0, 0.0]).astype(np.float32)}
+    d = np.zeros((4, 3), np.float32)
+    d[3] = 2.0
+    found = change.moved(w, {"k": w["k"] + d}, met)
+    assert found == {"moved": 0.0, "along_inputs": 0.0}
+
+
+def test_a_change_along_old_inputs_is_counted_against_a_blind_one():
+    # All of D lies along one of n = 4 inputs, which has all the energy: 4 times a
+    # change without preference. ‖XD‖ / ‖XW‖ = 2 / 1.
+    w = {"k": np.ones((4, 3), np.float32)}
+    met = {"k": np.diag([1.0, 0.0, 0.0, 0.0]).astype(np.float32)}
+    d = np.zeros((4, 3), np.float32)
+    d[0] = 2.0
+    found = change.moved(w, {"k": w["k"] + d}, met)
+    assert found == pytest.approx({"moved": 2.0, "along_inputs": 4.0})
+
+
+def test_shares_along_singular_directions(tmp_path):
+    w = {"k": np.diag([4.0, 3.0, 2.0, 1.0]).astype(np.float32)}
+    d = np.zeros((4, 4), np.float32)
+    d[0, 3] = 1.0  # a leading direction inside, none outside
+    after = {"k": w["k"] + d}
+    for _ in range(2):  # the second time from disk
+        found = change.share_of_singular(w, after, tmp_path / "cache" / "held.npz")
+        assert found == pytest.approx({"along_inside": 1.0, "along_outside": 0.0})
+    still = change.share_of_singular(w, w, tmp_path / "cache" / "held.npz")
+    assert still == {"along_inside": 0.0, "along_outside": 0.0}
+
+
+def test_every_method_has_three_rates_around_its_own():
+    for name, method in METHODS.items():
+        rates, coefficients = grid(name, method)
+        assert len(set(rates)) == 3
+        assert (len(coefficients) > 1) <= (method.coefficient is not None)
+    assert grid("adam", METHODS["adam"]).rates == (3e-4, 1e-3, 3e-3)
+
+
+def test_levers_change_one_setting_each():
+    changed = [{**arm.options, **arm.setting} for arm in LEVERS.values()]
+    masked = LEVERS["first-token-masked"]
+    assert all(len(c) == 1 for c in changed if c != masked.setting)
+    assert set(LEVERS).isdisjoint(METHODS) and set(arms()) == {*LEVERS, *METHODS}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.parametrize("name", ["adam", "lora_complement", "osft_hooked"])
+def test_a_cell_from_sweep_to_row(name, tmp_path, monkeypatch):
+    pytest.importorskip("tunix")
+    pytest.importorskip("qwix")
+    from benchmarks import pretrained
+    from benchmarks._pretrained import cell
+    from examples.llm.tiny import write_tiny
+
+    monkeypatch.setitem(STREAMS, "instruct", {"tasks": "TLDR-ko,TLDR-shell"})
+    for task in ("TLDR-ko", "TLDR-shell", "General"):
+        (tmp_path / task).mkdir()
+        rows = [{"prompt": f"{i}?\n", "answer": f"{i % 3} x"} for i in range(12)]
+        for part in ("train", "eval", "test"):
+            (tmp_path / task / f"{part}.json").write_text(json.dumps(rows))
+    model = write_tiny(tmp_path / "model")
+
+    def in_process(job):
+        cell.main(job, tmp_path / "found.json")
+        return json.loads((tmp_path / "found.json").read_text())
+
+    monkeypatch.setattr(pretrained, "_measured", in_process)
+    config = pretrained.Config(
+        "instruct", name, data=tmp_path, model=model, out=tmp_path, cache=tmp_path
+    )
+    with jax.numpy_rank_promotion("allow"):
+        pretrained.main(config)
+        told = (tmp_path / "pretrained_instruct.json").read_text()
+        shutil.rmtree(model)  # what is finished is not run again
+        pretrained.main(config)
+    assert (tmp_path / "pretrained_instruct.json").read_text() == told
+    found = json.loads(told)["methods"][name]
+    (row,) = found["rows"]
+    assert len(found["tuning"]["sweep"]) == 3
+    assert row["change"]["moved"] > 0
+    assert (row["protected"] is not None) == (name == "lora_complement")
+    assert ("lines" in found) == (name == "adam")
