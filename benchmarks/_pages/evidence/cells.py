@@ -13,8 +13,8 @@ from string import Template
 import numpy as np
 
 from benchmarks._evidence.benches import BENCHES
-from benchmarks._evidence.pareto import compared, front, values
-from benchmarks._pages.evidence.results import STREAMS, rows, sign, streams_of
+from benchmarks._evidence.pareto import compared, values
+from benchmarks._pages.evidence.results import STREAMS, read, rows, sign, streams_of
 from examples.harness.statistics import interval
 
 __all__ = ["as_csv", "as_html", "cells"]
@@ -59,9 +59,12 @@ def cells() -> list[dict]:
     made = []
     for benchmark in DEFAULT:
         for stream in streams_of(benchmark):
-            known = list(rows(benchmark, stream).values())
-            best = front(known, BENCHES[stream].measure)
-            own = [_row(benchmark, stream, r, r["cell"] in best) for r in known]
+            content = read(f"{benchmark}_{stream}")
+            front = set(content["pareto_front"])
+            own = [
+                _row(benchmark, stream, row, row["cell"] in front)
+                for row in content["rows"]
+            ]
             made += sorted(own, key=_badness)
     return made
 

@@ -20,6 +20,7 @@ from benchmarks._pages.evidence.results import (
     means,
     read,
     rows,
+    sign,
     streams_of,
 )
 
@@ -66,6 +67,33 @@ def within(streams: str, cells: str, over: str, rival: str) -> str:
     """The largest difference in final measure, whatever its sign."""
     del over
     return f"{max(map(abs, _differences(streams, cells, rival, 'final'))):.2f}"
+
+
+def _most(factor: float) -> Callable[..., str]:
+    """Of many differences the largest, where some have the other sign."""
+
+    def told(streams: str, cells: str, over: str, rival: str) -> str:
+        del over
+        found = max(factor * x for x in _differences(streams, cells, rival, "final"))
+        if found < 0.0:
+            raise ValueError(f"the largest is {found}.")
+        return f"{found:.2f}"
+
+    return told
+
+
+def _extreme(pick: Callable[[float], float]) -> Callable[[str, str], str]:
+    def told(stream: str, cells: str) -> str:
+        found = [x for x in means(stream, cells, "final") if math.isfinite(x)]
+        return f"{max(found, key=lambda x: pick(sign(stream) * x)):.3f}"
+
+    return told
+
+
+def apart(streams: str, cells: str) -> str:
+    """The largest distance of two final measures on one stream."""
+    found = [means(stream, cells, "final") for stream in streams.split(",")]
+    return f"{max(max(x) - min(x) for x in found):.2f}"
 
 
 def coefficient(streams: str, cells: str) -> str:
@@ -124,7 +152,7 @@ def inflation(streams: str, optimizers: str, v: str, route: str) -> str:
 
 
 def worst_error(streams: str, v: str) -> str:
-    """Of 1 / (1 − α) under shared routing, in percent, over all estimators of v.
+    """Of 1 / (1 − α) under shared routing, in percent rounded up, over estimators of v.
 
     Without Yogi in the transformer, whose v does not leave its initial value.
     """
@@ -136,17 +164,20 @@ def worst_error(streams: str, v: str) -> str:
         and row["optimizer"] in ESTIMATORS
         and (row["stream"], row["optimizer"]) != ("language", "yogi")
     ]  # fmt: skip
-    return f"{max(found):.1f}"
+    return f"{math.ceil(10 * max(found)) / 10:.1f}"
 
 
-def arm(stream: str, v: str, name: str, measure: str, which: str = "own") -> str:
-    """Of an intervention; a measure `gain` is against shared routing."""
+def arm(stream: str, v: str, name: str, measure: str) -> str:
+    """Of an intervention at its own rate; `gain` is that over shared routing.
+
+    The underscores of a name may stand for its blanks.
+    """
     (row,) = (
         row for row in read("interventions")["rows"]
-        if (row["stream"], row["v"], row["arm"]) == (stream, v, name.replace("_", " "))
-        or (row["stream"], row["v"], row["arm"]) == (stream, v, name)
+        if (row["stream"], row["v"]) == (stream, v)
+        and row["arm"] in (name, name.replace("_", " "))
     )  # fmt: skip
-    found = row[which]
+    found = row["own"]
     if measure == "gain":
         better = 1.0 if stream == "digits" else -1.0
         return f"{better * found['final - route_both']['difference']:+.3f}"
@@ -156,6 +187,14 @@ def arm(stream: str, v: str, name: str, measure: str, which: str = "own") -> str
 def pretrained(method: str, measure: str) -> str:
     (row,) = (r for r in read("llm_instruct")["methods"] if r["method"] == method)
     return f"{row[measure]:.3f}"
+
+
+def pretrained_model() -> str:
+    return read("llm_instruct")["model"]["name"]
+
+
+def pretrained_steps() -> str:
+    return read("llm_instruct")["command"].split("--steps ")[1].split()[0]
 
 
 def pretrained_seeds() -> str:
@@ -173,7 +212,12 @@ FACTS: dict[str, Callable[..., str]] = {
     "learns_less": _gains(-1.0, "learned"),
     "forgets_less": _gains(1.0, "forgetting"),
     "forgets_more": _gains(-1.0, "forgetting"),
+    "most_gained": _most(1.0),
+    "most_lost": _most(-1.0),
+    "best": _extreme(lambda x: x),
+    "worst": _extreme(lambda x: -x),
     "within": within,
+    "apart": apart,
     "coefficient": coefficient,
     "rate": rate,
     "fronts": fronts,
@@ -183,6 +227,8 @@ FACTS: dict[str, Callable[..., str]] = {
     "worst_error": worst_error,
     "arm": arm,
     "pretrained": pretrained,
+    "pretrained_model": pretrained_model,
+    "pretrained_steps": pretrained_steps,
     "pretrained_seeds": pretrained_seeds,
 }
 
