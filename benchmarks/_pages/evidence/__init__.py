@@ -7,5 +7,5 @@
     facts.py      numbers for the prose
     tables.py     tables for the pages
     cells.py      every cell as CSV and as a page that sorts and filters
-    pages.py      puts the four together
+    pages.py      all of it put together
 """

@@ -1,6 +1,7 @@
 """Prose, numbers and tables put together: the content of every file that is written."""
 
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks._pages.evidence.cells import as_csv, as_html, cells
@@ -9,11 +10,12 @@ from benchmarks._pages.evidence.results import ROOT
 from benchmarks._pages.evidence.tables import TABLES, headlines
 from benchmarks._pages.tables import written
 
-__all__ = ["FOLDER", "README", "TEXTS", "filled", "files"]
+__all__ = ["FOLDER", "README", "TEXTS", "filled", "files", "page", "wrapped"]
 
 FOLDER = ROOT / "docs" / "evidence"
 README = ROOT / "README.md"
 TEXTS = sorted((Path(__file__).parent / "text").glob("*.md"))
+WIDTH = 90
 SOURCE = """
 <!-- Written by `python -m benchmarks._pages.evidence` from {path}: edit that. -->
 """
@@ -29,15 +31,38 @@ def filled(text: str) -> str:
     return re.sub(r"\{\{\s+(.+?)\s+\}\}", told, text, flags=re.DOTALL)
 
 
+def wrapped(text: str) -> str:
+    """Paragraphs and items of lists in lines of equal length again."""
+    parts = re.split(r"(^```.*?^```$|\n\n)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(map(_lines, parts))
+
+
+def _lines(block: str) -> str:
+    if not block.strip() or re.match(r"```|\||#|!\[|<", block):
+        return block
+    items = re.split(r"\n(?=- )", block)
+    return "\n".join(
+        textwrap.fill(
+            " ".join(item.split()), WIDTH, break_long_words=False,
+            break_on_hyphens=False, subsequent_indent="  " * item.startswith("- "),
+        )
+        for item in items
+    )  # fmt: skip
+
+
+def page(text: Path) -> str:
+    """What is written for a file of `TEXTS`."""
+    source = SOURCE.format(path=text.relative_to(ROOT).as_posix())
+    return wrapped(filled(text.read_text())) + source
+
+
 def files() -> dict[Path, str]:
     """Every file that the command writes, with its content."""
-    made = {
-        FOLDER / text.name: filled(text.read_text())
-        + SOURCE.format(path=text.relative_to(ROOT).as_posix())
-        for text in TEXTS
-    }
+    made = {FOLDER / text.name: page(text) for text in TEXTS}
     lines = cells()
     made[FOLDER / "cells.csv"] = as_csv(lines)
     made[FOLDER / "cells.html"] = as_html(lines)
-    made[README] = written(README.read_text(), "headlines", headlines())
+    readme = README.read_text()
+    if "<!-- headlines -->" in readme:  # where README wants them
+        made[README] = written(readme, "headlines", headlines())
     return made
