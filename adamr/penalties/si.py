@@ -93,8 +93,8 @@ def consolidate_si(
       opt_state: of any wrapper around `track_si(optimizer)` with a penalty in it.
       params: θ at the end of the task.
       damping: ξ ≥ 0. All that was measured here has the default (docs/evidence/how.md);
-        the authors use 0.1 and 1e-3. A parameter that did not move, with damping 0, gets
-        nothing.
+        the authors use 0.1 and 1e-3. A parameter that did not move, with damping 0,
+        gets nothing.
 
     Returns:
       A new state, in which the step does not recompile.

@@ -12,7 +12,8 @@ from benchmarks._evidence.inflation import ESTIMATORS
 from examples.harness.pictures import COLOURS, MARKERS
 
 __all__ = [
-    "draw_interventions", "draw_mechanism", "draw_motion", "draw_over_time", "redraw",
+    "ARMS", "draw_interventions", "draw_mechanism", "draw_motion", "draw_over_time",
+    "redraw",
 ]  # fmt: skip
 
 BLACK, ORANGE, SKY, PINK, GREEN, RED, BLUE, GREY = COLOURS
@@ -34,7 +35,7 @@ VARIANTS = {
     "fan_in": ("shared v", SKY, "s"),
     "eigenbasis": ("v in the eigenbasis", BLUE, "D"),
 }
-ARMS = {  # as the table of the page has them
+ARMS = {
     "none": "plain Adam",
     "route_both": "shared routing",
     "route_first": "decoupled",
@@ -141,7 +142,10 @@ def draw_over_time(content: dict[str, Any], path: Path) -> None:
     }  # fmt: skip
     labels.at_ends(
         grid[0][-1],
-        {name: ((y - low) / (high - low), colour) for name, (y, colour) in ends.items()},
+        {
+            name: ((y - low) / (high - low), colour)
+            for name, (y, colour) in ends.items()
+        },
         gap=0.09,
     )
     grid[1][-1].annotate(

@@ -11,8 +11,6 @@ sentence around them stays true.
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from benchmarks._evidence.inflation import ESTIMATORS
 from benchmarks._pages.evidence.results import (
     cell_names,
@@ -168,7 +166,7 @@ def worst_error(streams: str, v: str) -> str:
 
 
 def arm(stream: str, v: str, name: str, measure: str) -> str:
-    """Of an intervention at its own rate; `gain` is that over shared routing.
+    """Of an intervention at its own rate; `gain`, `loss`: against shared routing.
 
     The underscores of a name may stand for its blanks.
     """
@@ -178,9 +176,12 @@ def arm(stream: str, v: str, name: str, measure: str) -> str:
         and row["arm"] in (name, name.replace("_", " "))
     )  # fmt: skip
     found = row["own"]
-    if measure == "gain":
-        better = 1.0 if stream == "digits" else -1.0
-        return f"{better * found['final - route_both']['difference']:+.3f}"
+    if measure in ("gain", "loss"):
+        better = 1.0 if (stream == "digits") == (measure == "gain") else -1.0
+        difference = better * found["final - route_both"]["difference"]
+        if difference < 0.0:
+            raise ValueError(f"the {measure} is {difference:.3f}.")
+        return f"{difference:.3f}"
     return f"{found[measure]['mean']:.{0 if measure == 'motion' else 3}f}"
 
 

@@ -26,7 +26,9 @@ def filled(text: str) -> str:
 
     def told(found: re.Match[str]) -> str:
         name, *arguments = found[1].split()
-        return TABLES[arguments[0]](*arguments[1:]) if name == "table" else fact(found[1])
+        return (
+            TABLES[arguments[0]](*arguments[1:]) if name == "table" else fact(found[1])
+        )
 
     return re.sub(r"\{\{\s+(.+?)\s+\}\}", told, text, flags=re.DOTALL)
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks._evidence.arms import ARMS
 from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell
 from benchmarks._evidence.inflation import ESTIMATORS
 from benchmarks._evidence.pareto import values
+from benchmarks._evidence.pictures import ARMS
 from benchmarks._pages.evidence.results import (
     STREAMS,
     gain,
@@ -33,14 +33,13 @@ HEADLINES = {
     "GEM": "gem_mean/own/adam",
     "replay": "replay_1_weighted/own/adam",
 }
-HEADS = {  # short names of the streams, for the heads of columns
+HEADS = {  # short names for the heads of columns; on split digits all are level
     "permuted-digits": "permuted digits",
     "text-low-8": "8 domains",
     "text-mixed-16": "16 domains",
     "text-installed": "installed text",
     "split-cifar100": "CIFAR-100",
     "text-high-8": "novelists",
-    "split-digits": "split digits",
 }
 RULES = {  # of benchmarks.strength_rules
     "full": "α = 1",
@@ -52,6 +51,21 @@ RULES = {  # of benchmarks.strength_rules
     "rising_leaf": "α = s̄, leaf by leaf",
     "conflict": "1 in conflict, else 0",
     "conflict_leaf": "1 in conflict, else 0, leaf by leaf",
+}
+OPTIMIZERS = {
+    "adam": "Adam",
+    "amsgrad": "AMSGrad",
+    "adafactor": "Adafactor",
+    "rmsprop": "RMSProp",
+    "yogi": "Yogi",
+    "lion": "Lion",
+    "muon": "Muon",
+    "muon, converged": "Muon, converged",
+}
+SOURCES = {
+    "coordinate": "one coordinate",
+    "quadratic": "quadratic",
+    "language": "transformer",
 }
 KEPT = {
     "element": "per entry",
@@ -70,13 +84,11 @@ def number(mean: float | None, half: float | None = None) -> str:
 def headlines() -> str:
     """The mean final measures of a few cells, the best of a stream in bold."""
     lines = []
-    for stream, about in STREAMS.items():
-        if stream == "split-digits":
-            continue
+    for stream in HEADS:
         finals = [means(stream, cell, "final")[0] for cell in HEADLINES.values()]
         best = max(finals, key=lambda x: sign(stream) * x)
         told = (f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in finals)
-        lines.append([about, *told])
+        lines.append([STREAMS[stream], *told])
     return table(["stream", *HEADLINES], lines)
 
 
@@ -100,7 +112,7 @@ def _gains(pairs: list[tuple[str, Cell, Cell]]) -> str:
     Args:
       pairs: (label, cell, rival); a rival's own line gives its final measure.
     """
-    streams = streams_of("forgetting")
+    streams = [stream for stream in streams_of("forgetting") if stream in HEADS]
     lines = [
         [f"`{label}`", *(_entry(stream, cell, rival) for stream in streams)]
         for label, cell, rival in pairs
@@ -137,7 +149,7 @@ def _strength(routing: str) -> str:
     """The mean final measure at every rule, the best of a stream in bold."""
     streams = [
         stream for stream in streams_of("strength_rules")
-        if f"rule/{routing}/full" in rows("strength_rules", stream)
+        if stream in HEADS and f"rule/{routing}/full" in rows("strength_rules", stream)
     ]  # fmt: skip
     found = {
         (stream, rule): means(stream, f"rule/{routing}/{rule}", "final")[0]
@@ -151,12 +163,14 @@ def _strength(routing: str) -> str:
         shown = f"{mean:.3f}" if np.isfinite(mean) else "diverged"
         return f"**{shown}**" if sign(stream) * mean == best[stream] else shown
 
-    lines = [[about, *(told(s, rule) for s in streams)] for rule, about in RULES.items()]
+    lines = [
+        [about, *(told(s, rule) for s in streams)] for rule, about in RULES.items()
+    ]
     return table(["strength", *(HEADS[s] for s in streams)], lines)
 
 
 def _mechanism(stream: str) -> str:
-    """Inflation at α = 0.9: of shared routing, of decoupled routing where there is v."""
+    """Inflation at α = 0.9 of shared routing, and of decoupled where there is a v."""
     content = read("mechanism")
     at = content["alphas"].index(0.9)
     found = {
@@ -170,7 +184,7 @@ def _mechanism(stream: str) -> str:
         return f"{row[route]['inflation'][at]:.2f}" if route in row else ""
 
     lines = [
-        [optimizer, *(told(optimizer, v, "shared") for v in KEPT),
+        [OPTIMIZERS[optimizer], *(told(optimizer, v, "shared") for v in KEPT),
          *(told(optimizer, v, "decoupled") for v in KEPT)]
         for optimizer in dict.fromkeys(optimizer for optimizer, _ in found)
     ]  # fmt: skip
@@ -190,7 +204,7 @@ def explained() -> str:
         shared = row["shared"]
         lines.append(
             [
-                f"{row['stream']}, {KEPT[row['v']]}",
+                f"{SOURCES[row['stream']]}, {KEPT[row['v']]}",
                 f"{shared['inflation'][at]:.2f}",
                 f"{100 * shared['error']:.2f} %",
                 f"{shared['explained'][at]:.2f}",
@@ -211,7 +225,7 @@ def _causes(stream: str) -> str:
         own, common = row["own"], row["common"]
         lines.append(
             [
-                ARMS[row["arm"]].about,
+                ARMS[row["arm"]],
                 KEPT[row["v"]],
                 *(number(own[key]["mean"], own[key]["half_width"])
                   for key in ("final", "learned", "forgetting")),
