@@ -11,7 +11,7 @@ from benchmarks._evidence.pareto import values
 from examples.harness.pictures import COLOURS, MARKERS
 from examples.harness.statistics import interval
 
-__all__ = ["draw"]
+__all__ = ["draw", "named_cells"]
 
 BLACK, ORANGE, SKY, PINK, GREEN, RED, BLUE, GREY = COLOURS
 
@@ -43,7 +43,7 @@ NAMED = {
 }
 
 
-def _named(cells: list[str]) -> dict[str, Mark]:
+def named_cells(cells: list[str]) -> dict[str, Mark]:
     """The cells with a name; all of them where they are eight at most."""
     if len(cells) <= len(COLOURS):
         looks = zip(cells, COLOURS, MARKERS, strict=False)
@@ -63,7 +63,7 @@ def _limits(means: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
 def draw(path: Path, bench: str, rows: list[dict], measure: str) -> None:
     """Forgetting (less is up) against plasticity (more is right), one mark a cell."""
     cells = [row["cell"] for row in rows]
-    named = _named(cells)
+    named = named_cells(cells)
     x, y = (
         np.array([interval(values(row, name)) for row in rows])
         for name in ("learned", "forgetting")
