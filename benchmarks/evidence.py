@@ -1,4 +1,4 @@
-"""Every table of docs/evidence.md from one command, and whether a quick run agrees.
+"""All results of docs/evidence/ from one command, and whether a quick run agrees.
 
     python -m benchmarks.evidence --quick                  two cores, minutes, no data
     python -m benchmarks.evidence --data DIR               a night on two cores

@@ -22,7 +22,7 @@ import tyro
 import adamr
 from adamr import diagnostics, metrics
 from benchmarks._evidence.arms import ALPHA, ARMS, method_for
-from benchmarks._evidence.pictures import draw_interventions
+from benchmarks._evidence.pictures import draw_interventions, draw_motion
 from benchmarks._evidence.problems import language_problem, mlp_problem
 from benchmarks._speed import timing
 from examples import streams
@@ -249,6 +249,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     report.write(config.out / "interventions.json", content)
     draw_interventions(content, config.out / "interventions.png")
+    draw_motion(content, config.out / "interventions_motion.png")
 
 
 if __name__ == "__main__":

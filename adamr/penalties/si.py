@@ -92,9 +92,9 @@ def consolidate_si(
     Args:
       opt_state: of any wrapper around `track_si(optimizer)` with a penalty in it.
       params: θ at the end of the task.
-      damping: ξ ≥ 0. All that was measured here has the default (docs/evidence.md); the
-        authors use 0.1 and 1e-3. A parameter that did not move, with damping 0, gets
-        nothing.
+      damping: ξ ≥ 0. All that was measured here has the default (docs/evidence/how.md);
+        the authors use 0.1 and 1e-3. A parameter that did not move, with damping 0,
+        gets nothing.
 
     Returns:
       A new state, in which the step does not recompile.

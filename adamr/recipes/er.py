@@ -33,7 +33,7 @@ def er(
     Args:
       learning_rate: a number or a schedule.
       weight: w in [0, 1], or a schedule of the step count. With a small memory of text
-        1/6 ended far below ½ (docs/evidence.md).
+        1/6 ended far below ½ (docs/evidence/memory.md).
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: outside the root.

@@ -233,9 +233,9 @@ def si(
 
     Args:
       learning_rate: a number or a schedule.
-      c: ≥ 0. The default ended best on text that differs (docs/evidence.md), with the
-        default damping of `consolidate_si`; the authors use 0.1 on permuted MNIST and
-        split CIFAR.
+      c: ≥ 0. The default ended best on text that differs (docs/evidence/how.md), with
+        the default damping of `consolidate_si`; the authors use 0.1 on permuted MNIST
+        and split CIFAR.
       b1, b2, eps, eps_root, share, mu_dtype, nu_dtype: as for `faithful_second_moment`.
       form: "proximal" or "additive", see `adamr.recipes.ewc`.
 

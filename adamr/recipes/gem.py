@@ -71,7 +71,7 @@ def gem(
       memory_strength: γ ≥ 0, the least weight of each memory gradient once one is
         violated. Every old task gets this weight, so the pull of the memory grows
         with their number. GEM's code uses 0.5, which is far worse on text and level
-        with the default on images (docs/evidence.md).
+        with the default on images (docs/evidence/memory.md).
       average: divide γ by the number of old tasks, for streams longer than those that
         γ was tuned on.
       solver: "exact", or "diagonal" as in `gem_constraint`.

@@ -201,15 +201,16 @@ def gpm_si(
     is the contraction I − P S P with S = η D k / (1 + η D k) in [0, 1); at θ = θ* the
     first step never ascends. The pull holds what the projection does not: embeddings,
     norms, heads, biases, directions below the threshold. c = 0 gives the steps of `gpm`
-    (except that a weight λ < 1 counts twice, on gradient and step). docs/evidence.md
-    says what it gains where. It keeps three float32 numbers per parameter and one copy
+    (except that a weight λ < 1 counts twice, on gradient and step). docs/evidence/ says
+    what it gains where. It keeps three float32 numbers per parameter and one copy
     of the bases more than `gpm`.
 
     Args:
       learning_rate: η, a number or a schedule.
       subspace: what is protected, for the first task `empty_subspace(params)`; or a
         function of the parameters that makes it in `init`, such as `empty_subspace`.
-      c: ≥ 0, of SI; the default ended best on text that differs (docs/evidence.md).
+      c: ≥ 0, of SI; the default ended best on text that differs
+        (docs/evidence/how.md).
       b1, b2, eps, eps_root, mu_dtype, nu_dtype: as for `faithful_second_moment`.
 
     Returns:

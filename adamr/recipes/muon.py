@@ -95,8 +95,8 @@ def muon(
     A partial projection is another matter. msign makes all singular values alike, so it
     undoes an attenuation of the gradient along U by 1 − α. At α = .9 the effective
     learning rate there grew by 10 = 1 / (1 − α) with an iteration that converges, and
-    by 7.9 to 15 with the default one (docs/evidence.md). This is why there is no
-    `strength`. Weights λ < 1 in the subspace act through the last P alone: u_iᵀΔ is
+    by 7.9 to 15 with the default one (docs/evidence/mechanism.md). This is why there is
+    no `strength`. Weights λ < 1 in the subspace act through the last P alone: u_iᵀΔ is
     1 − λ_i times that of msign. Element-wise modifiers (masks) do not survive msign.
     `Directions` of the whole vector do not commute with it, so there the step is
     projected and may ascend.

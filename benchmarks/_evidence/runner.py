@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks._evidence import pareto
+from benchmarks._evidence import pareto, trade_off
 from benchmarks._evidence.benches import BENCHES, Made, make
 from benchmarks._speed import timing
 from examples import streams
@@ -289,5 +289,5 @@ def run_cells(
             jax.clear_caches()
     each = list(rows.values())
     pareto.report(bench, each, measure)
-    pareto.draw(path.with_suffix(".png"), bench, each, measure)
+    trade_off.draw(path.with_suffix(".png"), bench, each, measure)
     return each

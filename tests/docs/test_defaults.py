@@ -5,7 +5,6 @@ A call that repeats a default, or departs from one without being named here, fai
 
 import ast
 import inspect
-import json
 import re
 from pathlib import Path
 
@@ -17,7 +16,8 @@ pytest.importorskip("tyro")
 
 import adamr
 from benchmarks._evidence import benches
-from benchmarks._pages import evidence
+from benchmarks._pages.evidence.pages import FOLDER, README, TEXTS
+from benchmarks._pages.evidence.results import read, rows, streams_of
 from examples.harness import methods, setting
 from examples.lm import methods as lm_methods
 from examples.lm import problem as lm_problem
@@ -26,7 +26,11 @@ from examples.pod.__main__ import Config as PodConfig
 from examples.vision.__main__ import Config as VisionConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(FOLDER / text.name for text in TEXTS),
+]
 CODE = [
     *sorted((ROOT / "examples").rglob("*.py")),
     *sorted((ROOT / "benchmarks" / "_evidence").rglob("*.py")),
@@ -93,7 +97,7 @@ def test_pages_recommend_the_defaults(page):
 
 def test_the_pages_are_read():
     """The parser above finds what it must find."""
-    pages = (evidence.README, evidence.PAGE)
+    pages = (README, FOLDER / "index.md")
     readme, page = ("\n".join(snippets(path)) for path in pages)
     found = {(name, key): value for name, key, value, _ in numbers(readme)}
     assert found["protect_inputs", "threshold"] == setting.THRESHOLD
@@ -138,7 +142,7 @@ def test_methods_run_the_recipes_default(method, recipe, name):
 def test_every_coefficient_is_compared():
     """With the recipe's default, or, where it has none, with the README."""
     ewc = {name for name in methods.METHODS if "ewc" in name}
-    readme = evidence.README.read_text()
+    readme = README.read_text()
     (told,) = re.findall(r"adamr\.ewc\(1e-3, strength=([\d.]+)\)", readme)
     for name in ewc:
         assert methods.METHODS[name].coefficient == ("strength", float(told))
@@ -158,24 +162,20 @@ def test_thresholds():
     assert setting.THRESHOLD == own(adamr.protect_inputs, "threshold")
     assert VisionConfig().threshold == setting.THRESHOLD
     assert LmConfig().threshold == PodConfig().threshold == lm_problem.THRESHOLD
-    page = evidence.PAGE.read_text()
+    page = (FOLDER / "how.md").read_text()
     assert f"`threshold={lm_problem.THRESHOLD}`" in page
     for name, bench in benches.BENCHES.items():
         text = bench.measure == "loss"
         assert bench.threshold == (lm_problem.THRESHOLD if text else setting.THRESHOLD)
-        path = evidence.RESULTS / f"forgetting_{name.replace('-', '_')}.json"
-        if path.exists():
-            measured = json.loads(path.read_text())["bench"]
+        if name in streams_of("forgetting"):
+            measured = read(f"forgetting_{name}")["bench"]
             assert measured["threshold"] == bench.threshold
             assert measured["samples"] == bench.samples
 
 
 def swept(stream, cell):
     """The coefficient that the sweep of a cell took."""
-    path = evidence.RESULTS / f"forgetting_{stream.replace('-', '_')}.json"
-    rows = json.loads(path.read_text())["rows"]
-    (found,) = (row["strength"] for row in rows if row["cell"] == cell)
-    return found
+    return rows("forgetting", stream)[cell]["strength"]
 
 
 @pytest.mark.parametrize("stream", TEXT_THAT_DIFFERS)

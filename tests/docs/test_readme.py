@@ -89,7 +89,8 @@ def test_every_other_line_makes_an_optimizer_that_steps():
 
 def test_the_read_me_names_what_exists():
     """Every `adamr.name` in README and docs is there."""
-    pages = [README, *(README.parent / "docs").glob("*.md")]
+    docs = README.parent / "docs"
+    pages = [README, *docs.glob("*.md"), *docs.glob("*/*.md")]
     for page in pages:
         for dotted in set(
             re.findall(r"\badamr\.([a-z_]+(?:\.[a-z_]+)*)\b", page.read_text())
@@ -118,7 +119,7 @@ def test_nothing_is_left_unread_without_a_word():
 
 
 def test_the_boundary_that_the_evidence_recommends():
-    page = (README.parent / "docs" / "evidence.md").read_text()
+    page = (README.parent / "docs" / "evidence" / "index.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     first, rest = code.split("\n", 1)
     p = params()
