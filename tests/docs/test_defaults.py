@@ -83,7 +83,7 @@ def numbers(source):
 def snippets(page):
     """Code of a page that has calls of the library: blocks, and what is in the text."""
     text = page.read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(?:python|\{code-cell\})\n(.*?)```", text, re.DOTALL)
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     return [*blocks, *re.findall(r"`(adamr\.\w+\([^`]*\))`", rest)]
 
