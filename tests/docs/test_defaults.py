@@ -139,6 +139,16 @@ def test_methods_run_the_recipes_default(method, recipe, name):
     assert methods.METHODS[method].coefficient == (name, own(recipe, name))
 
 
+def test_the_numbers_to_set_are_the_defaults():
+    page = (ROOT / "docs" / "which_method.md").read_text()
+    rows = re.findall(r"^\| `adamr\.(\w+)` \| `(\w+)` \| (\S+) \|", page, re.MULTILINE)
+    assert len(rows) >= 9
+    for name, key, told in rows:
+        default = own(getattr(adamr, name), key)
+        none = default is inspect.Parameter.empty
+        assert told == ("none" if none else f"{default:g}"), name
+
+
 def test_every_coefficient_is_compared():
     """With the recipe's default, or, where it has none, with the README."""
     ewc = {name for name in methods.METHODS if "ewc" in name}
