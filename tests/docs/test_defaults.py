@@ -83,7 +83,7 @@ def numbers(source):
 def snippets(page):
     """Code of a page that has calls of the library: blocks, and what is in the text."""
     text = page.read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```(?:python|\{code-cell\})\n(.*?)```", text, re.DOTALL)
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     return [*blocks, *re.findall(r"`(adamr\.\w+\([^`]*\))`", rest)]
 
@@ -137,6 +137,16 @@ def own(recipe, name):
 )
 def test_methods_run_the_recipes_default(method, recipe, name):
     assert methods.METHODS[method].coefficient == (name, own(recipe, name))
+
+
+def test_the_numbers_to_set_are_the_defaults():
+    page = (ROOT / "docs" / "which_method.md").read_text()
+    rows = re.findall(r"^\| `adamr\.(\w+)` \| `(\w+)` \| (\S+) \|", page, re.MULTILINE)
+    assert len(rows) >= 9
+    for name, key, told in rows:
+        default = own(getattr(adamr, name), key)
+        none = default is inspect.Parameter.empty
+        assert told == ("none" if none else f"{default:g}"), name
 
 
 def test_every_coefficient_is_compared():

@@ -39,6 +39,11 @@ def test_the_readme_has_the_headlines_where_it_wants_them():
         assert written(readme, "headlines", tables.headlines()) == readme
 
 
+def test_the_guide_to_the_methods_has_the_headlines():
+    guide = pages.GUIDE.read_text()
+    assert written(guide, "headlines", tables.headlines()) == guide
+
+
 @pytest.mark.parametrize("stream", benches.ON_TWO_CORES)
 def test_every_main_cell_has_been_measured(stream):
     known = results.rows("forgetting", stream)
