@@ -1,6 +1,7 @@
 """A small model, and how far a method's step on it is from what the method promises."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,22 @@ def retained(g: Any) -> dict:
 
 
 # Probes: how far the step is from what the method promises ------------------------
+
+
+class Promise(NamedTuple):
+    """What no step may do, and how it is measured.
+
+    Attributes:
+      words: the promise.
+      number: what the number counts.
+      violation: (optimizer, evidence) -> the number.
+      most: the largest number with which the promise counts as kept.
+    """
+
+    words: str
+    number: str
+    violation: Callable[[Any, Callable[[Any], dict]], float]
+    most: float = 1e-5
 
 
 def _steps(tx, evidence, count=40):
@@ -168,3 +185,36 @@ def stiffness(tx, evidence):
     _, distances = jax.lax.scan(step, (start, state), keys)
     first = optax.tree.norm(optax.tree.sub(start, params()))
     return float(jnp.max(jnp.where(jnp.isnan(distances), jnp.inf, distances)) / first)
+
+
+OUTSIDE = Promise(
+    "no step enters the protected space",
+    "largest share of a step inside it",
+    leak,
+)
+OUTSIDE_BOTH = Promise(
+    "no step enters the protected space of inputs or that of outputs",
+    "largest share of a step inside one of them",
+    leak_of_both_sides,
+)
+OFF_DIRECTIONS = Promise(
+    "no step moves along a stored direction",
+    "largest share of a step along them",
+    direction_leak,
+)
+NO_CONFLICT = Promise(
+    "no step increases a memory loss, to first order",
+    "largest increase, as the cosine between step and ascent",
+    conflict,
+)
+STILL = Promise(
+    "what is masked does not move",
+    "largest masked step, as a share of the largest step",
+    disruption,
+)
+STABLE = Promise(
+    "training is stable however large the penalty's weight is",
+    "largest distance to the anchor, as a multiple of the first",
+    stiffness,
+    most=1.001,
+)
