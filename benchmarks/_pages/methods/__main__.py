@@ -19,7 +19,9 @@ def main() -> int:
     named = parser.parse_args().methods
     unknown = set(named) - set(METHODS) - {"none"}
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+        parser.error(
+            f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}"
+        )
 
     chosen = {k: m for k, m in METHODS.items() if not named or k in named}
     if chosen:

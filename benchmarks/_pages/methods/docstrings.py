@@ -7,13 +7,14 @@ from typing import Any
 
 import adamr
 
-__all__ = ["equations", "named", "papers", "references"]
+__all__ = ["call", "equations", "linked", "named", "papers", "references"]
 
+ARXIV, ADDRESS = r"arXiv:(\d{4}\.\d{4,5})", r"https://[^\s,;)]*[^\s,;).]"
 SECTIONS = r"^(Args|Extra arguments? of `update`|Returns|Raises|References)\b|^>>>"
 
 
 def named(name: str) -> Any:
-    """The public function: a dotted name, or one at the top level, in a room or recipe."""
+    """The public function: dotted, or at the top level, in a room or in a recipe."""
     if "." in name:
         module, _, last = name.rpartition(".")
         return getattr(importlib.import_module(module), last)
@@ -26,7 +27,10 @@ def call(name: str) -> str:
     """How users write the name of the function."""
     if hasattr(adamr, name):
         return f"adamr.{name}"
-    rooms = {**vars(adamr), **{f"recipes.{k}": x for k, x in vars(adamr.recipes).items()}}
+    rooms = {
+        **vars(adamr),
+        **{f"recipes.{k}": x for k, x in vars(adamr.recipes).items()},
+    }
     found = [k for k, x in rooms.items() if inspect.ismodule(x) and hasattr(x, name)]
     return f"adamr.{next(k for k in found if not k.startswith('_'))}.{name}"
 
@@ -53,16 +57,14 @@ def references(name: str) -> str:
 
 def linked(text: str) -> str:
     """Markdown with links for arXiv numbers and addresses."""
-    text = re.sub(r"https://[^\s,;)]*[^\s,;).]", r"<\g<0>>", text)
-    return re.sub(
-        r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text
-    )
+    text = re.sub(ADDRESS, r"<\g<0>>", text)
+    return re.sub(ARXIV, r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def papers(name: str) -> list[str]:
     """Links to the papers, the arXiv number as text; or to where it was published."""
     text = references(name)
-    numbers = re.findall(r"arXiv:(\d{4}\.\d{4,5})", text)
+    numbers = re.findall(ARXIV, text)
     if numbers:
         return [f"[{n}](https://arxiv.org/abs/{n})" for n in numbers]
-    return [f"[page]({url})" for url in re.findall(r"https://[^\s,;)]*[^\s,;).]", text)]
+    return [f"[web page]({a})" for a in re.findall(ADDRESS, text)[:1]]

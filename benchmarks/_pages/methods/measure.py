@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 
 def state(tx: optax.GradientTransformation) -> dict[str, float]:
-    """Numbers of the state per parameter by the field that holds them; few are left out."""
+    """Numbers of the state per parameter, by field; small fields are left out."""
     counts: dict[str, float] = {}
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params()))
     for path, leaf in leaves:

@@ -72,6 +72,13 @@ def memories(g: Any) -> dict:
     return {"memory_gradients": jax.tree.map(stack, one)}
 
 
+def parts(g: Any) -> dict:
+    """The same, as two parts of each task's memory."""
+    (one,) = memories(g).values()
+    both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x[::-1]], axis=1), one)
+    return {"memory_gradients": both}
+
+
 def retained(g: Any) -> dict:
     return {"retain_gradient": jax.tree.map(lambda x, y: y + 0 * x, g, gradient(2007))}
 
@@ -134,14 +141,19 @@ def direction_leak(tx, evidence):
     return worst
 
 
+def _one_by_one(rows):
+    """The gradients of a tree with more axes, in front, than the parameters."""
+    rows = jax.tree.map(lambda x, p: x.reshape(-1, *p.shape), rows, params())
+    for k in range(len(rows["bias"])):
+        yield jax.tree.map(lambda x, k=k: x[k], rows)
+
+
 def conflict(tx, evidence):
     """Largest increase of a memory's loss along the step, −cos of Δ and g_k."""
     worst = 0.0
     for _, extra, step, _ in _steps(tx, evidence):
         (rows,) = extra.values()
-        several = jax.tree.leaves(rows)[0].ndim > len(SHAPES["bias"])
-        for k in range(TASKS if several else 1):
-            row = jax.tree.map(lambda x, k=k: x[k], rows) if several else rows
+        for row in _one_by_one(rows):
             cosine = optax.tree.vdot(step, row) / (
                 optax.tree.norm(step) * optax.tree.norm(row)
             )

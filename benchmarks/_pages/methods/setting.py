@@ -1,4 +1,4 @@
-"""The names that the lines of the methods use: a small model and tasks, run as shown."""
+"""The names in the lines of the methods: a small model and tasks, run as shown."""
 
 import functools
 import inspect

@@ -1,8 +1,8 @@
 """The tests that back a method, by what they compare it with.
 
-    test_t<n>_...            closed forms
-    ..._float64_twin...      the same equations again, in float64, without the library
-    test_parity_<name>       what the authors' own code computed
+test_t<n>_...            closed forms
+..._float64_twin...      the same equations again, in float64, without the library
+test_parity_<name>       what the authors' own code computed
 """
 
 import ast
@@ -44,7 +44,9 @@ def tests_of(method: Method) -> dict[str, list[str]]:
         "closed forms": [name for name in closed if "float64_twin" not in name],
         "a twin in float64": [name for name in closed if "float64_twin" in name],
         "the authors' code": [
-            name for name in (f"test_parity_{p}" for p in method.parity) if name in names
+            name
+            for name in (f"test_parity_{p}" for p in method.parity)
+            if name in names
         ],
     }
     return {kind: tests for kind, tests in kinds.items() if tests}

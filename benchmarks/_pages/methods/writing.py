@@ -2,10 +2,11 @@
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks._pages.methods import docstrings, verified
-from benchmarks._pages.methods.families import FAMILIES
+from benchmarks._pages.methods.families import FAMILIES, METHODS
 from benchmarks._pages.methods.measure import Measured, read
 from benchmarks._pages.methods.method import Family, Method
 from benchmarks._pages.methods.probes import RANK, TASKS
@@ -23,15 +24,15 @@ MARK = "<!-- Written by `python -m benchmarks._pages.methods`; do not edit. -->\
 
 INDEX = """# Methods
 
-Each method changes the gradient so that a new task does not overwrite old ones. The last
-three columns say whether the method's promise survives Adam: under
-[shared routing](../glossary.md#shared-routing), which is what you get when a
-[modifier](../glossary.md#modifier) is put before Adam; under
-[decoupled routing](../glossary.md#decoupled-routing); and in our
-[recipe](../glossary.md#recipe) of that name. A dash means that the method makes no
-promise about a single step, or that the route does not apply to it. The name of a method
-leads to its equations, the lines for a task
-[boundary](../glossary.md#boundary), what it costs, and what it was checked against.
+Each method changes the gradient so that a new task does not overwrite old ones. The
+last three columns say whether the method's promise survives Adam: under [shared
+routing](../glossary.md#shared-routing), which is what you get when a
+[modifier](../glossary.md#modifier) is put before Adam; under [decoupled
+routing](../glossary.md#decoupled-routing); and in our [recipe](../glossary.md#recipe)
+of that name. A dash means that the method makes no promise about a single step, or that
+the route does not apply to it. The name of a method leads to its equations, the lines
+for a task [boundary](../glossary.md#boundary), what it costs, and what it was checked
+against.
 """
 
 HOW = """## How this was measured
@@ -41,13 +42,13 @@ directions per kernel, or for all parameters together, and {tasks} old tasks. Fo
 promises every method takes 40 steps on random gradients whose entries differ widely in
 size, which is where Adam does most harm; the pages give the worst step. The state is
 counted in numbers per parameter (Adam keeps 2, one for each moment), the operations in
-the compiled update (Adam takes {adam}). What a method was checked against are tests that
-passed when the page was written.
+the compiled update (Adam takes {adam}). What a method was checked against are tests
+that passed when the page was written.
 
     python -m benchmarks._pages.methods
 
-writes these pages from the code, the tests and
-`benchmarks/results/methods.json`, and measures all of it anew.
+writes these pages from the code, the tests and `benchmarks/results/methods.json`, and
+measures all of it anew.
 """
 
 NAMES = """## The names in the code
@@ -67,10 +68,14 @@ def slug(title: str) -> str:
 
 
 def plain(number: float) -> str:
-    """0.33, 1756, and 3e-07 where it is small."""
+    """0.33, 1756, and 3e-7 where it is small."""
     if number == 0 or 0.001 <= abs(number) < 1e6:
         return f"{number:g}"
-    return f"{number:.0e}"
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 88, break_long_words=False, break_on_hyphens=False)
 
 
 def kept(method: Method, number: float) -> bool:
@@ -112,7 +117,10 @@ def index(measured: dict[str, Measured]) -> str:
 
 def promise(name: str, method: Method, numbers: dict[str, float]) -> str:
     if method.promise is None:
-        return "**Under Adam.** It makes no promise about a step that could be measured."
+        return (
+            "**Does it survive Adam?** The method makes no promise about a single step "
+            "that a probe could measure."
+        )
     rows = [
         [
             ROUTES[route].format(call=docstrings.call(name)),
@@ -121,10 +129,8 @@ def promise(name: str, method: Method, numbers: dict[str, float]) -> str:
         ]
         for route, number in numbers.items()
     ]
-    return (
-        f"**Under Adam.** The promise: {method.promise.words}.\n\n"
-        + table(["route", "kept", method.promise.number], rows)
-    )
+    head = f"**Does it survive Adam?** The promise is that {method.promise.words}."
+    return f"{head}\n\n" + table(["route", "kept", method.promise.number], rows)
 
 
 def cost(found: Measured, adam: int) -> str:
@@ -158,14 +164,14 @@ def section(name: str, method: Method, found: Measured, adam: int) -> str:
         [
             f"## {method.title}",
             f"`{docstrings.call(name)}`. {method.does}",
-            f"**What it keeps.** {method.keeps}",
+            wrapped(f"**What it keeps.** {method.keeps}"),
             f"```text\n{docstrings.equations(method.equations or name)}\n```",
             promise(name, method, found.routes),
-            "**In code.** Names are those of [the overview](index.md#the-names-in-the-"
-            f"code).\n\n```python\n{lines}\n```",
-            cost(found, adam),
+            f"**In code**, with [these names](index.md#the-names-in-the-code).\n\n"
+            f"```python\n{lines}\n```",
+            wrapped(cost(found, adam)),
+            wrapped(f"**Paper.** {paper}"),
             checked(method, found),
-            f"**Reference.** {paper}",
         ]
     )
 
@@ -179,5 +185,11 @@ def page(family: Family, measured: dict[str, Measured]) -> str:
 
 def pages(measured: dict[str, Measured]) -> dict[str, str]:
     """File name -> text, of all pages."""
+    missing = [name for name in METHODS if name not in measured]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} is not measured: "
+            f"run python -m benchmarks._pages.methods {' '.join(missing)}"
+        )
     written = {f"{name}.md": page(f, measured) for name, f in FAMILIES.items()}
     return {"index.md": index(measured), **written}

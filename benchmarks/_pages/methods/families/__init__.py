@@ -24,5 +24,7 @@ FAMILIES: dict[str, Family] = {
     "norms": NORMS,
 }
 METHODS: dict[str, Method] = {
-    name: method for family in FAMILIES.values() for name, method in family.methods.items()
+    name: method
+    for family in FAMILIES.values()
+    for name, method in family.methods.items()
 }

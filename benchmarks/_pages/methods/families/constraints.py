@@ -4,18 +4,18 @@ import optax
 
 import adamr
 from benchmarks._pages.methods.method import RATE, Family, Method
-from benchmarks._pages.methods.probes import NO_CONFLICT, memories, one_memory
+from benchmarks._pages.methods.probes import NO_CONFLICT, memories, one_memory, parts
 
 INTRO = """
 These methods compute, at every step, a gradient on stored examples of old tasks. Then
 they look for the step nearest to the usual one that does not increase the old losses
-([constraint](../glossary.md#constraint)). Nothing happens at a task boundary except that
-examples are stored; `adamr.buffers` has the buffers.
+([constraint](../glossary.md#constraint)). Nothing happens at a task boundary except
+that examples are stored; `adamr.buffers` has the buffers.
 
-In the equations g is the gradient of the new task, g_k that of old task k, m̂ and v̂ are
-Adam's moments with bias correction, and the parameters change by −η Δ. Under the usual
-order, first the constraint and then Adam, Adam's division breaks the constraint again.
-The recipes solve the problem in the norm of Adam's
+In the equations g is the gradient of the new task, g_k that of old task k, m̂ and v̂
+are Adam's moments with bias correction, and the parameters change by −η Δ. Under the
+usual order, first the constraint and then Adam, Adam's division breaks the constraint
+again. The recipes solve the problem in the norm of Adam's
 [preconditioner](../glossary.md#preconditioner), so the step itself satisfies it.
 """
 
@@ -33,8 +33,8 @@ CONSTRAINTS = Family(
             "GEM",
             "One constraint per old task.",
             "No step increases the loss on the stored examples of any old task, to "
-            "first order. Without a conflict the step is Adam's. `memory_strength` adds "
-            "a pull of every memory once one is violated; the numbers are for 0.",
+            "first order. Without a conflict the step is Adam's. `memory_strength` "
+            "adds a pull of every memory once one is violated; the numbers are for 0.",
             """
             tx = adamr.gem(1e-3)
             state = tx.init(params)
@@ -53,8 +53,8 @@ CONSTRAINTS = Family(
         "agem": Method(
             "A-GEM",
             "One constraint for all old tasks together.",
-            "No step increases the average loss on the stored examples, to first order. "
-            "The loss of a single task still may.",
+            "No step increases the average loss on the stored examples, to first "
+            "order. The loss of a single task still may.",
             """
             tx = adamr.agem(1e-3)
             state = tx.init(params)
@@ -88,6 +88,26 @@ CONSTRAINTS = Family(
             memories,
             closed_forms=(12,),
         ),
+        "d_mgem": Method(
+            "d-mGEM",
+            "GEM with several constraints per old task, one per part of its memory.",
+            "What [GEM](#gem) keeps, for each part of every task's stored examples by "
+            "itself. The equations are reconstructed from the paper's abstract.",
+            """
+            tx = adamr.d_mgem(1e-3)
+            state = tx.init(params)
+            halves = [Task(old.x[::2], old.y[::2]), Task(old.x[1::2], old.y[1::2])]
+            rows = [jax.grad(loss)(params, half) for half in halves]
+            memory = jax.tree.map(lambda *g: jnp.stack(g)[None], *rows)  # (1, 2, …)
+            step, state = tx.update(grads, state, params, memory_gradients=memory)
+            params = optax.apply_updates(params, step)
+            """,
+            lambda: adamr.d_mgem(RATE, 0.0),
+            lambda: adamr.gem_constraint(0.0),
+            NO_CONFLICT,
+            parts,
+            closed_forms=("test_t12_reductions",),
+        ),
         "pcgrad": Method(
             "PCGrad",
             "Removes from each task's gradient what conflicts with another's.",
@@ -111,9 +131,9 @@ CONSTRAINTS = Family(
         "cagrad": Method(
             "CAGrad",
             "Near the mean gradient, the direction best for the worst task.",
-            "Nothing of a finished task by itself. Among all directions within a radius "
-            "of the mean gradient it takes the one along which the task that gains "
-            "least gains most. It goes before any optimizer.",
+            "Nothing of a finished task by itself. Among all directions within a "
+            "radius of the mean gradient it takes the one along which the task that "
+            "gains least gains most. It goes before any optimizer.",
             """
             tx = optax.chain(adamr.cagrad(), optax.adam(1e-3))
             state = tx.init(params)

@@ -8,13 +8,13 @@ from benchmarks._pages.methods.probes import OFF_DIRECTIONS, directions
 
 INTRO = """
 These methods store gradients of old tasks, each as long as all parameters together. A
-step that is orthogonal to the gradient of an old output leaves that output unchanged, to
-first order. This covers every parameter, biases and embeddings included, but it holds
-only near the parameters at which the gradients were taken, and each stored gradient
-takes the memory of one copy of the model.
+step that is orthogonal to the gradient of an old output leaves that output unchanged,
+to first order. This covers every parameter, biases and embeddings included, but it
+holds only near the parameters at which the gradients were taken, and each stored
+gradient takes the memory of one copy of the model.
 
-In the equations g is the gradient, m̂ and v̂ are Adam's moments with bias correction, and
-Δ is the step.
+In the equations g is the gradient, m̂ and v̂ are Adam's moments with bias correction,
+and Δ is the step.
 """
 
 DIRECTIONS = Family(

@@ -6,9 +6,9 @@ import adamr
 from benchmarks._pages.methods.method import RATE, Family, Method
 
 INTRO = """
-These methods protect nothing of an old task directly. They control how large the weights
-or the steps become over a long life, because a network whose weights keep growing learns
-more and more slowly.
+These methods protect nothing of an old task directly. They control how large the
+weights or the steps become over a long life, because a network whose weights keep
+growing learns more and more slowly.
 """
 
 NORMS = Family(

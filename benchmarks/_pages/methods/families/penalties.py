@@ -6,10 +6,10 @@ from benchmarks._pages.methods.probes import STABLE
 
 INTRO = """
 These methods store the parameters θ\\* at the end of a task (the
-[anchor](../glossary.md#anchor)) and one number Ω ≥ 0 per parameter that says how much it
-mattered (the [importance](../glossary.md#importance)). Then they pull θ back to θ\\*,
-harder where Ω is large. No examples are kept, all parameters are covered, and nothing is
-protected exactly: the pull is weighed against the new task.
+[anchor](../glossary.md#anchor)) and one number Ω ≥ 0 per parameter that says how much
+it mattered (the [importance](../glossary.md#importance)). Then they pull θ back to
+θ\\*, harder where Ω is large. No examples are kept, all parameters are covered, and
+nothing is protected exactly: the pull is weighed against the new task.
 
 The methods differ in where Ω comes from. The pull is applied as a proximal step in the
 norm of Adam's [preconditioner](../glossary.md#preconditioner): θ ends between Adam's
@@ -33,8 +33,8 @@ PENALTIES = Family(
         "l2_sp": Method(
             "L2-SP",
             "Pulls every parameter back to where training started.",
-            "Closeness to the parameters given to `init`, usually pretrained ones, with "
-            "the same weight for all unless `importance` says otherwise.",
+            "Closeness to the parameters given to `init`, usually pretrained ones, "
+            "with the same weight for all unless `importance` says otherwise.",
             """
             tx = adamr.l2_sp(1e-3)
             state = tx.init(params)  # the anchor
@@ -76,7 +76,9 @@ PENALTIES = Family(
             for task in tasks:
                 state, params = train(tx, state, params, task)
                 fisher = adamr.fisher_information(forward, params, task.x)
-                state = adamr.consolidate(state, params, fisher, rule="online", decay=0.9)
+                state = adamr.consolidate(
+                    state, params, fisher, rule="online", decay=0.9
+                )
             """,
             lambda: adamr.online_ewc(RATE, 1.0),
             adamr.quadratic_penalty,
@@ -87,8 +89,8 @@ PENALTIES = Family(
         "si": Method(
             "SI",
             "Weighs the pull by how much each parameter lowered the old losses.",
-            "Parameters whose movement lowered the loss of old tasks. The importance is "
-            "gathered while training, so a boundary needs no data.",
+            "Parameters whose movement lowered the loss of old tasks. The importance "
+            "is gathered while training, so a boundary needs no data.",
             """
             tx = adamr.si(1e-3)
             state = tx.init(params)

@@ -15,10 +15,10 @@ from benchmarks._pages.methods.probes import (
 INTRO = """
 These methods fine-tune a pretrained model on one task after the other. The first one
 trains full kernels. The others train [low-rank pairs](../glossary.md#low-rank-pair) A·B
-(LoRA) beside a frozen kernel W: with h = x W + x A B, an old input x has x A = 0 as long
-as A is orthogonal to it, and then B may do what it likes.
-[Fine-tuning a pretrained model](../pretrained.md) shows the whole procedure, and what it
-keeps of a real model.
+(LoRA) beside a frozen kernel W: with h = x W + x A B, an old input x has x A = 0 as
+long as A is orthogonal to it, and then B may do what it likes. [Fine-tuning a
+pretrained model](../pretrained.md) shows the whole procedure, and what it keeps of a
+real model.
 
 In the equations U spans the protected inputs of one kernel. The numbers of the methods
 with pairs are those of two A's with a fan-in of 64.
@@ -42,8 +42,8 @@ PRETRAINED = Family(
         "osft": Method(
             "OSFT",
             "Full fine-tuning outside the leading singular directions of the weights.",
-            "The leading singular directions of every kernel, on the side of the inputs "
-            "and on that of the outputs ([inside, "
+            "The leading singular directions of every kernel, on the side of the "
+            "inputs and on that of the outputs ([inside, "
             "outside](../glossary.md#inside-outside)), weight decay included. No data "
             "of old tasks is needed. The price: the entries of a matrix share one v.",
             """
@@ -95,8 +95,8 @@ PRETRAINED = Family(
         "start_block": Method(
             "GPM for kept LoRA pairs",
             "The same beside an int8 or nf4 kernel, which cannot take the merge.",
-            "What `start_task` keeps. Finished pairs stay beside the kernel, frozen, so "
-            "a pair needs room for all tasks from the start.",
+            "What `start_task` keeps. Finished pairs stay beside the kernel, frozen, "
+            "so a pair needs room for all tasks from the start.",
             """
             from adamr import lora
 

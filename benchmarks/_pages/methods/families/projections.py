@@ -10,12 +10,12 @@ span the layer's inputs on old tasks. A kernel that does not move along them kee
 response to all those inputs. Nothing else of the old tasks is stored.
 
 In the equations g is the gradient and the columns of U are the stored directions of one
-kernel. m and v are Adam's moments, m̂ and v̂ the same with bias correction, and Δ is the
-step. A projected gradient alone is not enough: Adam divides each entry by √v̂, which
-turns part of the step back into the protected space. The recipes prevent this, most of
-them by one v per output unit ([shared v](../glossary.md#shared-v)), which takes less
-memory than Adam. Embeddings, biases and other [leaves](../glossary.md#leaf) without
-stored directions get plain Adam.
+kernel. m and v are Adam's moments, m̂ and v̂ the same with bias correction, and Δ is
+the step. A projected gradient alone is not enough: Adam divides each entry by √v̂,
+which turns part of the step back into the protected space. The recipes prevent this,
+most of them by one v per output unit ([shared v](../glossary.md#shared-v)), which takes
+less memory than Adam. Embeddings, biases and other [leaves](../glossary.md#leaf)
+without stored directions get plain Adam.
 """
 
 
@@ -53,8 +53,9 @@ PROJECTIONS = Family(
             "GPM and SI",
             "GPM, and SI's pull on everything that the projection leaves open.",
             "What [GPM](#gpm) keeps. In addition, a [penalty](../glossary.md#penalty) "
-            "holds what no direction protects: embeddings, norms, heads and biases. The "
-            "pull is stable at any weight `c`. It is what we recommend to start with.",
+            "holds what no direction protects: embeddings, norms, heads and biases. "
+            "The pull is stable at any weight `c`. It is what we recommend to start "
+            "with.",
             """
             tx = adamr.gpm_si(1e-3, adamr.empty_subspace(params, axes=axes))
             state = tx.init(params)
@@ -123,10 +124,10 @@ PROJECTIONS = Family(
         "trgp": Method(
             "TRGP",
             "GPM that reuses the layers of related tasks through small matrices.",
-            "A past task keeps its function on its own inputs, whatever the weights and "
-            "the [scales](../glossary.md#scale) Q of other tasks do. The price: the "
-            "task must be known at test time, and its scales are stored. The numbers "
-            "are those of the part that trains the weights.",
+            "A past task keeps its function on its own inputs, whatever the weights "
+            "and the [scales](../glossary.md#scale) Q of other tasks do. The price: "
+            "the task must be known at test time, and its scales are stored. The "
+            "numbers are those of the part that trains the weights.",
             """
             memory = adamr.empty_subspace(params, axes=axes)
             inputs = {"in": old.x, "out": jax.nn.relu(old.x @ params["in"])}
@@ -134,7 +135,7 @@ PROJECTIONS = Family(
             region = adamr.trust.trust_region([first], grads)  # of the new task
             scales = adamr.trust.init_scales(region.subspaces)
             variables = {"params": params, "scales": scales}
-            tx = adamr.trgp(1e-3, memory)  # the loss is that of adamr.trust.scaled_params
+            tx = adamr.trgp(1e-3, memory)  # for a loss on adamr.trust.scaled_params
             state = tx.init(variables)
             """,
             lambda: adamr.gpm(RATE, subspace()),
@@ -146,10 +147,10 @@ PROJECTIONS = Family(
         "rogo": Method(
             "ROGO",
             "GPM that opens part of the frozen space, and folds what it learns.",
-            "What [GPM](#gpm) keeps, except inside the "
-            "[relaxing space](../glossary.md#relaxing-space). There old tasks change as "
-            "far as the trained matrix Q differs from the identity, which a penalty "
-            "keeps small. Nothing is stored per task. The numbers are those of the part "
+            "What [GPM](#gpm) keeps, except inside the [relaxing "
+            "space](../glossary.md#relaxing-space). There old tasks change as far as "
+            "the trained matrix Q differs from the identity, which a penalty keeps "
+            "small. Nothing is stored per task. The numbers are those of the part "
             "that trains the weights.",
             """
             memory = adamr.empty_subspace(params, axes=axes)
@@ -157,7 +158,7 @@ PROJECTIONS = Family(
             memory = adamr.grow_subspace(memory, inputs)
             relaxed = adamr.trust.relaxing_subspace(memory, grads)  # of the new task
             variables = {"params": params, "scales": adamr.trust.init_scales(relaxed)}
-            tx = adamr.rogo(1e-3, memory)  # its loss adds adamr.trust.scale_penalty
+            tx = adamr.rogo(1e-3, memory)  # to the loss, add adamr.trust.scale_penalty
             state = tx.init(variables)  # ... train the new task, then fold:
             params, scales = variables["params"], variables["scales"]
             params, scales = adamr.trust.fold_scales(params, relaxed, scales)
@@ -171,8 +172,9 @@ PROJECTIONS = Family(
             "Muon",
             "GPM with Muon's orthogonalised momentum in place of Adam.",
             "Every protected kernel keeps its response to the stored inputs, as under "
-            "[GPM](#gpm). Only full projections survive: Muon makes all singular values "
-            "of a step alike, so it undoes a projection of part of the gradient.",
+            "[GPM](#gpm). Only full projections survive: Muon makes all singular "
+            "values of a step alike, so it undoes a projection of part of the "
+            "gradient.",
             """
             subspace = adamr.empty_subspace(params, axes=axes)
             tx = adamr.muon(3e-3, adamr.project_out(subspace))

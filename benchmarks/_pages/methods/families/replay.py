@@ -9,9 +9,9 @@ from benchmarks._pages.methods.probes import one_memory
 INTRO = """
 These methods train on stored examples of old tasks together with the new ones
 ([replay](../glossary.md#replay)). Nothing is guaranteed about a single step; the old
-losses are simply part of what is minimised. `adamr.buffers` has a reservoir, which holds
-a uniform sample of everything seen, and a ring per task, both as plain arrays that live
-in a jitted step and in a checkpoint.
+losses are simply part of what is minimised. `adamr.buffers` has a reservoir, which
+holds a uniform sample of everything seen, and a ring per task, both as plain arrays
+that live in a jitted step and in a checkpoint.
 """
 
 REPLAY = Family(
