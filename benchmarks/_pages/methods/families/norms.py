@@ -23,7 +23,7 @@ NORMS = Family(
             "coordinates with a small gradient do not move. This is the method as the "
             "paper states it; the authors' code differs in two places.",
             """
-            tx = adamr.classp(1e-2)
+            tx = adamr.classp(0.2)
             state = tx.init(params)
             for task in tasks:
                 state, params = train(tx, state, params, task)
