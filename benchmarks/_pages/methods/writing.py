@@ -118,8 +118,8 @@ def index(measured: dict[str, Measured]) -> str:
 def promise(name: str, method: Method, numbers: dict[str, float]) -> str:
     if method.promise is None:
         return (
-            "**Does it survive Adam?** The method makes no promise about a single step "
-            "that a probe could measure."
+            "**Does it survive Adam?** The method makes no promise about a single "
+            "step\nthat could be measured."
         )
     rows = [
         [
@@ -130,6 +130,7 @@ def promise(name: str, method: Method, numbers: dict[str, float]) -> str:
         for route, number in numbers.items()
     ]
     head = f"**Does it survive Adam?** The promise is that {method.promise.words}."
+    head = wrapped(head)
     return f"{head}\n\n" + table(["route", "kept", method.promise.number], rows)
 
 
@@ -163,7 +164,7 @@ def section(name: str, method: Method, found: Measured, adam: int) -> str:
     return "\n\n".join(
         [
             f"## {method.title}",
-            f"`{docstrings.call(name)}`. {method.does}",
+            wrapped(f"`{docstrings.call(name)}`. {method.does}"),
             wrapped(f"**What it keeps.** {method.keeps}"),
             f"```text\n{docstrings.equations(method.equations or name)}\n```",
             promise(name, method, found.routes),

@@ -12,11 +12,11 @@ they look for the step nearest to the usual one that does not increase the old l
 ([constraint](../glossary.md#constraint)). Nothing happens at a task boundary except
 that examples are stored; `adamr.buffers` has the buffers.
 
-In the equations g is the gradient of the new task, g_k that of old task k, m̂ and v̂
-are Adam's moments with bias correction, and the parameters change by −η Δ. Under the
-usual order, first the constraint and then Adam, Adam's division breaks the constraint
-again. The recipes solve the problem in the norm of Adam's
-[preconditioner](../glossary.md#preconditioner), so the step itself satisfies it.
+In the equations g is the gradient of the new task, g_k that of old task k, M the matrix
+with the rows g_k, m̂ and v̂ are Adam's moments with bias correction, and the parameters
+change by −η Δ. Under the usual order, first the constraint and then Adam, Adam's
+division breaks the constraint again. The recipes solve the problem in the norm of
+Adam's [preconditioner](../glossary.md#preconditioner), so the step itself satisfies it.
 """
 
 

@@ -14,7 +14,9 @@ holds only near the parameters at which the gradients were taken, and each store
 gradient takes the memory of one copy of the model.
 
 In the equations g is the gradient, m̂ and v̂ are Adam's moments with bias correction,
-and Δ is the step.
+and Δ is the step. The stored directions are called u in OGD. In FOPNG the stored
+gradients are the columns of G, F holds the Fisher information of the old tasks and F'
+that of the new one, both diagonal.
 """
 
 DIRECTIONS = Family(

@@ -20,8 +20,10 @@ long as A is orthogonal to it, and then B may do what it likes. [Fine-tuning a
 pretrained model](../pretrained.md) shows the whole procedure, and what it keeps of a
 real model.
 
-In the equations U spans the protected inputs of one kernel. The numbers of the methods
-with pairs are those of two A's with a fan-in of 64.
+In the equations G is the gradient of a kernel, P and Q project onto its protected
+inputs and outputs, and U spans the protected inputs. The recipe of all methods that
+protect pairs is `adamr.gpm` on the pairs; its numbers are those of two A's with a
+fan-in of 64.
 """
 
 
