@@ -29,21 +29,21 @@ last three columns say whether the method's promise survives Adam: under [shared
 routing](../glossary.md#shared-routing), which is what you get when a
 [modifier](../glossary.md#modifier) is put before Adam; under [decoupled
 routing](../glossary.md#decoupled-routing); and in our [recipe](../glossary.md#recipe)
-of that name. A dash means that the method makes no promise about a single step, or that
-the route does not apply to it. The name of a method leads to its equations, the lines
-for a task [boundary](../glossary.md#boundary), what it costs, and what it was checked
-against.
+of that name. A dash means that there is nothing to compare: the method has a step of
+its own, or makes no promise about a single step, or cannot be put on that route. The
+name of a method leads to its equations, the lines for a task
+[boundary](../glossary.md#boundary), what it costs, and what it was checked against.
 """
 
 HOW = """## How this was measured
 
 On a small model with two kernels of fan-in 64 and one bias, with {rank} protected
 directions per kernel, or for all parameters together, and {tasks} old tasks. For the
-promises every method takes 40 steps on random gradients whose entries differ widely in
-size, which is where Adam does most harm; the pages give the worst step. The state is
-counted in numbers per parameter (Adam keeps 2, one for each moment), the operations in
-the compiled update (Adam takes {adam}). What a method was checked against are tests
-that passed when the page was written.
+promises every method takes 40 steps (penalties 400) on random gradients whose entries
+differ widely in size, which is where Adam does most harm; the pages give the worst
+step. The state is counted in numbers per parameter (Adam keeps 2, one for each moment),
+the operations in the compiled update (Adam takes {adam}). What a method was checked
+against are tests that passed when the page was written.
 
     python -m benchmarks._pages.methods
 
