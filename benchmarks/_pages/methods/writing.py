@@ -117,9 +117,9 @@ def index(measured: dict[str, Measured]) -> str:
 
 def promise(name: str, method: Method, numbers: dict[str, float]) -> str:
     if method.promise is None:
-        return (
-            "**Does it survive Adam?** The method makes no promise about a single "
-            "step\nthat could be measured."
+        return wrapped(
+            "**Does it survive Adam?** Routes do not apply: the method has a step of "
+            "its own, or makes no promise about a single step."
         )
     rows = [
         [
