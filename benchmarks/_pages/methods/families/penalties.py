@@ -75,10 +75,8 @@ PENALTIES = Family(
             state = tx.init(params)
             for task in tasks:
                 state, params = train(tx, state, params, task)
-                fisher = adamr.fisher_information(forward, params, task.x)
-                state = adamr.consolidate(
-                    state, params, fisher, rule="online", decay=0.9
-                )
+                f = adamr.fisher_information(forward, params, task.x)
+                state = adamr.consolidate(state, params, f, rule="online", decay=0.9)
             """,
             lambda: adamr.online_ewc(RATE, 1.0),
             adamr.quadratic_penalty,

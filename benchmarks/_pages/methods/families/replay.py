@@ -47,13 +47,14 @@ REPLAY = Family(
             """
             kept = forward(params, old.x)  # stored with the examples
 
+
             def with_memory(params):
                 logits = forward(params, old.x)
-                return adamr.modifiers.dark_experience_loss(
-                    forward(params, new.x), new.y,
-                    distilled_logits=logits, stored_logits=kept,
-                    replayed_logits=logits, replayed_labels=old.y,
-                )
+                draws = dict(distilled_logits=logits, stored_logits=kept)
+                draws |= dict(replayed_logits=logits, replayed_labels=old.y)
+                dark_experience_loss = adamr.modifiers.dark_experience_loss
+                return dark_experience_loss(forward(params, new.x), new.y, **draws)
+
 
             grads = jax.grad(with_memory)(params)
             """,
