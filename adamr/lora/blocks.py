@@ -228,6 +228,10 @@ def start_block(
     >>> lora, state = start_block(lora, tx.init(lora), inputs, jax.random.key(0))
     >>> print(jnp.any(lora["w_lora_a"][0, :2] != 0), lora["w_lora_a"][:, 2:].sum())
     False 6.0
+
+    References:
+      Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762. Hu et al., LoRA,
+      arXiv:2106.09685.
     """
     found = halves(lora, pairs)
     names, leaves = _tree.flatten_with_names(lora)

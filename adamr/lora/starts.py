@@ -269,7 +269,7 @@ def keeplora(
     [0. 1. 0.]
 
     References:
-      Luo et al., KeepLoRA, github.com/MaolinLuo/KeepLoRA.
+      Luo et al., KeepLoRA, arXiv:2601.19659, https://github.com/MaolinLuo/KeepLoRA.
     """
     found = located(base, lora, pairs)
     kernels = _tree.flatten(base)[0]

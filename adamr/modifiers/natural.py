@@ -78,6 +78,8 @@ def fopng(
 ) -> optax.GradientTransformationExtraArgs:
     """Fisher-Orthogonal Projected Natural Gradient: a preconditioner of its own.
 
+        Δ = F'⁻¹ p / √(pᵀ F'⁻¹ p),   p = g − C (Cᵀ F'⁻¹ C)⁻¹ Cᵀ F'⁻¹ g,   C = F G
+
     The steepest descent in the norm of F', the Fisher matrix of the new task, among the
     steps with Gᵀ F Δ = 0, at length 1 in that norm. Guarantee: Gᵀ F Δ = 0 to rounding,
     and ⟨g, Δ⟩ ≥ 0 for the unsigned step. With both Fisher matrices 1 it is OGD with a

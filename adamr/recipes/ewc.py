@@ -77,6 +77,9 @@ def l2_sp(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam that is pulled back to where it started: (strength/2) Σ Ω (θ − θ_0)².
 
+        θ̂ = θ − η m̂ D,   D = 1 / (√v̂ + eps)         Adam's step on the task's loss
+        θ <- (θ̂ + η D k θ_0) / (1 + η D k),   k = strength · Ω,   η = learning_rate
+
     θ_0 are the parameters given to `init`: the pretrained weights. For plain L2 to the
     last task's solution, call `set_anchor` at each boundary.
 
@@ -125,6 +128,10 @@ def ewc(
 ) -> optax.GradientTransformationExtraArgs:
     """Elastic Weight Consolidation: (strength/2) Σ_k Σ F_k (θ − θ_k)² over past tasks.
 
+        F = E_x E_y (∂ log p(y|x) / ∂θ)²                        of a finished task
+        Ω' = Ω + F,   θ*' = θ* + F/Ω' (θ − θ*)                  at its boundary
+        θ <- (θ̂ + η D k θ*) / (1 + η D k),   k = strength · Ω   as in `l2_sp`
+
     At a boundary call `consolidate(opt_state, params, fisher)` with the
     `fisher_information` of the finished task. The tasks are merged exactly, in the
     memory of one.
@@ -171,7 +178,10 @@ def online_ewc(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Online EWC: (strength/2) Σ γ F̃ (θ − θ*)², F̃ <- γ F̃ + F, θ* the latest solution.
+    """Online EWC: (strength/2) Σ γ F̃ (θ − θ*)², θ* the latest solution.
+
+        F̃ <- γ F̃ + F,   θ* <- θ                                 at a boundary
+        θ <- (θ̂ + η D k θ*) / (1 + η D k),   k = strength γ F̃   as in `l2_sp`
 
     The optimizer is that of `ewc`; γ enters at the boundary:
     `consolidate(opt_state, params, fisher, rule="online", decay=γ)`. γ = 1 is not EWC,
@@ -200,6 +210,9 @@ def mas(
 ) -> optax.GradientTransformationExtraArgs:
     """Memory Aware Synapses: (strength/2) Σ Ω (θ − θ*)², Ω summed over tasks.
 
+        Ω <- Ω + E_x |∂ ‖f(x)‖² / ∂θ|,   θ* <- θ                at a boundary
+        θ <- (θ̂ + η D k θ*) / (1 + η D k),   k = strength · Ω   as in `l2_sp`
+
     At a boundary call `consolidate(opt_state, params, omega, rule="online")` with the
     `memory_aware_importance` of the finished task. The authors' λ has no 1/2, so the
     default is their λ = 1. Arguments, returns and errors are those of `ewc`.
@@ -226,6 +239,10 @@ def si(
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Synaptic Intelligence: c Σ Ω (θ − θ*)², Ω from the trajectory of training.
+
+        ω <- ω − g δ,   δ the change of θ                       at every step
+        Ω <- relu(Ω + ω / ((θ − θ*)² + damping)),   θ* <- θ     at a boundary
+        θ <- (θ̂ + η D k θ*) / (1 + η D k),   k = 2 c Ω          as in `l2_sp`
 
     There is no 1/2 here: the gradient of the penalty is 2 c Ω (θ − θ*). At a boundary
     call `consolidate_si(opt_state, params)`. The incoming gradient must be that of the
@@ -277,6 +294,12 @@ def rwalk(
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RWalk: (strength/2) Σ ([F] + [s]) (θ − θ*)², F and s gathered while training.
+
+        ω <- ω − g δ,   δ the change of θ                       at every step
+        s <- s + relu(ω / (½ F δ² + damping))                   every `interval` steps,
+        F <- (1 − alpha) F + alpha · mean of g²                 δ and ω since the last
+        Ω <- [F] + [s],   θ* <- θ                               at a boundary
+        θ <- (θ̂ + η D k θ*) / (1 + η D k),   k = strength · Ω   as in `l2_sp`
 
     At a boundary call `consolidate_rwalk(opt_state, params)`. The authors' λ has no
     1/2, so the default is their λ = 1; F and s are scaled to [0, 1].

@@ -62,6 +62,12 @@ def gem(
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient Episodic Memory under Adam: no memory loss grows, to first order.
 
+        Δ = D (m̂ + Mᵀ u),   D = 1 / (√v̂ + eps)      m and v those of plain Adam
+        u = argmin ½ uᵀ (M D Mᵀ) u + (M D m̂)ᵀ u  over u ≥ γ,   γ = memory_strength
+
+    The rows of M are the memory gradients g_k, and u = 0 without violation. For γ = 0
+    Δ is the point with ⟨Δ, g_k⟩ ≥ 0 that is closest to Adam's step, in Adam's norm.
+
     Guarantee: ⟨Δ, g_k⟩ ≥ 0 for the step −ηΔ and every memory gradient g_k, to float32
     rounding; without violation Δ is Adam's. The authors use SGD, which is
     `optax.chain(gem_constraint(), optax.sgd(rate))`.
@@ -120,6 +126,8 @@ def p_mgem(
 ) -> optax.GradientTransformationExtraArgs:
     """Parameter-wise mGEM: GEM's program in each block of parameters by itself.
 
+        Δ_b = D_b (m̂_b + M_bᵀ u_b)                 u_b as in `gem`, for block b alone
+
     Guarantee: ⟨Δ_b, g_kb⟩ ≥ 0 in every block b, which implies the guarantee of `gem`.
     The equations are reconstructed from the paper's abstract.
 
@@ -169,6 +177,8 @@ def d_mgem(
 ) -> optax.GradientTransformationExtraArgs:
     """Data-wise mGEM: `gem` with `memory_gradients` of leaves (T, S, *shape).
 
+        Δ = D (m̂ + Mᵀ u)                           M with a row g_ks per part of a task
+
     Guarantee: ⟨Δ, g_ks⟩ ≥ 0 for each of the S parts of every task's memory. Arguments
     are those of `gem`.
 
@@ -204,6 +214,9 @@ def agem(
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averaged GEM under Adam: the loss on the average memory does not grow.
+
+        d = D m̂,   D = 1 / (√v̂ + eps)               Adam's step
+        Δ = d − min(0, ⟨d, r⟩) / ⟨r, D r⟩ · D r     r = memory_gradient
 
     Guarantee: ⟨Δ, r⟩ ≥ 0 for the step −ηΔ and the memory gradient r, to float32
     rounding; single tasks may still be violated.

@@ -75,6 +75,11 @@ def gpm(
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient Projection Memory under Adam: `adamr(learning_rate, project_out(...))`.
 
+        g̃ = g − U Uᵀ g
+        m = b1 m + (1 − b1) g̃
+        v = b2 v + (1 − b2) ⟨g²⟩                    ⟨·⟩ the mean along the fan-in
+        Δ = m̂ / (√v̂ + eps),   θ <- θ − learning_rate · Δ
+
     Guarantee: UᵀΔ = 0 for the step Δ of every protected kernel, to float32 rounding, so
     its response to inputs in span U does not change: v is shared along the axis that
     the projection mixes. Deeper layers keep their response only as far as their inputs
@@ -135,6 +140,11 @@ def sgp(
     strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scaled Gradient Projection: GPM in which direction i keeps the share 1 − λ_i.
+
+        g̃ = g − U diag(λ) Uᵀ g                     then m, v and Δ as in `gpm`
+        λ_i <- min(1, λ_i + (α + 1) σ_i / (α σ_i + σ_max))         at a boundary
+
+    σ_i² is the energy of the finished task's inputs along direction i, α = `scaling`.
 
     Guarantee: u_iᵀΔ is (1 − λ_i) times that of the same optimizer without protection,
     as long as λ does not change, since v, shared along the projected axis and fed by

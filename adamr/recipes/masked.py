@@ -20,6 +20,10 @@ def mudman(
 ) -> optax.GradientTransformationExtraArgs:
     """MUDMAN's disruption mask with Adam: `disruption_mask`, then Adam frozen under it.
 
+        r = decay · r + (1 − decay) · retain_gradient
+        g̃ = [sign g = sign r] g / ‖g‖
+        Δ = m̂ / (√v̂ + eps)  where g̃ ≠ 0,   0 elsewhere; m and v move there alone
+
     Where a coordinate is masked, its step is exactly zero and its moments stay. The
     authors take plain gradient steps at 0.1, then one on the retained loss at 0.001,
     and unlearn against a copy of the model that relearns. The last two belong to the
@@ -65,6 +69,9 @@ def hft(
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Half fine-tuning with AdamW: `half_fine_tuning` around it.
+
+        Δ = AdamW's step   in a random half of the leaves of each category
+        Δ = 0              in the others, drawn anew by `redraw_half`
 
     Call `adamr.reset_moments(adamr.redraw_half(opt_state))` between two tasks.
 

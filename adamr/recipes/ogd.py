@@ -43,9 +43,9 @@ def ogd(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam that keeps the outputs of old tasks, to first order: OGD, OGD+, PCA-OGD.
 
-        g̃ = P g  in both moments,    Δ = −η P (m̂ / (√v̂ + ε)),    P x = x − Σ ⟨x, v⟩ v
+        g̃ = P g  in both moments,    Δ = −η P (m̂ / (√v̂ + ε)),    P x = x − Σ ⟨x, u⟩ u
 
-    Guarantee: ⟨Δ, v⟩ = 0 for every protected v, and the first step descends. The
+    Guarantee: ⟨Δ, u⟩ = 0 for every protected u, and the first step descends. The
     outputs of a linear model on the protected inputs do not change at all. Those of
     other models change to second order in the distance from where the gradients were
     taken. Weight decay breaks the guarantee unless a `protect_update` follows it.

@@ -75,6 +75,9 @@ def trgp(
 ) -> optax.GradientTransformationExtraArgs:
     """Trust Region Gradient Projection: W under `gpm`, the scales Q trained freely.
 
+        loss(W + Σ_j B_j (Q_j − I) B_jᵀ W)         B_j: the basis of trusted task j
+        Δ_W as in `gpm`, off the frozen space M,   Δ_Q as in `scale_optimizer`
+
     Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, trusted, Q)`.
     Guarantee: with its own scales a past task keeps its function on inputs in its own
     subspace, whatever W and the other scales do. Task identity is needed at test time,
@@ -147,6 +150,10 @@ def rogo(
     strength: Strength | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Restricted Orthogonal Gradient Projection: GPM that opens part of what it froze.
+
+        loss(W + B (Q − I) Bᵀ W) + β ‖Q − I‖²      B: the relaxing space, inside M
+        Δ_W as in `gpm`, off the frozen space M,   Δ_Q as in `scale_optimizer`
+        W <- W + B (Q − I) Bᵀ W,   Q <- I          at the end of the task
 
     Trains {"params": W, "scales": Q} of a loss on `scaled_params(W, relaxed, Q)` plus
     `scale_penalty(Q)`, as `trgp` does, but with one subspace inside M, searched anew

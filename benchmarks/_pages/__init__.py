@@ -1,1 +1,1 @@
-"""Writers of the pages: docs/methods.md, docs/evidence/, the report of a run."""
+"""Writers of the pages: docs/methods/, docs/evidence/, the report of a run."""

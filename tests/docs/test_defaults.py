@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "methods").glob("*.md")),
     *(FOLDER / text.name for text in TEXTS),
 ]
 CODE = [
@@ -37,6 +38,7 @@ CODE = [
 ]
 # (function, parameter) -> the number that a page gives instead of the default, and why
 DEPARTURES = {
+    ("consolidate", "decay"): 0.9,  # online EWC; 1 never forgets an older task
     ("er", "weight"): 1 / 6,  # on text; one half is for images
 }
 TEXT_THAT_DIFFERS = ("text-low-8", "text-mixed-16", "text-installed")

@@ -1,6 +1,7 @@
 """A small model, and how far a method's step on it is from what the method promises."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +72,34 @@ def memories(g: Any) -> dict:
     return {"memory_gradients": jax.tree.map(stack, one)}
 
 
+def parts(g: Any) -> dict:
+    """The same, as two parts of each task's memory."""
+    (one,) = memories(g).values()
+    both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x[::-1]], axis=1), one)
+    return {"memory_gradients": both}
+
+
 def retained(g: Any) -> dict:
     return {"retain_gradient": jax.tree.map(lambda x, y: y + 0 * x, g, gradient(2007))}
 
 
 # Probes: how far the step is from what the method promises ------------------------
+
+
+class Promise(NamedTuple):
+    """What no step may do, and how it is measured.
+
+    Attributes:
+      words: the promise.
+      number: what the number counts.
+      violation: (optimizer, evidence) -> the number.
+      most: the largest number with which the promise counts as kept.
+    """
+
+    words: str
+    number: str
+    violation: Callable[[Any, Callable[[Any], dict]], float]
+    most: float = 1e-5
 
 
 def _steps(tx, evidence, count=40):
@@ -117,14 +141,19 @@ def direction_leak(tx, evidence):
     return worst
 
 
+def _one_by_one(rows):
+    """The gradients of a tree with more axes, in front, than the parameters."""
+    rows = jax.tree.map(lambda x, p: x.reshape(-1, *p.shape), rows, params())
+    for k in range(len(rows["bias"])):
+        yield jax.tree.map(lambda x, k=k: x[k], rows)
+
+
 def conflict(tx, evidence):
     """Largest increase of a memory's loss along the step, −cos of Δ and g_k."""
     worst = 0.0
     for _, extra, step, _ in _steps(tx, evidence):
         (rows,) = extra.values()
-        several = jax.tree.leaves(rows)[0].ndim > len(SHAPES["bias"])
-        for k in range(TASKS if several else 1):
-            row = jax.tree.map(lambda x, k=k: x[k], rows) if several else rows
+        for row in _one_by_one(rows):
             cosine = optax.tree.vdot(step, row) / (
                 optax.tree.norm(step) * optax.tree.norm(row)
             )
@@ -168,3 +197,36 @@ def stiffness(tx, evidence):
     _, distances = jax.lax.scan(step, (start, state), keys)
     first = optax.tree.norm(optax.tree.sub(start, params()))
     return float(jnp.max(jnp.where(jnp.isnan(distances), jnp.inf, distances)) / first)
+
+
+OUTSIDE = Promise(
+    "no step enters the protected space",
+    "largest share of a step inside it",
+    leak,
+)
+OUTSIDE_BOTH = Promise(
+    "no step enters the protected space of inputs or that of outputs",
+    "largest share of a step inside one of them",
+    leak_of_both_sides,
+)
+OFF_DIRECTIONS = Promise(
+    "no step moves along a stored direction",
+    "largest share of a step along them",
+    direction_leak,
+)
+NO_CONFLICT = Promise(
+    "no step increases a memory loss, to first order",
+    "largest increase, as the cosine between step and ascent",
+    conflict,
+)
+STILL = Promise(
+    "what is masked does not move",
+    "largest masked step, as a share of the largest step",
+    disruption,
+)
+STABLE = Promise(
+    "training is stable however large the penalty's weight is",
+    "largest distance to the anchor, as a multiple of the first",
+    stiffness,
+    most=1.001,
+)
