@@ -70,10 +70,6 @@ def boundary(params, opt_state, x):
     return optax.tree.set(opt_state, slowed=slowed)
 
 
-def nothing(params, opt_state, x):
-    return opt_state
-
-
 # %% [markdown]
 # ## The chains
 #
@@ -105,7 +101,7 @@ chains = {
 
 
 # %%
-def run(tx, boundary):
+def run(tx, boundary=None):
     @jax.jit
     def step(params, opt_state, x, y):
         grads = jax.grad(loss)(params, x, y)
@@ -122,7 +118,9 @@ def run(tx, boundary):
         for _ in range(300):
             rows = draws.integers(0, 1500, 64)
             params, opt_state = step(params, opt_state, x[rows], labels[rows])
-        opt_state = adamr.reset_moments(boundary(params, opt_state, x))
+        if boundary:
+            opt_state = boundary(params, opt_state, x)
+        opt_state = adamr.reset_moments(opt_state)
         for seen in (upright, turned):
             answers = forward(params, seen[test]).argmax(-1)
             found.append(float((answers == labels[test]).mean()))
@@ -130,7 +128,7 @@ def run(tx, boundary):
 
 
 results = {
-    name: run(tx, nothing if name == "no modifier" else boundary)
+    name: run(tx, None if name == "no modifier" else boundary)
     for name, tx in chains.items()
 }
 
