@@ -66,8 +66,9 @@ def first_result(content: dict) -> str:
             f"**{row[key]:.2f}**" if row[key] == best[key] else f"{row[key]:.2f}"
             for key in keys
         ]
-        leak = f"{np.max(row['curves']['leak']):.0e}".replace("e-0", "e-")
-        lines.append([NAMES[row["method"]], *losses, leak])
+        leak = float(np.max(row["curves"]["leak"]))
+        told = f"{leak:.2f}" if leak > 0.01 else f"{leak:.0e}".replace("e-0", "e-")
+        lines.append([NAMES[row["method"]], *losses, told])
     heads = ["", "loss when learned", "loss at the end", "forgetting", "leak"]
     return table(heads, lines)
 
