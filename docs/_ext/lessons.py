@@ -3,9 +3,11 @@
 A lesson is a Python file whose cells begin with `# %%`. Its text is in the comments of
 cells that begin with `# %% [markdown]`. Before the pages are read, each lesson becomes
 a notebook beside docs/lessons/index.md, which MyST-NB then runs. The notebooks are not
-committed.
+committed: on the forge the links of that page lead to the files, in the documentation
+to the notebooks.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,14 @@ def write(app: Any) -> None:
             path.write_text(text, encoding="utf-8")
 
 
+def link_notebooks(app: Any, docname: str, source: list[str]) -> None:
+    del app
+    if docname == "lessons/index":
+        file = r"\]\(\.\./\.\./examples/(0[1-9]_\w+)\.py\)"
+        source[0] = re.sub(file, r"](\1.ipynb)", source[0])
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", write)
+    app.connect("source-read", link_notebooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -141,9 +141,18 @@ def test_a_lesson_with_misplaced_code():
         notebook("# %% [markdown]\n# # Title\nx = 1\n")
 
 
+@needs_nbformat
+def test_links_of_the_page_lead_to_the_notebooks():
+    page = [(ROOT / "docs" / "lessons" / "index.md").read_text()]
+    extension().link_notebooks(None, "lessons/index", page)
+    for path in LESSONS:
+        assert f"[{path.name}]({path.stem}.ipynb)" in page[0]
+    assert "examples/0" not in page[0].replace("python examples/01_protect.py", "")
+
+
 def test_every_lesson_is_listed():
     page = (ROOT / "docs" / "lessons" / "index.md").read_text()
-    table = re.findall(r"^\| \[(\w+\.py)\]\((\w+)\.ipynb\)", page, re.MULTILINE)
+    row = r"^\| \[(\w+)\.py\]\(\.\./\.\./examples/\1\.py\) \|"
     names = [path.stem for path in LESSONS]
-    assert table == [(f"{name}.py", name) for name in names] and len(names) == 6
+    assert re.findall(row, page, re.MULTILINE) == names and len(names) == 6
     assert page.rstrip("`\n").split("\n\n")[-1].split() == names
