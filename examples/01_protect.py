@@ -19,8 +19,8 @@ import adamr
 # %% [markdown]
 # ## The data and the network
 #
-# The 1,797 images are installed with scikit-learn. The last 297 are by other writers
-# than the first 1,500; accuracy is measured on them.
+# The 1,797 images are installed with scikit-learn. The network learns the first 1,500;
+# accuracy is measured on the others.
 
 # %%
 images, labels = load_digits(return_X_y=True)

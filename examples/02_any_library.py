@@ -4,7 +4,7 @@
 # adamr knows no neural network library. It reads the equations of a function
 # `forward(params, x)`, whatever wrote them. This lesson builds one network in three
 # libraries, protects each with the same lines, and sees the same in all three. It takes
-# 15 seconds of one CPU core.
+# 20 seconds of one CPU core.
 
 # %%
 import equinox as eqx
