@@ -26,7 +26,7 @@ PICTURE = ROOT / "docs" / "pictures" / "first_result.svg"
 COMMAND = "python -m examples.lm"
 NAMES = {
     "adam": "Adam",
-    "shared": "projected gradient in both moments (*shared routing*)",
+    "shared": "[shared routing](docs/glossary.md#shared-routing): projected, both moments",
     "gpm_si": "`adamr.gpm_si`",
 }
 
