@@ -26,7 +26,7 @@ PICTURE = ROOT / "docs" / "pictures" / "first_result.svg"
 COMMAND = "python -m examples.lm"
 NAMES = {
     "adam": "Adam",
-    "shared": "[shared routing](docs/glossary.md#shared-routing): projected, both moments",
+    "shared": "[shared routing](docs/glossary.md#shared-routing) of a projection",
     "gpm_si": "`adamr.gpm_si`",
 }
 
