@@ -181,6 +181,4 @@ METHODS = {
         "adaptive with v from the raw gradient alone", _adaptive_unguarded, 3e-3
     ),
 }
-DEFAULT = (
-    "adam", "shared", "fixed", "adaptive", "alias", "gpm_si", "update", "two_sided",
-)  # fmt: skip
+DEFAULT = ("adam", "shared", "gpm_si")

@@ -43,7 +43,10 @@ class Config(cli.Options):
     model: Literal["mlp", "resnet18", "alexnet", "linen_mlp"] = "mlp"
     """Network."""
     method: Annotated[
-        str, tyro.conf.arg(help=f"Methods, by commas, or all. {_ABOUT}")
+        str,
+        tyro.conf.arg(
+            help=f"Methods, by commas, or all. {_ABOUT}", aliases=["--methods"]
+        ),
     ] = DEFAULT
     steps: int = 500
     """Optimizer steps per task."""

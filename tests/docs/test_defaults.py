@@ -16,7 +16,7 @@ pytest.importorskip("tyro")
 
 import adamr
 from benchmarks._evidence import benches
-from benchmarks._pages.evidence.pages import FOLDER, README, TEXTS
+from benchmarks._pages.evidence.pages import FOLDER, TEXTS
 from benchmarks._pages.evidence.results import read, rows, streams_of
 from examples.harness import methods, setting
 from examples.lm import methods as lm_methods
@@ -99,11 +99,7 @@ def test_pages_recommend_the_defaults(page):
 
 def test_the_pages_are_read():
     """The parser above finds what it must find."""
-    pages = (README, FOLDER / "index.md")
-    readme, page = ("\n".join(snippets(path)) for path in pages)
-    found = {(name, key): value for name, key, value, _ in numbers(readme)}
-    assert found["protect_inputs", "threshold"] == setting.THRESHOLD
-    assert found["overlap_adaptive_scale", "alpha_max"] == 0.5
+    page = "\n".join(snippets(FOLDER / "index.md"))
     assert ("er", "weight", 1 / 6, 0.5) in list(numbers(page))
     wrong = "adamr.consolidate_si(state, params, 0.1); adamr.si(1e-3, c=0.1)"
     assert [row[:3] for row in numbers(wrong)] == [
@@ -152,10 +148,10 @@ def test_the_numbers_to_set_are_the_defaults():
 
 
 def test_every_coefficient_is_compared():
-    """With the recipe's default, or, where it has none, with the README."""
+    """With the recipe's default, or, where it has none, with the guide."""
     ewc = {name for name in methods.METHODS if "ewc" in name}
-    readme = README.read_text()
-    (told,) = re.findall(r"adamr\.ewc\(1e-3, strength=([\d.]+)\)", readme)
+    guide = (ROOT / "docs" / "which_method.md").read_text()
+    (told,) = re.findall(r"adamr\.ewc\(1e-3, strength=([\d.]+)\)", guide)
     for name in ewc:
         assert methods.METHODS[name].coefficient == ("strength", float(told))
     assert own(adamr.ewc, "strength") is inspect.Parameter.empty

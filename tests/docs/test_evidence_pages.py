@@ -1,4 +1,4 @@
-"""docs/evidence/ and the README carry the numbers of benchmarks/results."""
+"""docs/evidence/ and the guide carry the numbers of benchmarks/results."""
 
 import csv
 import html.parser
@@ -31,12 +31,6 @@ def test_pages_are_those_of_the_results(text):
     )
     assert "{{" not in made
     assert len(made.splitlines()) < 250
-
-
-def test_the_readme_has_the_headlines_where_it_wants_them():
-    readme = pages.README.read_text()
-    if "<!-- headlines -->" in readme:
-        assert written(readme, "headlines", tables.headlines()) == readme
 
 
 def test_the_guide_to_the_methods_has_the_headlines():

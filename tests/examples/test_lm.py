@@ -15,7 +15,7 @@ pytest.importorskip("tyro")
 
 from examples.harness import loop
 from examples.harness.example import Done
-from examples.lm import problem, report
+from examples.lm import pictures, problem, report
 from examples.lm.__main__ import main
 from examples.lm.methods import DEFAULT, METHODS
 from examples.lm.model import PRESETS
@@ -72,7 +72,7 @@ def test_results_pictures_and_definitions(folder, tmp_path):
     strengths = {r["method"]: r["curves"]["strength"] for r in results["methods"]}
     assert set(strengths["adam"]) == {0.0} and set(strengths["update"]) == {1.0}
     assert 0.3 < strengths["adaptive"][-1] < 0.5
-    for picture in ("matrices", "forgetting", "dynamics"):
+    for picture in ("matrices", "forgetting", "dynamics", "kept"):
         start = (out / f"{picture}.png").read_bytes()[:8]
         assert start == b"\x89PNG\r\n\x1a\n"
 
@@ -259,9 +259,25 @@ def test_text_that_has_changed_is_refused(folder, tmp_path, capsys):
     assert "config/domains/abc: " in capsys.readouterr().err
 
 
-def test_default_methods_cover_the_comparison():
-    assert {"adam", "shared", "fixed", "adaptive", "alias", "update"} <= set(DEFAULT)
-    assert set(DEFAULT) <= set(METHODS)
+def test_default_methods():
+    """Adam, the projection in both of its moments, and what the README recommends."""
+    assert DEFAULT == ("adam", "shared", "gpm_si") and set(DEFAULT) < set(METHODS)
+
+
+def test_all_methods_by_either_spelling(folder, tmp_path):
+    """Eleven methods: those that have no colour of their own are grey."""
+    out = tmp_path / "out"
+    more = ("--methods", "all", "--steps", "2", "--evaluations", "1")
+    assert _run(folder, out, *more, "--domains", "abc,words") == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in results["methods"]] == list(METHODS)
+    groups = {row["method"]: [row] for row in results["methods"]}
+    figure = pictures.kept(groups, ["abc", "words"])
+    (axes,) = figure.axes
+    shown = {text.get_text() for text in axes.texts}
+    assert set(METHODS) - {"adam", "shared"} < shown
+    lines = {line.get_color() for line in axes.lines if len(line.get_xdata()) == 1}
+    assert 3 < len(lines) <= 8
 
 
 ARGUMENTS = ["--preset", "tiny", "--steps", "40", "--methods", "adaptive,alias"]

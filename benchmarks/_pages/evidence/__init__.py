@@ -1,4 +1,4 @@
-"""docs/evidence/: its pages, the table of all cells, the README's headlines.
+"""docs/evidence/: its pages, the table of all cells, the guide's headlines.
 
 python -m benchmarks._pages.evidence
 

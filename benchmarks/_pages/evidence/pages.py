@@ -10,10 +10,9 @@ from benchmarks._pages.evidence.results import ROOT
 from benchmarks._pages.evidence.tables import TABLES, headlines
 from benchmarks._pages.tables import written
 
-__all__ = ["FOLDER", "GUIDE", "README", "TEXTS", "filled", "files", "page", "wrapped"]
+__all__ = ["FOLDER", "GUIDE", "TEXTS", "filled", "files", "page", "wrapped"]
 
 FOLDER = ROOT / "docs" / "evidence"
-README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "which_method.md"
 TEXTS = sorted((Path(__file__).parent / "text").glob("*.md"))
 WIDTH = 90
@@ -65,8 +64,5 @@ def files() -> dict[Path, str]:
     lines = cells()
     made[FOLDER / "cells.csv"] = as_csv(lines)
     made[FOLDER / "cells.html"] = as_html(lines)
-    for path in (README, GUIDE):
-        text = path.read_text()
-        if "<!-- headlines -->" in text:  # where the page wants them
-            made[path] = written(text, "headlines", headlines())
+    made[GUIDE] = written(GUIDE.read_text(), "headlines", headlines())
     return made
