@@ -177,5 +177,9 @@ def inputs_of(
         found = capture(
             learner.forward, normalize, mesh, subspace, trained, base, *rows
         )
-        total = found if total is None else covariance.update_covariance(total, found)
+        total = found if total is None else _added(total, found)
     return total
+
+
+# In place: the Gram matrices of a model take as much memory as its kernels.
+_added = jax.jit(covariance.update_covariance, donate_argnums=0)
