@@ -31,6 +31,7 @@ extensions = [
     "docstrings",
     "forge",
     "mathml",
+    "planned",
 ]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "myst-nb"}
@@ -44,6 +45,7 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autosummary_generate = False
+toc_object_entries_show_parents = "hide"
 autodoc_typehints = "none"  # Args say it in words, with shapes and ranges
 default_role = "literal"
 maximum_signature_line_length = 72

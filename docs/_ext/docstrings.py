@@ -12,34 +12,40 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
+
+import adamr
+
+Find = Callable[[str], str | None]
 
 FIELDS = ("Returns:", "References:")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
 def paragraphs(lines: list[str]) -> Iterator[list[str]]:
-    """Runs of lines between blank ones; an indented run may hold blank lines."""
+    """Runs of lines between blank ones; a section keeps its indented paragraphs."""
     text = "\n".join(lines).strip("\n")
-    for part in re.split(r"\n{2,}(?=\S)|\n{2,}(?= {4})(?<! )", text):
+    for part in re.split(r"\n{2,}(?=\S|    )", text):
         yield part.split("\n")
 
 
-def code(name: str, target: str | None) -> str:
+def code(text: str, find: Find) -> str:
     """Inline code, linked to its place in the reference if it has one."""
-    shown = re.sub(r"\s+", " ", name)
+    shown, target = re.sub(r"\s+", " ", text), find(text)
     return f":py:obj:`{shown} <{target}>`" if target else f"``{shown}``"
 
 
-def marked_up(text: str, find: Callable[[str], str | None]) -> str:
+def marked_up(text: str, find: Find) -> str:
     """Prose with its `code` marked up and nothing else taken for markup."""
     parts = re.split(r"`([^`]+)`", text)
     for i, part in enumerate(parts):
         if i % 2:
-            after = parts[i + 1][:1]
-            parts[i] = code(part, find(part)) + ("\\ " if after.isalnum() else "")
+            parts[i] = f"\0{code(part, find)}\0"
         else:
             parts[i] = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
-    return "".join(parts)
+    # Markup begins and ends at a space, or at one that is escaped and not shown.
+    text = re.sub(r"(?<=[^\s(])\0(?=[:`])", r"\\ ", "".join(parts))
+    return re.sub(r"(?<=`)\0(?=[^\s.,;:)])", r"\\ ", text).replace("\0", "")
 
 
 def literal(block: list[str]) -> list[str]:
@@ -54,13 +60,13 @@ def literal(block: list[str]) -> list[str]:
     return [f".. code-block:: {language}", "", *body]
 
 
-def field(name: str, body: list[str], find: Callable) -> list[str]:
+def field(name: str, body: list[str], find: Find) -> list[str]:
     """`:name: body`, its lines indented below it."""
     text = marked_up("\n".join(line.strip() for line in body), find)
     return textwrap.indent(f":{name}: {text}", "   ").lstrip().split("\n")
 
 
-def as_rst(lines: list[str], find: Callable[[str], str | None]) -> list[str]:
+def as_rst(lines: list[str], find: Find) -> list[str]:
     """A docstring as reStructuredText, except the sections that napoleon reads.
 
     Args:
@@ -72,64 +78,60 @@ def as_rst(lines: list[str], find: Callable[[str], str | None]) -> list[str]:
       Lines of reStructuredText.
     """
     made = []
-    for lines_of_one in paragraphs(lines):
-        first, *rest = lines_of_one
+    for paragraph in paragraphs(lines):
+        first, *rest = paragraph
         if first.startswith("    "):
-            made += literal(lines_of_one)
+            made += literal(paragraph)
         elif first.startswith(">>>"):
-            made += lines_of_one
+            made += paragraph
         elif first.startswith("=="):
             # A table's columns stay as wide as they are, so nothing is escaped in it.
-            made += [line.replace("*", "∗") for line in lines_of_one]
+            made += [line.replace("*", "∗") for line in paragraph]
         elif first in FIELDS:
             made += field(first.rstrip(":").lower(), rest, find)
         elif first.startswith("References: "):
-            body = [first.removeprefix("References: "), *rest]
-            made += field("references", body, find)
+            made += field("references", [first.split(": ", 1)[1], *rest], find)
         else:
             first = EXTRA.sub("Extra arguments:", first)
             text = marked_up("\n".join([first, *rest]), find)
-            text = re.sub(r"^([A-Z][a-z]+:) (?=\S)", r"**\1** ", text)
-            made += text.split("\n")
+            made += re.sub(r"^([A-Z][a-z]+:) (?=\S)", r"**\1** ", text).split("\n")
         made.append("")
     return made
 
 
-def is_generated(value, lines: list[str]) -> bool:
-    """Whether Python wrote the docstring, `Name(field, …)`, of a NamedTuple."""
-    name = getattr(value, "__name__", "")
-    return bool(lines) and lines[0].startswith(f"{name}(")
+def room_of(module: str) -> types.ModuleType:
+    """`adamr.routing` of `adamr.routing.carrier`."""
+    room = getattr(adamr, (module.split(".") + [""])[1], None)
+    return room if isinstance(room, types.ModuleType) else adamr
 
 
-def reference(name: str) -> dict[str, str]:
-    """Text of inline code -> its full name in the reference, as a module sees it.
-
-    Args:
-      name: of what is documented; from its own room, names that cannot be taken for an
-        argument's are found without the room.
-    """
-    import adamr
-
-    found = {}
-    room = getattr(adamr, (name.split(".") + [""])[1], None)
-    if isinstance(room, types.ModuleType):
-        for short, value in vars(room).items():
-            if re.search(r"[A-Z]|[a-z]_", short) and short[0] != "_":
-                if not isinstance(value, types.ModuleType):
-                    found[short] = f"{room.__name__}.{short}"
-    for short, value in vars(adamr).items():
-        if isinstance(value, types.ModuleType):
-            found[short] = found[f"adamr.{short}"] = f"adamr.{short}"
-        elif not short.startswith("_"):
-            found[short] = found[f"adamr.{short}"] = f"adamr.{short}"
-    return found
+def full_name(text: str, module: str) -> str | None:
+    """The name in the reference of what a docstring of this module calls `text`."""
+    parts = text.removeprefix("adamr.").split(".")
+    owner: Any = adamr
+    if len(parts) == 1 and not hasattr(adamr, text):
+        # A word alone, such as rank, is more often an argument than a name.
+        if not re.search(r"[A-Z]|[a-z]_", text):
+            return None
+        owner = room_of(module)
+    found = owner
+    for part in parts:
+        if not hasattr(found, part) or part.startswith("_"):
+            return None
+        found = getattr(found, part)
+    if isinstance(found, types.ModuleType):
+        return found.__name__ if found.__name__.startswith("adamr.") else None
+    for place in (adamr, room_of(getattr(found, "__module__", ""))):
+        if getattr(place, parts[-1], None) is found:
+            return f"{place.__name__}.{parts[-1]}"
+    return ".".join([owner.__name__, *parts])
 
 
 def on_docstring(app, what, name, value, options, lines):
-    if is_generated(value, lines):
-        lines[:] = []
+    if lines and lines[0].startswith(f"{getattr(value, '__name__', '')}("):
+        lines[:] = []  # of a NamedTuple without one, which then repeats its fields
         return
-    known = reference(getattr(value, "__module__", None) or name)
+    module = getattr(value, "__module__", None) or name
     try:
         arguments = set(inspect.signature(value).parameters)
     except (TypeError, ValueError):
@@ -139,11 +141,12 @@ def on_docstring(app, what, name, value, options, lines):
         called = re.match(r"[\w.]+(?=\(|$)", text)
         if not called or called[0] in arguments or "<" in text:
             return None
-        return known.get(called[0])
+        return full_name(called[0], module)
 
     lines[:] = as_rst(lines, find)
 
 
 def setup(app):
+    # Before napoleon, whose priority is 500.
     app.connect("autodoc-process-docstring", on_docstring, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
