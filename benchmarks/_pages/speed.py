@@ -1,6 +1,6 @@
 """Puts the committed measurements of time and memory into docs/benchmarks.md.
 
-    python -m benchmarks._pages.speed
+python -m benchmarks._pages.speed
 """
 
 import importlib
@@ -61,8 +61,8 @@ def commands(group: dict[str, str]) -> str:
     lines = []
     for name, result in group.items():
         text = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
-        lines.append([f"`python -m benchmarks.{name}`", text.split("\n")[0], result])
-    heads = ["command", "what it measures", "result"]
+        lines.append([f"`benchmarks.{name}`", text.split("\n")[0], result])
+    heads = ["`python -m`", "what it measures", "result"]
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

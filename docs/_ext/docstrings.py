@@ -1,9 +1,9 @@
 """The docstrings of adamr, which are plain text, as reStructuredText for autodoc.
 
-    an indented block after a blank line    a literal block: equations keep their lines
-    `name`                                  a link, if the reference has it; else code
-    Returns, References                     fields; napoleon reads the other sections
-    "Guarantee: …", "Trap: …"               the first word in bold
+an indented block after a blank line    a literal block: equations keep their lines
+`name`                                  a link, if the reference has it; else code
+Returns, References                     fields; napoleon reads the other sections
+"Guarantee: …", "Trap: …"               the first word in bold
 """
 
 import ast
@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import adamr
@@ -22,11 +22,16 @@ FIELDS = ("Returns:", "References:")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
-def paragraphs(lines: list[str]) -> Iterator[list[str]]:
-    """Runs of lines between blank ones; a section keeps its indented paragraphs."""
-    text = "\n".join(lines).strip("\n")
-    for part in re.split(r"\n{2,}(?=\S|    )", text):
-        yield part.split("\n")
+def paragraphs(lines: list[str]) -> list[list[str]]:
+    """Runs of lines between blank ones; a block or a section may hold blank lines."""
+    found: list[str] = []
+    for part in re.split(r"\n{2,}", "\n".join(lines).strip("\n")):
+        block = part.startswith("    ")
+        if found and part[0] == " " and (found[-1][0] == " " or not block):
+            found[-1] += f"\n\n{part}"
+        else:
+            found.append(part)
+    return [part.split("\n") for part in found]
 
 
 def code(text: str, find: Find) -> str:
@@ -107,11 +112,12 @@ def room_of(module: str) -> types.ModuleType:
 
 def full_name(text: str, module: str) -> str | None:
     """The name in the reference of what a docstring of this module calls `text`."""
-    parts = text.removeprefix("adamr.").split(".")
+    text = text.removeprefix("adamr.")
+    parts = text.split(".")
     owner: Any = adamr
-    if len(parts) == 1 and not hasattr(adamr, text):
+    if not hasattr(adamr, parts[0]):
         # A word alone, such as rank, is more often an argument than a name.
-        if not re.search(r"[A-Z]|[a-z]_", text):
+        if len(parts) > 1 or not re.search(r"[A-Z]|[a-z]_", text):
             return None
         owner = room_of(module)
     found = owner

@@ -1,7 +1,7 @@
 """Relative links that lead to other things than pages of Markdown.
 
-    [a test](../tests/test_rooms.py)    out of docs/: to the repository on the forge
-    [all cells](cells.html)             a page that is HTML already: copied as it is
+[a test](../tests/test_rooms.py)    out of docs/: to the repository on the forge
+[all cells](cells.html)             a page that is HTML already: copied as it is
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: no script, no fonts to load."""
+"""Formulas as MathML, which browsers show by themselves: no script, no fonts."""
 
 import re
 

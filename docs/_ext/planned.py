@@ -1,4 +1,4 @@
-"""Until every page is written: the others are left out of the contents and the links."""
+"""Until every page is written: the others are left out of contents and links."""
 
 import re
 from pathlib import Path

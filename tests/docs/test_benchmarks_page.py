@@ -81,5 +81,3 @@ def test_what_the_text_says_of_a_step():
     for group in largest:
         alias = group["rivals"]["alias"]["milliseconds"]
         assert alias > 2 * adam[group["parameters"]]
-
-
