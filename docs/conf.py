@@ -34,7 +34,7 @@ extensions = [
     "planned",
 ]
 exclude_patterns = ["_build"]
-source_suffix = {".md": "myst-nb"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -70,6 +70,7 @@ html_theme_options = {
     "use_download_button": False,
     "show_toc_level": 2,
     "navbar_persistent": [],
+    "footer_content_items": ["copyright"],
 }
 forge_root = "https://github.com/adamr-jax/adamr"
 forge_branch = "main"

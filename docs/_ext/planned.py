@@ -28,5 +28,7 @@ def without_what_is_missing(app, docname, source):
 
 
 def setup(app):
+    if Path(__file__).with_name("lessons.py").is_file():
+        app.setup_extension("lessons")
     app.connect("source-read", without_what_is_missing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -55,6 +55,9 @@ def broken(page, text):
         target = (page.parent / path).resolve() if path else page
         if target.with_suffix("").as_posix().removeprefix(f"{DOCS}/") in PLANNED:
             continue
+        if target.parent == DOCS / "lessons" and target.suffix == ".ipynb":
+            # Made of the lesson when the pages are built.
+            target = ROOT / "examples" / f"{target.stem}.py"
         if not target.exists():
             yield link
         elif anchor and target.suffix == ".md":

@@ -1,6 +1,7 @@
 """What docs/_ext makes of docstrings, formulas and links."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,9 @@ def test_formulas_are_mathml():
     block = r"\begin{align*} f &= g \\ m &= \beta m \end{align*}"
     assert mathml.rendered(block, block=True).count("<mtr>") == 2
     assert "<msqrt>" in mathml.rendered(r"\sqrt{v}", block=False)
+    hat = re.sub(r">\s+<", "><", mathml.rendered(r"\hat v_t + \sum_i^n x", block=False))
+    assert '<msub><mover accent="true"><mi>v</mi>' in hat
+    assert '<munderover><mo movablelimits="true">∑</mo><mi>i</mi>' in hat
     with pytest.raises(mathml.ExtensionError, match="nonsense"):
         mathml.rendered(r"\nonsense", block=False)
 
