@@ -18,13 +18,13 @@ REPLACED = {"evidence", "methods"}  # by folders
 
 
 def without_what_is_missing(app, docname, source):
-    if docname != "index":
-        return
     docs = Path(app.srcdir)
     for page in PLANNED | REPLACED:
         if not (docs / f"{page}.md").is_file():
-            source[0] = re.sub(rf"^{page}\n", "", source[0], flags=re.M)
-            source[0] = re.sub(rf"\[([^]]+)\]\({page}\.md\)", r"\1", source[0])
+            link = rf"\[([^]]+)\]\((?:\.\./)?{page}\.md(?:#[\w-]+)?\)"
+            source[0] = re.sub(link, r"\1", source[0])
+            if docname == "index":
+                source[0] = re.sub(rf"^{page}\n", "", source[0], flags=re.M)
 
 
 def setup(app):
