@@ -33,6 +33,7 @@ EVIDENCE = {
     "interventions": "`interventions.json`",
     "forgetting": "`forgetting_*.json`",
     "strength_rules": "`strength_rules_*.json`",
+    "pretrained": "`pretrained_*.json`, not measured yet",
     "osft_leak": "`osft_leak.json`",
     "report": "`report.html`",
 }

@@ -5,7 +5,6 @@ from pathlib import Path
 
 PLANNED = {
     "boundaries",
-    "evidence/index",
     "getting_started",
     "lessons/index",
     "methods/index",
@@ -14,7 +13,7 @@ PLANNED = {
     "resume",
     "which_method",
 }
-REPLACED = {"evidence", "methods"}  # by folders
+REPLACED = {"methods"}  # by a folder
 
 
 def without_what_is_missing(app, docname, source):
