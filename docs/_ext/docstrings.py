@@ -19,6 +19,7 @@ import adamr
 Find = Callable[[str], str | None]
 
 FIELDS = ("Returns:", "References:")
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
@@ -47,7 +48,8 @@ def marked_up(text: str, find: Find) -> str:
         if i % 2:
             parts[i] = f"\0{code(part, find)}\0"
         else:
-            parts[i] = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
+            part = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
+            parts[i] = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
     # Markup begins and ends at a space, or at one that is escaped and not shown.
     text = re.sub(r"(?<=[^\s(])\0(?=[:`])", r"\\ ", "".join(parts))
     return re.sub(r"(?<=`)\0(?=[^\s.,;:)])", r"\\ ", text).replace("\0", "")

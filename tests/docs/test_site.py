@@ -47,7 +47,7 @@ Returns:
 
 Guarantee: it holds.
 
-References: Author, Title."""
+References: Author, Title, arXiv:2103.09762."""
 
 RST = r"""The step, ``modifier``\ (g), of one \*shape.
 
@@ -80,7 +80,7 @@ Extra arguments:
 
 **Guarantee:** it holds.
 
-:references: Author, Title.
+:references: Author, Title, `arXiv:2103.09762 <https://arxiv.org/abs/2103.09762>`__.
 """
 
 
