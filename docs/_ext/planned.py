@@ -3,16 +3,7 @@
 import re
 from pathlib import Path
 
-PLANNED = {
-    "boundaries",
-    "getting_started",
-    "lessons/index",
-    "methods/index",
-    "own_modifier",
-    "property_tests",
-    "resume",
-    "which_method",
-}
+PLANNED = {"lessons/index", "methods/index"}
 REPLACED = {"methods"}  # by a folder
 
 
