@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
-PLANNED = {"lessons/index", "methods/index"}
-REPLACED = {"methods"}  # by a folder
+PLANNED = {"lessons/index"}
 
 
 def without_what_is_missing(app, docname, source):
     docs = Path(app.srcdir)
-    for page in PLANNED | REPLACED:
+    for page in PLANNED:
         if not (docs / f"{page}.md").is_file():
             link = rf"\[([^]]+)\]\((?:\.\./)?{page}\.md(?:#[\w-]+)?\)"
             source[0] = re.sub(link, r"\1", source[0])
