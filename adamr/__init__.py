@@ -40,7 +40,7 @@ from adamr.capture import contracted_axes as contracted_axes
 from adamr.capture import coverage as coverage
 from adamr.capture import layer_inputs as layer_inputs
 
-# Measure and place.
+# Measure.
 from adamr.diagnostics import moment_statistics as moment_statistics
 from adamr.diagnostics import update_leak as update_leak
 
@@ -107,6 +107,8 @@ from adamr.routing import overlap_adaptive_scale as overlap_adaptive_scale
 from adamr.routing import route_both_moments as route_both_moments
 from adamr.routing import route_first_moment as route_first_moment
 from adamr.routing import route_second_moment as route_second_moment
+
+# Place on devices.
 from adamr.sharding import state_shardings as state_shardings
 
 # Task boundaries.

@@ -232,8 +232,8 @@ def overlap_adaptive_scale(
       decay: of the average s̄, in [0, 1]; the paper says 0.99, its code 0.98.
       aggregate: "global": one α from the energies summed over all leaves; "mean": one
         α from the mean of the ratios of all leaves, unprotected ones included (the
-          paper's code takes the mean over protected ones); "leaf": one α per
-        leaf, each from its own ratio.
+        paper's code takes the mean over protected ones); "leaf": one α per leaf, each
+        from its own ratio.
       rule: s̄ -> α in place of the falling rule; must be jittable, result clipped to
         [0, 1].
       debias: divide s̄ by 1 − decay^t before the rule.
