@@ -111,9 +111,15 @@ def test_shared_samples_are_solved_once(monkeypatch, jitted):
     monkeypatch.setattr(jnp.linalg, "eigh", on_device)
     params, samples = made()
     empty = adamr.empty_subspace(params, max_rank=5)
-    grow = jax.jit(adamr.grow_subspace) if jitted else adamr.grow_subspace
+
+    def grow(subspace, shared, own):
+        samples = dict.fromkeys(("q", "k", "v"), shared) | own
+        return adamr.grow_subspace(subspace, samples)
+
     if jitted:
         jax.clear_caches()
-    jax.block_until_ready(grow(empty, samples))
+        grow = jax.jit(grow)
+    own = {name: samples[name] for name in ("out", "odd")}
+    jax.block_until_ready(grow(empty, samples["q"], own))
     jax.effects_barrier()
     assert len(solved) == 3
