@@ -8,6 +8,7 @@ the smaller is the problem, and what is found is orthogonal to U without further
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from adamr.subspaces.columns import (
@@ -105,8 +106,8 @@ def _grown(
     along = scaled @ grown
     energy = np.sum(grown * along if by_gram else np.square(along), axis=0)
     usable = np.ones((1, 1), bool)
-    weights = grown_weights(columns, lam, grown, usable, energy, scaling)
-    return grown, np.asarray(weights)
+    arrays = map(jnp.asarray, (columns, lam, grown, usable, energy))
+    return grown, np.asarray(grown_weights(*arrays, scaling=scaling))
 
 
 def _stacked(columns: Array, lam: Array, met: Array, **options: Any) -> Any:
@@ -122,13 +123,13 @@ def grow_group(*arrays: Any, **options: Any) -> list[Array]:
 
     Leaves with the same basis have the same result, which is computed once.
     """
-    *pairs, met = (np.asarray(x, np.float64) for x in arrays)
-    half = len(pairs) // 2
-    done: list[tuple[Array, Array, tuple[Array, Array]]] = []
+    pairs: list[Any] = [np.asarray(x, np.float64) for x in arrays]
+    met, half = pairs.pop(), len(arrays) // 2
+    done: list[tuple[Array, Array, Any]] = []
 
     def grown(columns, lam):
-        for *known, after in done:
-            if np.array_equal(known[0], columns) and np.array_equal(known[1], lam):
+        for known, known_lam, after in done:
+            if np.array_equal(known, columns) and np.array_equal(known_lam, lam):
                 return after
         after = _stacked(columns, lam, met, **options)
         done.append((columns, lam, after))
@@ -136,6 +137,6 @@ def grow_group(*arrays: Any, **options: Any) -> list[Array]:
 
     stored = []
     for basis, weights in zip(pairs[:half], pairs[half:], strict=True):
-        after = grown(*to_columns(basis, weights))
-        stored.append(to_storage(*after, basis, weights))
+        columns, lam = grown(*to_columns(basis, weights))
+        stored.append(to_storage(columns, lam, basis, weights))
     return [basis for basis, _ in stored] + [weights for _, weights in stored]

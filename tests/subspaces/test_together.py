@@ -123,3 +123,31 @@ def test_shared_samples_are_solved_once(monkeypatch, jitted):
     jax.block_until_ready(grow(empty, samples["q"], own))
     jax.effects_barrier()
     assert len(solved) == 3
+
+
+@pytest.mark.parametrize("count", [200, 25])
+def test_growth_in_the_complement_is_exact_for_nearly_dependent_rows(count):
+    """Fewest directions, orthonormal, and the known ones keep their bits."""
+    rng = np.random.default_rng(3)
+    n, threshold = 40, 0.95
+    known = np.linalg.qr(rng.normal(size=(n, 10)))[0]
+    x = rng.normal(size=(count, 6)) @ rng.normal(size=(6, n))
+    x = x + 1e-4 * rng.normal(size=x.shape) + 0.3 * rng.normal(size=(count, n)) / n
+    params = {"w": jnp.zeros((n, 3))}
+    before = adamr.make_subspace(params, {"w": jnp.asarray(known)})
+    after = adamr.grow_subspace(
+        before, {"w": jnp.asarray(x, jnp.float32)}, threshold=threshold
+    )
+    u = np.asarray(after.bases[0], np.float64)[:, 0]
+    u = u[:, np.sum(u * u, axis=0) > 0.5]
+    assert u.shape[1] > 10
+    np.testing.assert_allclose(u.T @ u, np.eye(u.shape[1]), atol=1e-6)
+    np.testing.assert_array_equal(u[:, :10], np.asarray(before.bases[0])[:, 0, :10])
+    shares = [
+        np.sum((x @ u[:, :k]) ** 2) / np.sum(x * x)
+        for k in (u.shape[1] - 1, u.shape[1])
+    ]
+    assert shares[0] < threshold <= shares[1] + 1e-6
+    rest = x - x @ known @ known.T
+    best = np.linalg.svd(rest)[2][: u.shape[1] - 10]
+    np.testing.assert_allclose(u[:, 10:] @ u[:, 10:].T, best.T @ best, atol=1e-5)
