@@ -57,7 +57,7 @@ def _all_held(opt_state: Any) -> list[Protected]:
     return list({(type(each), _shapes(each)): each for each in found[::-1]}.values())
 
 
-def _held(opt_state: Any) -> Protected:
+def held_subspace(opt_state: Any) -> Any:
     """The subspace that the links of the state hold, all of them the same."""
     held = _all_held(opt_state)
     if len(held) > 1:
@@ -87,7 +87,7 @@ def get_subspace(opt_state: Any) -> Any:
     >>> int(rank(get_subspace(state))[0])
     0
     """
-    return jax.tree.map(jnp.copy, _held(opt_state))
+    return jax.tree.map(jnp.copy, held_subspace(opt_state))
 
 
 def set_subspace(
@@ -132,7 +132,7 @@ def set_subspace(
         raise ValueError(f"moments is {moments!r}, expected project, reset or keep.")
     several = type(subspace) in (list, tuple)
     given: list[Any] = list(subspace) if several else [subspace]
-    held = _all_held(opt_state) if several else [_held(opt_state)]
+    held = _all_held(opt_state) if several else [held_subspace(opt_state)]
     kind = type(held[0])
     for each in given:
         if not isinstance(each, kind):
@@ -213,7 +213,7 @@ def protect_inputs(
 
     References: Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
-    subspace = get_subspace(opt_state)
+    subspace = held_subspace(opt_state)
     if not isinstance(subspace, Subspace):
         raise TypeError(
             "protect_inputs: the state holds Directions, which grow from whole "

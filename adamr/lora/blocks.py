@@ -23,7 +23,7 @@ from adamr.lora.pairs import Halves, halves
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of, restarted
 from adamr.routing.carrier import plain_gradient
-from adamr.state import get_subspace, protect_inputs
+from adamr.state import held_subspace, protect_inputs
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["BlockState", "in_blocks", "orthogonality", "start_block", "train_block"]
@@ -241,11 +241,11 @@ def start_block(
     if inputs is None:
         here = Subspace((None,) * len(leaves), (None,) * len(leaves))
     else:
-        bases_of(get_subspace(opt_state), lora, found)
+        bases_of(held_subspace(opt_state), lora, found)
         opt_state = protect_inputs(
             opt_state, inputs, threshold=threshold, moments="keep"
         )
-        here = bases_of(get_subspace(opt_state), lora, found)
+        here = bases_of(held_subspace(opt_state), lora, found)
     fresh = redrawn(key, leaves, found, here, init)
     new = list(leaves)
     for each in found:

@@ -19,7 +19,7 @@ from adamr.lora.pairs import Halves, halves, located
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of
 from adamr.routing.carrier import plain_gradient
-from adamr.state import get_subspace
+from adamr.state import held_subspace
 from adamr.subspaces.columns import on_host, to_columns, to_storage
 from adamr.subspaces.covariance import Covariance, check_moment
 from adamr.subspaces.grow import gradient_rows, sample_rows
@@ -111,7 +111,7 @@ def _started(
     """`lora` with A <- scale · leading directions of the evidence, B <- 0."""
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
-    here = bases_of(get_subspace(opt_state), lora, pairs)
+    here = bases_of(held_subspace(opt_state), lora, pairs)
     new = list(leaves)
     done: dict[int, tuple[jax.Array, jax.Array, jax.Array]] = {}
     for i, each in enumerate(pairs):

@@ -24,7 +24,7 @@ from adamr.lora.precision import require_wide
 from adamr.modifiers.penalty import Anchor
 from adamr.penalties.anchor import rewrite_anchors
 from adamr.penalties.si import SIState
-from adamr.state import get_subspace, protect_inputs, reset_moments
+from adamr.state import held_subspace, protect_inputs, reset_moments
 from adamr.subspaces.axes import Axes
 from adamr.subspaces.subspace import Subspace, layout, rank
 
@@ -233,10 +233,10 @@ def start_task(
     require_wide(leaves, names)
     _require_floating(base, found)
     # What does not fit is told before the long computation.
-    bases_of(get_subspace(opt_state), lora, found)
+    bases_of(held_subspace(opt_state), lora, found)
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
-    here = bases_of(get_subspace(opt_state), lora, found)
+    here = bases_of(held_subspace(opt_state), lora, found)
     fresh = redrawn(key, leaves, [each.halves for each in found], here, init)
     new = [
         x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))
@@ -280,7 +280,7 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
     >>> {name: [int(x) for x in left] for name, left in room(state, lora).items()}
     {'w_lora_a': [3, 1]}
     """
-    subspace = get_subspace(opt_state).at(lora, "the subspace in opt_state")
+    subspace = held_subspace(opt_state).at(lora, "the subspace in opt_state")
     names, leaves = _tree.flatten_with_names(lora)
     found = {}
     for name, x, count, basis, weights in zip(

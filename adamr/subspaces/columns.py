@@ -212,15 +212,18 @@ def on_host(
 
     The first results get the dtypes and the placement of the first `arrays`. With
     arrays over several processes all of them compute, and the results of the first
-    process count: eigenvectors may differ between machines. Under a trace, or without
-    a CPU, `function` runs unchanged.
+    process count: eigenvectors may differ between machines. Under a trace `function`
+    runs unchanged; where JAX runs without a CPU, nothing is widened.
     """
-    host = _host()
-    if host is None or any(map(_tree.is_traced, arrays)):
+    if any(map(_tree.is_traced, arrays)):
         return function(*arrays, **options)
-    doubles = [_gathered(x).astype(np.float64) for x in arrays]
-    with jax.enable_x64(True), jax.default_device(host):
-        results = [np.asarray(x) for x in function(*doubles, **options)]
+    host, whole = _host(), map(_gathered, arrays)
+    if host is None:
+        results = function(*whole, **options)
+    else:
+        with jax.enable_x64(True), jax.default_device(host):
+            doubles = (x.astype(np.float64) for x in whole)
+            results = [np.asarray(x) for x in function(*doubles, **options)]
     like = arrays[: len(results)]
     rounded = [new.astype(old.dtype) for old, new in zip(like, results, strict=True)]
     if not all(x.is_fully_addressable for x in arrays):

@@ -11,98 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from adamr import _tree
-from adamr.subspaces.columns import (
-    ENERGY_FLOOR,
-    at_least_float32,
-    extend_by_samples,
-    extend_by_spectrum,
-    matmul,
-    normalized_samples,
-    residual_columns,
-    spectrum,
-    transpose,
-    used_columns,
-)
+from adamr.subspaces.columns import matmul, normalized_samples, transpose
 from adamr.subspaces.covariance import Covariance, check_moment, checked_rows
 from adamr.subspaces.subspace import Subspace, layout
-from adamr.subspaces.together import Evidence, Grow, grow_together
+from adamr.subspaces.together import Evidence, grow_together
 
 __all__ = ["gradient_samples", "grow_subspace"]
-
-
-def _scaled_weights(energy: jax.Array, scaling: float) -> jax.Array:
-    """(α + 1) σ_i / (α σ_i + σ_max), with α = `scaling` and σ_i² = `energy`."""
-    sigma = jnp.sqrt(jnp.maximum(energy, 0.0))
-    below = scaling * sigma + jnp.max(sigma, axis=-1, keepdims=True)
-    return (scaling + 1.0) * sigma / jnp.where(below > 0, below, 1.0)
-
-
-def _grown_weights(
-    columns: jax.Array,
-    lam: jax.Array,
-    grown: jax.Array,
-    usable: jax.Array,
-    energy: jax.Array,
-    scaling: float | None,
-) -> jax.Array:
-    """λ of the columns `grown`, along which the samples have `energy`."""
-    if scaling is None:
-        return jnp.where(
-            used_columns(columns), lam, used_columns(grown).astype(jnp.float32)
-        )
-    new = jnp.minimum(1.0, lam + _scaled_weights(energy, scaling))
-    return jnp.where(used_columns(grown) & usable[..., 0], new, lam)
-
-
-def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Like `normalized_samples`, for the Gram matrix of the samples."""
-    gram = at_least_float32(gram)
-    peak = _tree.largest(gram, (-1, -2), keepdims=True)
-    usable = jnp.isfinite(peak) & (peak > 0)
-    gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
-
-
-def _by_samples(
-    columns: jax.Array,
-    lam: jax.Array,
-    samples: jax.Array,
-    *,
-    threshold: float,
-    scaling: float | None,
-    rounding: float,
-) -> tuple[jax.Array, jax.Array]:
-    """One basis grown by samples.
-
-    Energy up to `rounding` is noise: a rounded basis leaves it outside its span of what
-    lies inside.
-    """
-    samples, usable = normalized_samples(samples)
-    grown = extend_by_samples(columns, samples, threshold, rounding)
-    grown = jnp.where(usable, grown, columns)
-    energy = jnp.sum(jnp.square(matmul(samples, grown)), axis=-2)
-    return grown, _grown_weights(columns, lam, grown, usable, energy, scaling)
-
-
-def _by_gram(
-    columns: jax.Array,
-    lam: jax.Array,
-    gram: jax.Array,
-    *,
-    threshold: float,
-    scaling: float | None,
-    rounding: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The same from the samples' Gram matrix over the fan-in, (*batch, n, n)."""
-    gram, usable = _unit_trace(gram)
-    rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
-    rest = (rest + transpose(rest)) / 2
-    floor = jnp.maximum(ENERGY_FLOOR["float32"], rounding)
-    grown = extend_by_spectrum(columns, *spectrum(rest), threshold, floor)
-    grown = jnp.where(usable, grown, columns)
-    energy = jnp.sum(grown * matmul(gram, grown), axis=-2)
-    return grown, _grown_weights(columns, lam, grown, usable, energy, scaling)
 
 
 @jax.jit
@@ -127,14 +41,14 @@ def sample_rows(
 
 def _evidence(
     name: str, x: jax.Array, basis: jax.Array, weights: jax.Array, by_gram: bool
-) -> tuple[jax.Array, Grow]:
-    """Checked samples or Gram matrix, and how a basis grows by it."""
+) -> tuple[jax.Array, bool]:
+    """Checked samples or Gram matrix, and whether it is the second."""
     if by_gram:
         check_moment(x, name, basis, weights)
-        return x, _by_gram
+        return x, True
     rows = sample_rows(name, x, basis, weights)
     whole = _tree.is_traced(rows) or rows.is_fully_addressable
-    return (rows, _by_samples) if whole else (_gram(rows), _by_gram)
+    return (rows, False) if whole else (_gram(rows), True)
 
 
 def grow_subspace(
@@ -218,7 +132,7 @@ def grow_subspace(
             f"{len(leaves)} {names}, expected {len(subspace.bases)}."
         )
     evidence: list[Evidence] = []
-    checked: dict[Any, tuple[jax.Array, Grow]] = {}  # shared arrays stay shared
+    checked: dict[Any, tuple[jax.Array, bool]] = {}  # shared arrays stay shared
     for i, (name, x) in enumerate(zip(names, leaves, strict=True)):
         basis, weights = subspace.bases[i], subspace.weights[i]
         if basis is None or weights is None or _tree.is_hole(x):

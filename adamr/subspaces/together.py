@@ -1,24 +1,24 @@
-"""Growing many leaves at once: equal sizes by one program, equal evidence only once.
+"""Growing many leaves at once: equal evidence only once.
 
 Leaves that met the same rows (query, key and value; gate and up) and had the same basis
-so far have the same eigenproblem. Leaves of equal sizes differ in their numbers alone,
-so one compiled loop serves all layers of a network.
+so far have the same eigenproblem. Inside jit, leaves of equal sizes differ in their
+numbers alone, so one compiled loop serves all layers of a network.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from adamr import _tree
 from adamr.subspaces.columns import on_host, to_columns, to_storage
+from adamr.subspaces.grow_on_host import grow_group
+from adamr.subspaces.grow_traced import by_gram, by_samples
 
-__all__ = ["Evidence", "Grow", "grow_together"]
+__all__ = ["Evidence", "grow_together"]
 
-Grow = Callable[..., tuple[jax.Array, jax.Array]]
-
-MOST_BYTES = 2**30  # of float64 bases and evidence that are stacked at a time
+MOST_BYTES = 2**30  # of bases and evidence that are stacked at a time inside jit
 
 
 class Evidence(NamedTuple):
@@ -27,13 +27,13 @@ class Evidence(NamedTuple):
     Attributes:
       leaf: its position.
       array: samples or a Gram matrix; one and the same array for leaves that share it.
-      grow: `(columns, lam, array, **options) -> (columns, lam)`.
+      by_gram: whether it is a Gram matrix.
       basis, weights: what is protected so far, in storage shape.
     """
 
     leaf: int
     array: jax.Array
-    grow: Grow
+    by_gram: bool
     basis: jax.Array
     weights: jax.Array
 
@@ -42,57 +42,81 @@ def _described(x: jax.Array) -> tuple[Any, ...]:
     return x.shape, x.dtype, getattr(jax.typeof(x), "sharding", None)
 
 
-@functools.partial(jax.jit, static_argnames=("grow", "sharing", "options"))
 def _grow_kind(
-    *arrays: jax.Array, grow: Grow, sharing: int, options: tuple[Any, ...]
-) -> list[jax.Array]:
-    """Bases, weights and evidence of all leaves of a kind -> their bases and weights.
+    groups: Sequence[Sequence[Evidence]], **options: Any
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Bases and weights of groups of leaves of equal sizes, in order; inside jit.
 
-    `sharing` leaves in a row share one array of evidence.
+    The leaves of a group, as many in each, share their evidence.
     """
-    groups = len(arrays) // (2 * sharing + 1)
-    leaves = groups * sharing
-    bases, weights = arrays[:leaves], arrays[leaves : 2 * leaves]
-    evidence = arrays[2 * leaves :]
-    before = [to_columns(b, w) for b, w in zip(bases, weights, strict=True)]
+    leaves, sharing = [each for group in groups for each in group], len(groups[0])
+    grow = by_gram if leaves[0].by_gram else by_samples
+    before = [to_columns(each.basis, each.weights) for each in leaves]
 
     def grown(one):
-        return grow(*one, **dict(options))
+        return grow(*one, **options)
 
-    if leaves == 1:
-        after = [grown((*before[0], evidence[0]))]
+    if len(leaves) == 1:
+        after = [grown((*before[0], leaves[0].array))]
     else:
         columns, lam = (jnp.stack(each) for each in zip(*before, strict=True))
-        met = jnp.stack(evidence)
+        met = jnp.stack([group[0].array for group in groups])
+
+        def repeated(x):
+            return jnp.repeat(x, sharing, axis=0)
 
         def apart():
-            each = jnp.repeat(met, sharing, axis=0)
-            return jax.lax.map(grown, (columns, lam, each))
+            return jax.lax.map(grown, (columns, lam, repeated(met)))
 
         def once():
             firsts = jax.lax.map(grown, (columns[::sharing], lam[::sharing], met))
-            return jax.tree.map(lambda x: jnp.repeat(x, sharing, axis=0), firsts)
+            return jax.tree.map(repeated, firsts)
 
         if sharing == 1:
             found = apart()
         else:
-            first = jnp.repeat(columns[::sharing], sharing, axis=0)
-            same = jnp.all(columns == first)
-            same = same & jnp.all(lam == jnp.repeat(lam[::sharing], sharing, axis=0))
+            same = jnp.all(columns == repeated(columns[::sharing]))
+            same = same & jnp.all(lam == repeated(lam[::sharing]))
             found = jax.lax.cond(same, once, apart)
-        after = [tuple(x[i] for x in found) for i in range(leaves)]
-    pairs = zip(after, bases, weights, strict=True)
-    stored = [to_storage(*new, basis, weight) for new, basis, weight in pairs]
-    return [basis for basis, _ in stored] + [weight for _, weight in stored]
+        after = [tuple(x[i] for x in found) for i in range(len(leaves))]
+    pairs = zip(after, leaves, strict=True)
+    return [to_storage(*new, each.basis, each.weights) for new, each in pairs]
+
+
+def _grow_on_host(
+    groups: Sequence[Sequence[Evidence]], **options: Any
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The same of one group, outside jit."""
+    (group,) = groups
+    found = on_host(
+        grow_group,
+        *[each.basis for each in group],
+        *[each.weights for each in group],
+        group[0].array,
+        by_gram=group[0].by_gram,
+        **options,
+    )
+    return list(zip(found[: len(group)], found[len(group) :], strict=True))
 
 
 def _portions(groups: list[list[Evidence]]) -> list[list[list[Evidence]]]:
     """Groups of one kind in equal parts (the last may be smaller) of bounded memory."""
     first = groups[0]
-    size = 8 * (3 * len(first) * first[0].basis.size + first[0].array.size)
+    size = 4 * (3 * len(first) * first[0].basis.size + first[0].array.size)
     parts = -(-len(groups) * size // MOST_BYTES)
     count = -(-len(groups) // min(parts, len(groups)))
     return [groups[i : i + count] for i in range(0, len(groups), count)]
+
+
+def _of_kinds(groups: Sequence[list[Evidence]]) -> list[list[list[Evidence]]]:
+    """Groups whose leaves have equal sizes together."""
+    kinds: dict[Any, list[list[Evidence]]] = {}
+    for group in groups:
+        first = group[0]
+        arrays = (first.basis, first.weights, first.array)
+        kind = (len(group), first.by_gram, *map(_described, arrays))
+        kinds.setdefault(kind, []).append(group)
+    return list(kinds.values())
 
 
 def grow_together(
@@ -107,26 +131,21 @@ def grow_together(
     for each in evidence:
         same = (id(each.array), _described(each.basis), _described(each.weights))
         shared.setdefault(same, []).append(each)
-    kinds: dict[Any, list[list[Evidence]]] = {}
-    for group in shared.values():
-        first = group[0]
-        arrays = (first.basis, first.weights, first.array)
-        kind = (len(group), first.grow, *map(_described, arrays))
-        kinds.setdefault(kind, []).append(group)
-    grown = {}
-    portions = [(kind, some) for kind, all in kinds.items() for some in _portions(all)]
-    for (sharing, grow, *_), groups in portions:
+    grown: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+    def solve(function, groups):
         leaves = [each for group in groups for each in group]
         rounding = float(jnp.finfo(leaves[0].basis.dtype).eps) ** 2
-        found = on_host(
-            _grow_kind,
-            *[each.basis for each in leaves],
-            *[each.weights for each in leaves],
-            *[group[0].array for group in groups],
-            grow=grow,
-            sharing=sharing,
-            options=tuple(sorted({**options, "rounding": rounding}.items())),
-        )
-        for i, each in enumerate(leaves):
-            grown[each.leaf] = found[i], found[len(leaves) + i]
+        found = function(groups, rounding=rounding, **options)
+        grown.update(zip((each.leaf for each in leaves), found, strict=True))
+
+    groups = list(shared.values())
+    arrays = (x for e in evidence for x in (e.array, e.basis, e.weights))
+    if any(map(_tree.is_traced, arrays)):
+        for kind in _of_kinds(groups):
+            for portion in _portions(kind):
+                solve(_grow_kind, portion)
+    else:
+        for group in groups:
+            solve(_grow_on_host, [group])
     return grown

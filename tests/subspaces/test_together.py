@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import adamr
-from adamr.subspaces import columns, together
+from adamr.subspaces import together
 
 SIZES = {"q": (12, 8), "k": (12, 4), "v": (12, 4), "out": (8, 12), "odd": (12, 3)}
 
@@ -55,22 +55,22 @@ def test_growing_together_equals_growing_apart(jitted):
         np.testing.assert_allclose(*projectors, atol=1e-3 if jitted else 1e-6)
 
 
-def test_many_leaves_grow_in_portions_of_bounded_memory(monkeypatch):
+def test_many_leaves_grow_in_portions_of_bounded_memory_inside_jit(monkeypatch):
     params = {name: jnp.zeros((12, 3)) for name in "abcde"}
     samples = {name: rows(seed, 12) for seed, name in enumerate(params)}
     empty = adamr.empty_subspace(params, max_rank=6)
-    whole = adamr.grow_subspace(empty, samples, threshold=0.9)
-    stacked = []
 
-    def counted(function, *arrays, **options):
-        stacked.append(sum(x.shape == (20, 12) for x in arrays))
-        return columns.on_host(function, *arrays, **options)
+    def grow(subspace, samples):
+        return adamr.grow_subspace(subspace, samples, threshold=0.9)
 
-    monkeypatch.setattr(together, "on_host", counted)
-    # Of one leaf: three bases of 12 x 6 and 20 rows of 12, in float64.
-    monkeypatch.setattr(together, "MOST_BYTES", 2 * 8 * (3 * 72 + 240))
-    parts = adamr.grow_subspace(empty, samples, threshold=0.9)
-    assert stacked == [2, 2, 1]
+    whole = jax.jit(grow)(empty, samples)
+    # Of one leaf: three bases of 12 x 6 and 20 rows of 12, in float32.
+    monkeypatch.setattr(together, "MOST_BYTES", 2 * 4 * (3 * 72 + 240))
+    again = lambda *arrays: grow(*arrays)  # noqa: E731  # traced anew
+    program = jax.make_jaxpr(again)(empty, samples)
+    loops = [e for e in program.eqns if e.primitive is jax.lax.scan_p]
+    assert [e.params["length"] for e in loops] == [2, 2]  # and one leaf by itself
+    parts = jax.jit(again)(empty, samples)
     for x, y in zip(whole.bases, parts.bases, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -93,20 +93,61 @@ def test_leaves_with_other_bases_do_not_share():
     assert np.abs(np.asarray(k) - np.asarray(q)).max() > 0.1
 
 
-def test_shared_samples_are_solved_once(monkeypatch):
+@pytest.mark.parametrize("jitted", [False, True])
+def test_shared_samples_are_solved_once(monkeypatch, jitted):
     """Three leaves that met the same rows, two of another kind: three eigenproblems."""
     solved = []
+    host, device = np.linalg.eigh, jnp.linalg.eigh
 
-    def counted(gram):
+    def on_host(x):
+        solved.append(1)
+        return host(x)
+
+    def on_device(x):
         jax.debug.callback(lambda: solved.append(1))
-        energy, vectors = jnp.linalg.eigh(gram)
-        return jnp.maximum(energy[..., ::-1], 0.0), vectors[..., ::-1]
+        return device(x)
 
-    monkeypatch.setattr(columns, "spectrum", counted)
-    jax.clear_caches()
+    monkeypatch.setattr(np.linalg, "eigh", on_host)
+    monkeypatch.setattr(jnp.linalg, "eigh", on_device)
     params, samples = made()
     empty = adamr.empty_subspace(params, max_rank=5)
-    jax.block_until_ready(adamr.grow_subspace(empty, samples))
+
+    def grow(subspace, shared, own):
+        samples = dict.fromkeys(("q", "k", "v"), shared) | own
+        return adamr.grow_subspace(subspace, samples)
+
+    if jitted:
+        jax.clear_caches()
+        grow = jax.jit(grow)
+    own = {name: samples[name] for name in ("out", "odd")}
+    jax.block_until_ready(grow(empty, samples["q"], own))
     jax.effects_barrier()
-    jax.clear_caches()
     assert len(solved) == 3
+
+
+@pytest.mark.parametrize("count", [200, 25])
+def test_growth_in_the_complement_is_exact_for_nearly_dependent_rows(count):
+    """Fewest directions, orthonormal, and the known ones keep their bits."""
+    rng = np.random.default_rng(3)
+    n, threshold = 40, 0.95
+    known = np.linalg.qr(rng.normal(size=(n, 10)))[0]
+    x = rng.normal(size=(count, 6)) @ rng.normal(size=(6, n))
+    x = x + 1e-4 * rng.normal(size=x.shape) + 0.3 * rng.normal(size=(count, n)) / n
+    params = {"w": jnp.zeros((n, 3))}
+    before = adamr.make_subspace(params, {"w": jnp.asarray(known)})
+    after = adamr.grow_subspace(
+        before, {"w": jnp.asarray(x, jnp.float32)}, threshold=threshold
+    )
+    u = np.asarray(after.bases[0], np.float64)[:, 0]
+    u = u[:, np.sum(u * u, axis=0) > 0.5]
+    assert u.shape[1] > 10
+    np.testing.assert_allclose(u.T @ u, np.eye(u.shape[1]), atol=1e-6)
+    np.testing.assert_array_equal(u[:, :10], np.asarray(before.bases[0])[:, 0, :10])
+    shares = [
+        np.sum((x @ u[:, :k]) ** 2) / np.sum(x * x)
+        for k in (u.shape[1] - 1, u.shape[1])
+    ]
+    assert shares[0] < threshold <= shares[1] + 1e-6
+    rest = x - x @ known @ known.T
+    best = np.linalg.svd(rest)[2][: u.shape[1] - 10]
+    np.testing.assert_allclose(u[:, 10:] @ u[:, 10:].T, best.T @ best, atol=1e-5)
