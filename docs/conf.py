@@ -30,8 +30,8 @@ extensions = [
     "sphinx.ext.viewcode",
     "docstrings",
     "forge",
+    "lessons",
     "mathml",
-    "planned",
 ]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}

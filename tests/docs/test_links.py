@@ -1,7 +1,6 @@
 """Every relative link and anchor in README and docs leads somewhere."""
 
 import re
-import runpy
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,9 +18,6 @@ PAGES = [
 LINK = re.compile(r"\]\(<?([^()\s>]+)")
 ATTRIBUTE = re.compile(r"\b(?:href|src|srcset)=\"([^\"]+)\"")
 INCLUDE = re.compile(r"```\{(?:literal)?include\} (\S+)\n((?::.*\n)*)```")
-
-_planned = DOCS / "_ext" / "planned.py"
-PLANNED = runpy.run_path(str(_planned))["PLANNED"] if _planned.is_file() else set()
 
 
 def prose(text):
@@ -53,8 +49,6 @@ def broken(page, text):
         if re.match(r"[a-z]+:", path):
             continue
         target = (page.parent / path).resolve() if path else page
-        if target.with_suffix("").as_posix().removeprefix(f"{DOCS}/") in PLANNED:
-            continue
         if target.parent == DOCS / "lessons" and target.suffix == ".ipynb":
             # Made of the lesson when the pages are built.
             target = ROOT / "examples" / f"{target.stem}.py"
