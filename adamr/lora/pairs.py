@@ -120,7 +120,7 @@ def _by_name(there: dict[str, int]) -> list[tuple[Pair, tuple[str, ...]]]:
             raise ValueError(
                 f"lora has the leaf {name!r}, which belongs to no pair: expected names "
                 f"that end in {_NAMES}; for other names pass pairs=[(kernel, A, B), "
-                "...] with those of the leaves, to this and every other call."
+                "...] with the names of the leaves."
             )
         found.setdefault(owner.key, {})[owner.half] = name
         places[owner.key] = owner.places
