@@ -72,7 +72,8 @@ def test_what_wraps_the_optimizer_keeps_the_projection():
     params = {"w": jnp.ones((4, 3))}
     subspace = adamr.make_subspace(params, {"w": jnp.eye(4)[:, :1]})
     gradient = {"w": jnp.arange(1.0, 13.0).reshape(4, 3)}
-    given = {"adamr": adamr, "optax": optax, "rate": 1e-2, "subspace": subspace}
+    given = {"rate": 1e-2, "subspace": subspace, "decay": 1e-2}
+    given |= {"adamr": adamr, "optax": optax}
 
     def trained(tx):
         state = tx.init(params)
