@@ -50,9 +50,10 @@ def _all_held(opt_state: Any) -> list[Protected]:
     found = find_nodes(opt_state, Subspace, Directions)
     if not found:
         raise ValueError(
-            "opt_state holds no Subspace and no Directions: build the optimizer with "
-            "project_out, protect_update, oblique_second_moment, in_eigenbasis or "
-            "fopng."
+            "opt_state holds no Subspace and no Directions (it is a "
+            f"{type(opt_state).__name__}): build the optimizer with a recipe that "
+            "takes them (gpm, gpm_si, osft, ogd, ...), or with project_out, "
+            "protect_update, oblique_second_moment, in_eigenbasis or fopng."
         )
     return list({(type(each), _shapes(each)): each for each in found[::-1]}.values())
 

@@ -193,9 +193,11 @@ def layer_inputs(
     if records.refused:
         names = [function.names[i] for i in sorted(records.refused)]
         raise ValueError(
-            "mask does not fit the rows that these leaves meet (experts after "
-            f"dispatch, means over time): {names}; leave them out with leaves=, or "
-            "call without a mask."
+            f"mask of shape {told.array.shape if told else None} does not fit the rows "
+            f"that these leaves meet: {names}. It must have the leading axes of the "
+            "data, (batch,) or (batch, time), and not the axis of features. Leaves "
+            "whose rows are not those of the data (experts after dispatch, means over "
+            "time) can be left out with leaves=."
         )
     return _collected(function, records, shapes, kind, max_rows)
 

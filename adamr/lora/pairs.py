@@ -119,7 +119,8 @@ def _by_name(there: dict[str, int]) -> list[tuple[Pair, tuple[str, ...]]]:
         if owner is None:
             raise ValueError(
                 f"lora has the leaf {name!r}, which belongs to no pair: expected names "
-                f"that end in {_NAMES}, or pairs= that names them."
+                f"that end in {_NAMES}; for other names pass pairs=[(kernel, A, B), "
+                "...] with the names of the leaves."
             )
         found.setdefault(owner.key, {})[owner.half] = name
         places[owner.key] = owner.places

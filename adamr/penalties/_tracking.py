@@ -97,13 +97,18 @@ def observe(
 
 
 def end_task(
-    opt_state: Any, kind: type, wrapper: str, end: Callable[[Any], Any]
+    opt_state: Any,
+    kind: type,
+    wrapper: str,
+    end: Callable[[Any], Any],
+    *,
+    recipes: str,
 ) -> Any:
     """Maps `end` over the states of `wrapper` inside an optimizer state."""
     if not find_nodes(opt_state, kind):
         raise ValueError(
-            f"opt_state holds no {kind.__name__}: build the optimizer as "
-            f"{wrapper}(optimizer), with the penalty inside."
+            f"opt_state holds no {kind.__name__}: build the optimizer with {recipes}, "
+            f"or as {wrapper}(optimizer), with the penalty inside."
         )
     return map_nodes(end, opt_state, kind)
 

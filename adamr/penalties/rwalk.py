@@ -214,4 +214,4 @@ def consolidate_rwalk(opt_state: Any, params: Any) -> Any:
             inner=inner,
         )
 
-    return end_task(opt_state, RWalkState, "track_rwalk", end)
+    return end_task(opt_state, RWalkState, "track_rwalk", end, recipes="rwalk")

@@ -116,4 +116,4 @@ def consolidate_si(
         inner = rewrite_anchors(node.inner, merge, params=params, work=node.omega)
         return SIState(_tree.cleared(node.omega), inner)
 
-    return end_task(opt_state, SIState, "track_si", end)
+    return end_task(opt_state, SIState, "track_si", end, recipes="gpm_si or si")

@@ -80,6 +80,12 @@ def residual_columns(columns: jax.Array, x: jax.Array) -> jax.Array:
     return x - matmul(columns, matmul(transpose(columns), x))
 
 
+def residual_gram(columns: jax.Array, gram: jax.Array) -> jax.Array:
+    """(I − U Uᵀ) G (I − U Uᵀ): the Gram matrix of what lies outside `columns`."""
+    rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
+    return (rest + transpose(rest)) / 2
+
+
 def column_numbers(size: int, batch: tuple[int, ...]) -> jax.Array:
     """0, 1, …, size − 1 along the last axis of an int32 array (*batch, size)."""
     return jax.lax.broadcasted_iota(jnp.int32, (*batch, size), len(batch))
@@ -187,6 +193,16 @@ def normalized_samples(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     usable = jnp.isfinite(total) & jnp.isfinite(peak) & (total > 0)
     safe = jnp.sqrt(jnp.where(usable, total, 1.0))
     return jnp.where(usable, samples / safe, 0.0), usable
+
+
+def unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Like `normalized_samples`, for the Gram matrix of the samples."""
+    gram = at_least_float32(gram)
+    peak = _tree.largest(gram, (-1, -2), keepdims=True)
+    usable = jnp.isfinite(peak) & (peak > 0)
+    gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
 
 
 def _host() -> Any:

@@ -39,7 +39,26 @@ def sample_rows(
     return checked_rows(name, samples, (*batch, "num_samples", how.fan_in), fits)
 
 
-def _evidence(
+def entries(samples: Any, subspace: Subspace) -> tuple[list[str], list[Any], bool]:
+    """Names and entries of `samples` per leaf, and whether they are Gram matrices."""
+    by_gram = isinstance(samples, Covariance)
+    names, leaves = _tree.flatten_with_names(samples.moments if by_gram else samples)
+    expected = len(subspace.bases)
+    if by_gram and len(leaves) != expected:
+        raise ValueError(
+            f"samples is a Covariance of {len(leaves)} parameter leaves, expected "
+            f"{expected}: the subspace was made for other parameters."
+        )
+    if len(leaves) != expected:
+        raise ValueError(
+            f"samples must have one entry (an array or None) per parameter leaf, as "
+            f"layer_inputs(forward, params, x) returns them: got {len(leaves)} "
+            f"{names}, expected {expected}."
+        )
+    return names, leaves, by_gram
+
+
+def evidence_of(
     name: str, x: jax.Array, basis: jax.Array, weights: jax.Array, by_gram: bool
 ) -> tuple[jax.Array, bool]:
     """Checked samples or Gram matrix, and whether it is the second."""
@@ -123,14 +142,7 @@ def grow_subspace(
         )
     threshold = float(threshold)  # static in the compiled growth, as is scaling
     scaling = scaling if scaling is None else float(scaling)
-    by_gram = isinstance(samples, Covariance)
-    entries = samples.moments if by_gram else samples
-    names, leaves = _tree.flatten_with_names(entries)
-    if len(leaves) != len(subspace.bases):
-        raise ValueError(
-            f"samples must have one entry (an array or None) per parameter leaf: got "
-            f"{len(leaves)} {names}, expected {len(subspace.bases)}."
-        )
+    names, leaves, by_gram = entries(samples, subspace)
     evidence: list[Evidence] = []
     checked: dict[Any, tuple[jax.Array, bool]] = {}  # shared arrays stay shared
     for i, (name, x) in enumerate(zip(names, leaves, strict=True)):
@@ -139,7 +151,7 @@ def grow_subspace(
             continue
         key = id(x), layout(basis, weights)
         if key not in checked:
-            checked[key] = _evidence(name, jnp.asarray(x), basis, weights, by_gram)
+            checked[key] = evidence_of(name, jnp.asarray(x), basis, weights, by_gram)
         evidence.append(Evidence(i, *checked[key], basis, weights))
     grown = grow_together(evidence, threshold=threshold, scaling=scaling)
     pairs = enumerate(zip(*subspace, strict=True))

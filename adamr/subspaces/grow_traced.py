@@ -3,17 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from adamr import _tree
 from adamr.subspaces.columns import (
     ENERGY_FLOOR,
-    at_least_float32,
     extend_by_samples,
     extend_by_spectrum,
     matmul,
     normalized_samples,
-    residual_columns,
+    residual_gram,
     spectrum,
-    transpose,
+    unit_trace,
     used_columns,
 )
 
@@ -42,16 +40,6 @@ def grown_weights(
         )
     new = jnp.minimum(1.0, lam + _scaled_weights(energy, scaling))
     return jnp.where(used_columns(grown) & usable[..., 0], new, lam)
-
-
-def _unit_trace(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Like `normalized_samples`, for the Gram matrix of the samples."""
-    gram = at_least_float32(gram)
-    peak = _tree.largest(gram, (-1, -2), keepdims=True)
-    usable = jnp.isfinite(peak) & (peak > 0)
-    gram = jnp.where(usable, gram / jnp.where(usable, peak, 1.0), 0.0)
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    return gram / jnp.where(trace > 0, trace, 1.0), usable & (trace > 0)
 
 
 def by_samples(
@@ -85,9 +73,8 @@ def by_gram(
     rounding: float,
 ) -> tuple[jax.Array, jax.Array]:
     """The same from the samples' Gram matrix over the fan-in, (*batch, n, n)."""
-    gram, usable = _unit_trace(gram)
-    rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
-    rest = (rest + transpose(rest)) / 2
+    gram, usable = unit_trace(gram)
+    rest = residual_gram(columns, gram)
     floor = jnp.maximum(ENERGY_FLOOR["float32"], rounding)
     grown = extend_by_spectrum(columns, *spectrum(rest), threshold, floor)
     grown = jnp.where(usable, grown, columns)

@@ -29,13 +29,15 @@ from adamr.subspaces.columns import (
     on_host,
     orthonormal_new,
     residual_columns,
+    residual_gram,
     spectrum,
     to_columns,
     to_storage,
     transpose,
+    unit_trace,
     used_columns,
 )
-from adamr.subspaces.grow import sample_rows
+from adamr.subspaces.grow import entries, evidence_of
 from adamr.subspaces.subspace import Subspace, coordinates, layout
 
 __all__ = ["TrustRegion", "grow_task_subspace", "trust_region"]
@@ -168,21 +170,34 @@ def trust_region(
     return TrustRegion(subspaces, tasks, scores)
 
 
-@functools.partial(jax.jit, static_argnames="threshold")
-def _grow_leaf(task, task_weights, basis, weights, samples, threshold):
+def _split(
+    columns: jax.Array, met: jax.Array, by_gram: bool
+) -> tuple[jax.Array, jax.Array]:
+    """‖m_iᵀ R‖² along each column m_i, and R̂ R̂ᵀ, of samples or their Gram matrix."""
+    if by_gram:
+        gram, _ = unit_trace(met)
+        along = jnp.sum(columns * matmul(gram, columns), axis=-2)
+        return along, residual_gram(columns, gram)
+    samples, _ = normalized_samples(met)
+    residual = residual_columns(columns, transpose(samples))
+    along = jnp.sum(jnp.square(matmul(samples, columns)), axis=-2)
+    return along, matmul(residual, transpose(residual))
+
+
+@functools.partial(jax.jit, static_argnames=("by_gram", "threshold"))
+def _grow_leaf(task, task_weights, basis, weights, met, by_gram, threshold):
     """The basis and weights of the task, then those of the memory."""
     columns, lam = to_columns(basis, weights)
-    samples, usable = normalized_samples(samples)
     capacity = columns.shape[-1]
-    old = jnp.sum(jnp.square(matmul(samples, columns)), axis=-2)
-    residual = residual_columns(columns, transpose(samples))
-    new, vectors = spectrum(matmul(residual, transpose(residual)))
+    old, rest = _split(columns, met, by_gram)
+    new, vectors = spectrum(rest)
     energy = jnp.concatenate([old, new], axis=-1)
     order = jnp.argsort(-energy, axis=-1, stable=True)
     ranked = jnp.take_along_axis(energy, order, axis=-1)
     before = jnp.cumsum(ranked, axis=-1) - ranked
     short = before < threshold - (THRESHOLD_SLACK if threshold < 1 else 0.0)
-    wanted = short & (ranked > ENERGY_FLOOR[str(ranked.dtype)])
+    floor = ENERGY_FLOOR["float32" if by_gram else str(ranked.dtype)]
+    wanted = short & (ranked > floor)
     wanted = jnp.take_along_axis(wanted, jnp.argsort(order, axis=-1), axis=-1)
 
     free = capacity - jnp.sum(used_columns(columns), axis=-1, dtype=jnp.int32)
@@ -210,14 +225,19 @@ def grow_task_subspace(
     one list, and takes the fewest, largest first, whose sum reaches threshold · ‖R‖².
     These are the task's basis; the new ones among them are appended to M.
 
+    A `Covariance` holds R Rᵀ, and this needs no more: ‖m_iᵀ R‖² = m_iᵀ R Rᵀ m_i, and
+    σ̂_i² are the eigenvalues of (I − M Mᵀ) R Rᵀ (I − M Mᵀ). Its float32 sums leave 1e-6
+    of the energy as noise.
+
     Guarantee: span B_t ⊆ span M. The authors' code drops the strongest new direction
     when it appends (an index compared with > instead of ≥); this function appends it.
 
     Args:
       memory: the frozen space M of all tasks so far; empty at first.
-      samples: tree like the parameters, or a tuple in leaf order; per leaf a float
-        array (num_samples, n), n the fan-in, (layers, num_samples, n) for stacked
-        kernels, or None.
+      samples: `layer_inputs(forward, params, x)` of the task, or another `Covariance`;
+        or a tree like the parameters, or a tuple in leaf order, of float arrays
+        (num_samples, n), n the fan-in, (layers, num_samples, n) for stacked kernels, or
+        None.
       threshold: energy share in [0, 1].
 
     Returns:
@@ -229,10 +249,12 @@ def grow_task_subspace(
       ValueError: for samples of the wrong shape, empty or (outside jit) not finite, or
         a threshold outside [0, 1].
 
-    >>> from adamr import empty_subspace
+    >>> from adamr import empty_subspace, layer_inputs
     >>> from adamr.subspaces import rank
-    >>> memory = empty_subspace({"w": jnp.zeros((3, 2))})
-    >>> first, memory = grow_task_subspace(memory, {"w": jnp.eye(3)[:1]})
+    >>> params = {"w": jnp.ones((3, 2))}
+    >>> memory = empty_subspace(params)
+    >>> inputs = layer_inputs(lambda p, x: x @ p["w"], params, jnp.eye(3)[:1])
+    >>> first, memory = grow_task_subspace(memory, inputs)
     >>> second, memory = grow_task_subspace(memory, {"w": jnp.eye(3)[1:2]})
     >>> [int(rank(s)[0]) for s in (first, second, memory)]
     [1, 1, 2]
@@ -243,19 +265,15 @@ def grow_task_subspace(
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
-    names, leaves = _tree.flatten_with_names(samples)
-    if len(leaves) != len(memory.bases):
-        raise ValueError(
-            f"samples must have one entry (an array or None) per parameter leaf: got "
-            f"{len(leaves)} {names}, expected {len(memory.bases)}."
-        )
+    names, leaves, by_gram = entries(samples, memory)
     task, grown = [], []
     for name, x, basis, weights in zip(names, leaves, *memory, strict=True):
         own, own_weights = jax.tree.map(jnp.zeros_like, (basis, weights))
         if basis is not None and weights is not None and not _tree.is_hole(x):
-            rows = sample_rows(name, jnp.asarray(x), basis, weights)
+            met, is_gram = evidence_of(name, jnp.asarray(x), basis, weights, by_gram)
+            arrays = own, own_weights, basis, weights, met
             own, own_weights, basis, weights = on_host(
-                _grow_leaf, own, own_weights, basis, weights, rows, threshold=threshold
+                _grow_leaf, *arrays, by_gram=is_gram, threshold=threshold
             )
         task.append((own, own_weights))
         grown.append((basis, weights))

@@ -12,12 +12,12 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
 
 from benchmarks._pages.tables import table, written
 from examples.lm.methods import DEFAULT
 from examples.lm.pictures import kept
+from examples.lm.report import largest_leak
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -66,9 +66,7 @@ def first_result(content: dict) -> str:
             f"**{row[key]:.2f}**" if row[key] == best[key] else f"{row[key]:.2f}"
             for key in keys
         ]
-        leak = float(np.max(row["curves"]["leak"]))
-        told = f"{leak:.2f}" if leak > 0.01 else f"{leak:.0e}".replace("e-0", "e-")
-        lines.append([NAMES[row["method"]], *losses, told])
+        lines.append([NAMES[row["method"]], *losses, largest_leak([row])])
     heads = ["", "loss when learned", "loss at the end", "forgetting", "leak"]
     return table(heads, lines)
 

@@ -112,6 +112,14 @@ def _cell(rows: list[dict], key: str, digits: int = 3) -> str:
     return f"{values.mean():.{digits}f}{spread}"
 
 
+def largest_leak(rows: list[dict]) -> str:
+    """The largest share of any step in protected directions, over the seeds."""
+    leak = max(float(np.max(row["curves"]["leak"])) for row in rows)
+    if not np.isfinite(leak):
+        return "–"
+    return f"{leak:.2f}" if leak > 0.01 else f"{leak:.0e}".replace("e-0", "e-")
+
+
 def table(rows: list[dict]) -> Table:
     """Final table, best final loss first; means and deviations over seeds.
 
@@ -119,7 +127,8 @@ def table(rows: list[dict]) -> Table:
     """
     groups = by_method(rows)
     made = Table(
-        title="losses in nats per byte; ppl: per byte; rate: learning rate",
+        title="losses in nats per byte; ppl: per byte; rate: learning rate; leak: the "
+        "largest share of a step in protected directions",
         caption="\n".join(f"{n}: {own[0]['about']}" for n, own in groups.items()),
         caption_justify="left",
     )
@@ -129,17 +138,16 @@ def table(rows: list[dict]) -> Table:
         "forgetting": ("forgetting", 3),
         "intrans-\nigence": ("intransigence", 3),
         "final\nppl": ("final_perplexity", 2),
-        "learned\nppl": ("learned_perplexity", 2),
         "seconds": ("seconds", 0),
     }
     columns = {k: column for k, column in columns.items() if column[0] in rows[0]}
     made.add_column("method", no_wrap=True)
     made.add_column("rate", justify="right")
-    for heading in columns:
+    for heading in (*columns, "leak"):
         made.add_column(heading, justify="right", no_wrap=True)
     scores = {n: -float(mean_of(own, "final_loss")) for n, own in groups.items()}
     for name in best_first(scores):
         own = groups[name]
         cells = [_cell(own, key, digits) for key, digits in columns.values()]
-        made.add_row(name, f"{own[0]['learning_rate']:g}", *cells)
+        made.add_row(name, f"{own[0]['learning_rate']:g}", *cells, largest_leak(own))
     return made

@@ -379,7 +379,8 @@ def test_leaves_whose_rows_are_not_those_of_the_mask_are_refused():
         return jnp.einsum("eti,eio->eto", given, p["up"]), x.mean(1) @ p["head"]
 
     x = normal(3, 3, 4, 6)
-    with pytest.raises(ValueError, match=r"\['head', 'up'\]; leave them out"):
+    told = r"shape \(3, 4\).*\['head', 'up'\]\. It must have the leading axes"
+    with pytest.raises(ValueError, match=told):
         layer_inputs(forward, p, x, mask=MASK)
     masked(forward, p, x, mask=MASK, leaves=["gate"])
     with pytest.raises(ValueError, match=r"\['up'\]"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import adamr
@@ -60,6 +61,34 @@ def test_which_method():
         extra["memory_gradients"] = jax.tree.map(lambda x: x[None], p)
         step, _ = tx.update(p, tx.init(p), p, **extra)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(step)), name
+
+
+def test_what_wraps_the_optimizer_keeps_the_projection():
+    """Each line of the table makes an optimizer without a step in the subspace."""
+    _, after = text("which_method").split("## Clipping, schedules", 1)
+    table = after.split("\n## ", 1)[0]
+    calls = re.findall(r"`((?:optax|adamr)\.\S+\(.*?\))`", table)
+    assert len(calls) == 4
+    params = {"w": jnp.ones((4, 3))}
+    subspace = adamr.make_subspace(params, {"w": jnp.eye(4)[:, :1]})
+    gradient = {"w": jnp.arange(1.0, 13.0).reshape(4, 3)}
+    given = {"rate": 1e-2, "subspace": subspace, "decay": 1e-2}
+    given |= {"adamr": adamr, "optax": optax}
+
+    def trained(tx):
+        state = tx.init(params)
+        moved = params
+        for _ in range(4):
+            step, state = tx.update(gradient, state, moved)
+            moved = optax.apply_updates(moved, step)
+        return moved["w"] - params["w"]
+
+    for call in calls:
+        moved = trained(eval(call, given))
+        assert jnp.abs(moved[1:]).min() > 1e-4, call
+        assert jnp.abs(moved[0]).max() < 1e-6, call
+    decay = optax.chain(adamr.gpm(1e-2, subspace), optax.add_decayed_weights(-1e-2))
+    assert jnp.abs(trained(decay)[0]).min() > 1e-3
 
 
 def test_boundaries(capsys):

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.processes import example_kills
 
@@ -203,6 +204,21 @@ def test_diverged_run_makes_valid_json():
     row = report.summarize(Done("adam", 1e-3, 0.0, history, 1.0, None), 0, 10)
     assert np.isnan(row["final_loss"]) and row["forgetting"] == 1.0
     assert "diverged" in report._cell([row], "final_loss")
+
+
+def test_the_table_has_the_largest_leak_and_fits_a_terminal():
+    rows = []
+    for name, leaks in {"adam": [0.0, 0.957], "shared": [0.0, 3.2e-7]}.items():
+        history = loop.empty_history(problem.problem(PRESETS["tiny"]), 1, 2, 1)
+        history.loss[:] = 2.5
+        row = report.summarize(Done(name, 1e-3, 0.0, history, 1234.0, None), 0, 10)
+        row["curves"]["leak"] = leaks
+        rows.append(row)
+    console = Console(width=80, record=True)
+    console.print(report.table(rows))
+    text = console.export_text()
+    ends = [line.split("│")[-2].strip() for line in text.splitlines() if "│" in line]
+    assert sorted(ends) == ["0.96", "3e-7"] and "…" not in text
 
 
 def test_batches_do_not_depend_on_how_they_are_asked_for(folder):

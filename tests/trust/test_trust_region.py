@@ -1,5 +1,7 @@
 """TRGP's trusted tasks and scaled weights, ROGO's relaxing subspace."""
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,77 @@ def test_task_subspace_equals_its_twin(seed, rank, threshold, scale):
     np.testing.assert_array_equal(
         np.asarray(grown.bases[0])[..., :rank], np.asarray(memory.bases[0])[..., :rank]
     )
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**16),
+    rank=st.integers(0, 5),
+    threshold=st.sampled_from([0.5, 0.8, 0.95, 0.999]),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_a_gram_matrix_gives_the_directions_of_its_samples(
+    seed, rank, threshold, scale
+):
+    rng = np.random.default_rng(seed)
+    basis = orthonormal(seed, 7, rank) if rank else np.zeros((7, 0), np.float32)
+    x = (rng.normal(size=(12, 7)) * 2.0 ** -np.arange(7)).astype(np.float32)
+    memory = adamr.make_subspace(dense(7), basis)
+    gram = (jnp.asarray(scale * x.T @ x / 12, jnp.float32),)
+    covariance = adamr.subspaces.Covariance(gram, (jnp.array(12, jnp.int32),))
+    grow = functools.partial(adamr.trust.grow_task_subspace, threshold=threshold)
+    expected = grow(memory, x)
+    for found in (grow(memory, covariance), jax.jit(grow)(memory, covariance)):
+        for a, b in zip(expected, found, strict=True):
+            np.testing.assert_allclose(span(columns(a)), span(columns(b)), atol=2e-3)
+
+
+def test_layer_inputs_are_taken_as_they_are():
+    keys = jax.random.split(jax.random.key(0), 3)
+    p = {
+        "b": jnp.zeros(3),
+        "in": jax.random.normal(keys[0], (5, 4)),
+        "out": jax.random.normal(keys[1], (4, 3)),
+    }
+    x = jax.random.normal(keys[2], (2, 5))
+
+    def forward(p, x):
+        return jnp.tanh(x @ p["in"]) @ p["out"] + p["b"][None]
+
+    axes = adamr.contracted_axes(forward, p, x)
+    memory = adamr.empty_subspace(p, axes=axes, unprotected=["b"])
+    rows = {"b": None, "in": x, "out": jnp.tanh(x @ p["in"])}
+    expected = adamr.trust.grow_task_subspace(memory, rows)
+    for kind in ("gram", "rows"):
+        inputs = adamr.layer_inputs(forward, p, x, kind=kind)
+        found = adamr.trust.grow_task_subspace(memory, inputs)
+        for a, b in zip(expected, found, strict=True):
+            assert [*adamr.subspaces.rank(a)] == [*adamr.subspaces.rank(b)]
+            for u, v in zip(a.bases[1:], b.bases[1:], strict=True):
+                np.testing.assert_allclose(span(u[:, 0]), span(v[:, 0]), atol=1e-4)
+
+
+def test_a_gram_matrix_without_energy_gives_an_empty_task():
+    memory = adamr.make_subspace(dense(3), np.eye(3)[:, :1])
+    for bad in (0.0, np.nan):
+        moment = jnp.full((3, 3), bad, jnp.float32)
+        nothing = adamr.subspaces.Covariance((moment,), (jnp.array(1, jnp.int32),))
+        task, grown = adamr.trust.grow_task_subspace(memory, nothing)
+        assert not np.any(task.bases[0]) and not np.any(task.weights[0])
+        np.testing.assert_array_equal(grown.bases[0], memory.bases[0])
+
+
+def test_inputs_of_another_model_are_named():
+    memory = adamr.empty_subspace(dense(3))
+    other = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 2))}
+    inputs = adamr.layer_inputs(
+        lambda p, x: x @ p["a"] @ p["b"], other, jnp.ones((1, 3))
+    )
+    for grow in (adamr.trust.grow_task_subspace, adamr.grow_subspace):
+        with pytest.raises(ValueError, match="Covariance of 2 parameter leaves"):
+            grow(memory, inputs)
+        with pytest.raises(ValueError, match=r"as layer_inputs\(forward, params, x\)"):
+            grow(memory, other)
 
 
 def test_first_task_is_that_of_gpm():

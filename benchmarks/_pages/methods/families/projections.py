@@ -130,7 +130,7 @@ PROJECTIONS = Family(
             "numbers are those of the part that trains the weights.",
             """
             memory = adamr.empty_subspace(params, axes=axes)
-            inputs = {"in": old.x, "out": jax.nn.relu(old.x @ params["in"])}
+            inputs = adamr.layer_inputs(forward, params, old.x)
             first, memory = adamr.trust.grow_task_subspace(memory, inputs)
             region = adamr.trust.trust_region([first], grads)  # of the new task
             scales = adamr.trust.init_scales(region.subspaces)
