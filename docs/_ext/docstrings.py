@@ -2,6 +2,7 @@
 
 an indented block after a blank line    a literal block: equations keep their lines
 `name`                                  a link, if the reference has it; else code
+docs/evidence/how.md, arXiv:2103.09762  a link to the page, to the paper
 Returns, References                     fields; napoleon reads the other sections
 "Guarantee: …", "Trap: …"               the first word in bold
 """
@@ -20,6 +21,7 @@ Find = Callable[[str], str | None]
 
 FIELDS = ("Returns:", "References:")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+PAGE = re.compile(r"\bdocs/(\w+(?:/\w+)*)(\.md|/)(?!\w)")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
@@ -41,6 +43,12 @@ def code(text: str, find: Find) -> str:
     return f":py:obj:`{shown} <{target}>`" if target else f"``{shown}``"
 
 
+def page(found: re.Match[str]) -> str:
+    """A link to a page of the documentation, with its title."""
+    name, end = found.groups()
+    return f":doc:`/{name}`" if end == ".md" else f":doc:`/{name}/index`"
+
+
 def marked_up(text: str, find: Find) -> str:
     """Prose with its `code` marked up and nothing else taken for markup."""
     parts = re.split(r"`([^`]+)`", text)
@@ -49,7 +57,8 @@ def marked_up(text: str, find: Find) -> str:
             parts[i] = f"\0{code(part, find)}\0"
         else:
             part = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
-            parts[i] = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
+            part = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
+            parts[i] = PAGE.sub(page, part)
     # Markup begins and ends at a space, or at one that is escaped and not shown.
     text = re.sub(r"(?<=[^\s(])\0(?=[:`])", r"\\ ", "".join(parts))
     return re.sub(r"(?<=`)\0(?=[^\s.,;:)])", r"\\ ", text).replace("\0", "")

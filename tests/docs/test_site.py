@@ -45,7 +45,7 @@ Returns:
 >>> alpha
 1
 
-Guarantee: it holds.
+Guarantee: it holds (docs/evidence/how.md; docs/evidence/ has more).
 
 References: Author, Title, arXiv:2103.09762."""
 
@@ -78,7 +78,7 @@ Extra arguments:
 >>> alpha
 1
 
-**Guarantee:** it holds.
+**Guarantee:** it holds (:doc:`/evidence/how`; :doc:`/evidence/index` has more).
 
 :references: Author, Title, `arXiv:2103.09762 <https://arxiv.org/abs/2103.09762>`__.
 """
@@ -124,6 +124,20 @@ def test_formulas_are_mathml():
     assert '<munderover><mo movablelimits="true">∑</mo><mi>i</mi>' in hat
     with pytest.raises(mathml.ExtensionError, match="nonsense"):
         mathml.rendered(r"\nonsense", block=False)
+
+
+def test_cells_with_a_phrase_are_marked_in_wide_tables():
+    core = pytest.importorskip("docutils.core")
+    pytest.importorskip("sphinx")
+    phrase = "words enough to fill more than thirty characters"
+    wide = f"=====  =====  {'=' * len(phrase)}\none    two    {phrase}\n"
+    wide += f"=====  =====  {'=' * len(phrase)}\n\n"
+    narrow = f"=====  {'=' * len(phrase)}\none    {phrase}\n=====  {'=' * len(phrase)}\n"
+    tables = extension("tables")
+    tree = core.publish_doctree(wide + narrow)
+    tables.MarkPhrases(tree).apply()
+    marked = [node for node in tree.findall(tables.nodes.entry) if node["classes"]]
+    assert [node.astext() for node in marked] == [phrase]
 
 
 def test_links_out_of_the_docs_lead_to_the_forge(tmp_path):
