@@ -22,6 +22,8 @@ Find = Callable[[str], str | None]
 FIELDS = ("Returns:", "References:")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 PAGE = re.compile(r"\bdocs/(\w+(?:/\w+)*)(\.md|/)(?!\w)")
+# Of what reStructuredText takes for markup only *emphasis* is meant.
+SPECIAL = re.compile(r"(?<!\w)(\*\w+\*)(?!\w)|([*|\\]|_(?=\W|$))")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
@@ -56,7 +58,7 @@ def marked_up(text: str, find: Find) -> str:
         if i % 2:
             parts[i] = f"\0{code(part, find)}\0"
         else:
-            part = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
+            part = SPECIAL.sub(lambda at: at[1] or f"\\{at[2]}", part)
             part = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
             parts[i] = PAGE.sub(page, part)
     # Markup begins and ends at a space, or at one that is escaped and not shown.

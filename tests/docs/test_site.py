@@ -19,7 +19,7 @@ def extension(name):
 
 docstrings = extension("docstrings")
 
-DOC = """The step, `modifier`(g), of one *shape.
+DOC = """The step, `modifier`(g), of *any* one *shape.
 
 With `alpha` times:
 
@@ -49,7 +49,7 @@ Guarantee: it holds (docs/evidence/how.md; docs/evidence/ has more).
 
 References: Author, Title, arXiv:2103.09762."""
 
-RST = r"""The step, ``modifier``\ (g), of one \*shape.
+RST = r"""The step, ``modifier``\ (g), of *any* one \*shape.
 
 With ``alpha`` times:
 
