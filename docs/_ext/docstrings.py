@@ -165,7 +165,25 @@ def on_docstring(app, what, name, value, options, lines):
     lines[:] = as_rst(lines, find)
 
 
+def with_names(signature: str, value: Any) -> str:
+    """The signature, with the names of defaults that are functions."""
+    for parameter in inspect.signature(value).parameters.values():
+        default = parameter.default
+        if isinstance(default, types.FunctionType):
+            shown = re.sub(" at 0x[0-9a-f]+", "", repr(default))
+            known = vars(inspect.getmodule(value)).items()
+            name = next((name for name, x in known if x is default), shown)
+            signature = signature.replace(shown, name)
+    return signature
+
+
+def on_signature(app, what, name, value, options, signature, returned):
+    if signature and callable(value):
+        return with_names(signature, value), returned
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", on_signature)
     # Before napoleon, whose priority is 500.
     app.connect("autodoc-process-docstring", on_docstring, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

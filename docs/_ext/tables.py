@@ -16,9 +16,9 @@ class MarkPhrases(SphinxTransform):
     default_priority = 900  # when links have their text
 
     def apply(self, **kwargs: Any) -> None:
-        for table in self.document.findall(nodes.tgroup):
-            if table["cols"] >= COLUMNS:
-                for cell in table.findall(nodes.entry):
+        for body in self.document.findall(nodes.tbody):
+            if body.parent["cols"] >= COLUMNS:
+                for cell in body.findall(nodes.entry):
                     if len(cell.astext()) >= CHARACTERS:
                         cell["classes"].append("phrase")
 

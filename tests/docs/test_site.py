@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import adamr
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,6 +115,14 @@ def test_names_are_found_where_the_reference_has_them(text, module, name):
     assert docstrings.full_name(text, module) == name
 
 
+def test_defaults_that_are_functions_have_their_name():
+    start = adamr.lora.start_task
+    shown = "(key, init=<function variance_scaling.<locals>.init>, scaling=1.0)"
+    told = "(key, init=he_uniform, scaling=1.0)"
+    assert docstrings.with_names(shown, start) == told
+    assert docstrings.with_names(told, start) == told
+
+
 def test_formulas_are_mathml():
     pytest.importorskip("sphinx")
     mathml = extension("mathml")
@@ -130,9 +140,13 @@ def test_cells_with_a_phrase_are_marked_in_wide_tables():
     core = pytest.importorskip("docutils.core")
     pytest.importorskip("sphinx")
     phrase = "words enough to fill more than thirty characters"
-    wide = f"=====  =====  {'=' * len(phrase)}\none    two    {phrase}\n"
-    wide += f"=====  =====  {'=' * len(phrase)}\n\n"
-    narrow = f"=====  {'=' * len(phrase)}\none    {phrase}\n=====  {'=' * len(phrase)}\n"
+    rule = f"=====  =====  {'=' * len(phrase)}\n"
+    wide = (
+        f"{rule}head   two    {phrase.upper()}\n{rule}one    two    {phrase}\n{rule}\n"
+    )
+    narrow = (
+        f"=====  {'=' * len(phrase)}\none    {phrase}\n=====  {'=' * len(phrase)}\n"
+    )
     tables = extension("tables")
     tree = core.publish_doctree(wide + narrow)
     tables.MarkPhrases(tree).apply()
