@@ -11,7 +11,7 @@ Names are grouped by what one does; what is not here is in its room:
     trust         learning inside the protected space
     lora          low-rank adapters of pretrained models
     recipes       whole optimizers by the name of the paper
-    metrics       forgetting, transfer and kin
+    metrics       forgetting, transfer and the like
     checkpoint    exact resume after a kill
     state, diagnostics, sharding, schedules, buffers, plateau, averaging
 """

@@ -32,6 +32,7 @@ extensions = [
     "forge",
     "lessons",
     "mathml",
+    "tables",
 ]
 exclude_patterns = ["_build"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}

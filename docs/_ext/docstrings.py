@@ -2,6 +2,7 @@
 
 an indented block after a blank line    a literal block: equations keep their lines
 `name`                                  a link, if the reference has it; else code
+docs/evidence/how.md, arXiv:2103.09762  a link to the page, to the paper
 Returns, References                     fields; napoleon reads the other sections
 "Guarantee: …", "Trap: …"               the first word in bold
 """
@@ -20,6 +21,9 @@ Find = Callable[[str], str | None]
 
 FIELDS = ("Returns:", "References:")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+PAGE = re.compile(r"\bdocs/(\w+(?:/\w+)*)(\.md|/)(?!\w)")
+# Of what reStructuredText takes for markup only *emphasis* is meant.
+SPECIAL = re.compile(r"(?<!\w)(\*\w+\*)(?!\w)|([*|\\]|_(?=\W|$))")
 EXTRA = re.compile(r"Extra arguments? of `update`:$")
 
 
@@ -41,6 +45,12 @@ def code(text: str, find: Find) -> str:
     return f":py:obj:`{shown} <{target}>`" if target else f"``{shown}``"
 
 
+def page(found: re.Match[str]) -> str:
+    """A link to a page of the documentation, with its title."""
+    name, end = found.groups()
+    return f":doc:`/{name}`" if end == ".md" else f":doc:`/{name}/index`"
+
+
 def marked_up(text: str, find: Find) -> str:
     """Prose with its `code` marked up and nothing else taken for markup."""
     parts = re.split(r"`([^`]+)`", text)
@@ -48,8 +58,9 @@ def marked_up(text: str, find: Find) -> str:
         if i % 2:
             parts[i] = f"\0{code(part, find)}\0"
         else:
-            part = re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
-            parts[i] = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
+            part = SPECIAL.sub(lambda at: at[1] or f"\\{at[2]}", part)
+            part = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", part)
+            parts[i] = PAGE.sub(page, part)
     # Markup begins and ends at a space, or at one that is escaped and not shown.
     text = re.sub(r"(?<=[^\s(])\0(?=[:`])", r"\\ ", "".join(parts))
     return re.sub(r"(?<=`)\0(?=[^\s.,;:)])", r"\\ ", text).replace("\0", "")
@@ -154,7 +165,25 @@ def on_docstring(app, what, name, value, options, lines):
     lines[:] = as_rst(lines, find)
 
 
+def with_names(signature: str, value: Any) -> str:
+    """The signature, with the names of defaults that are functions."""
+    for parameter in inspect.signature(value).parameters.values():
+        default = parameter.default
+        if isinstance(default, types.FunctionType):
+            shown = re.sub(" at 0x[0-9a-f]+", "", repr(default))
+            known = vars(inspect.getmodule(value)).items()
+            name = next((name for name, x in known if x is default), shown)
+            signature = signature.replace(shown, name)
+    return signature
+
+
+def on_signature(app, what, name, value, options, signature, returned):
+    if signature and callable(value):
+        return with_names(signature, value), returned
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", on_signature)
     # Before napoleon, whose priority is 500.
     app.connect("autodoc-process-docstring", on_docstring, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

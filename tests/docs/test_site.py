@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import adamr
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,7 +21,7 @@ def extension(name):
 
 docstrings = extension("docstrings")
 
-DOC = """The step, `modifier`(g), of one *shape.
+DOC = """The step, `modifier`(g), of *any* one *shape.
 
 With `alpha` times:
 
@@ -45,11 +47,11 @@ Returns:
 >>> alpha
 1
 
-Guarantee: it holds.
+Guarantee: it holds (docs/evidence/how.md; docs/evidence/ has more).
 
 References: Author, Title, arXiv:2103.09762."""
 
-RST = r"""The step, ``modifier``\ (g), of one \*shape.
+RST = r"""The step, ``modifier``\ (g), of *any* one \*shape.
 
 With ``alpha`` times:
 
@@ -78,7 +80,7 @@ Extra arguments:
 >>> alpha
 1
 
-**Guarantee:** it holds.
+**Guarantee:** it holds (:doc:`/evidence/how`; :doc:`/evidence/index` has more).
 
 :references: Author, Title, `arXiv:2103.09762 <https://arxiv.org/abs/2103.09762>`__.
 """
@@ -113,6 +115,14 @@ def test_names_are_found_where_the_reference_has_them(text, module, name):
     assert docstrings.full_name(text, module) == name
 
 
+def test_defaults_that_are_functions_have_their_name():
+    start = adamr.lora.start_task
+    shown = "(key, init=<function variance_scaling.<locals>.init>, scaling=1.0)"
+    told = "(key, init=he_uniform, scaling=1.0)"
+    assert docstrings.with_names(shown, start) == told
+    assert docstrings.with_names(told, start) == told
+
+
 def test_formulas_are_mathml():
     pytest.importorskip("sphinx")
     mathml = extension("mathml")
@@ -124,6 +134,24 @@ def test_formulas_are_mathml():
     assert '<munderover><mo movablelimits="true">∑</mo><mi>i</mi>' in hat
     with pytest.raises(mathml.ExtensionError, match="nonsense"):
         mathml.rendered(r"\nonsense", block=False)
+
+
+def test_cells_with_a_phrase_are_marked_in_wide_tables():
+    core = pytest.importorskip("docutils.core")
+    pytest.importorskip("sphinx")
+    phrase = "words enough to fill more than thirty characters"
+    rule = f"=====  =====  {'=' * len(phrase)}\n"
+    wide = (
+        f"{rule}head   two    {phrase.upper()}\n{rule}one    two    {phrase}\n{rule}\n"
+    )
+    narrow = (
+        f"=====  {'=' * len(phrase)}\none    {phrase}\n=====  {'=' * len(phrase)}\n"
+    )
+    tables = extension("tables")
+    tree = core.publish_doctree(wide + narrow)
+    tables.MarkPhrases(tree).apply()
+    marked = [node for node in tree.findall(tables.nodes.entry) if node["classes"]]
+    assert [node.astext() for node in marked] == [phrase]
 
 
 def test_links_out_of_the_docs_lead_to_the_forge(tmp_path):

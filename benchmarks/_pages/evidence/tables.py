@@ -234,8 +234,8 @@ def _causes(stream: str) -> str:
                   for test in (own[against], common[against])),
             ]
         )  # fmt: skip
-    heads = ["arm", "v", "final", "learned", "forgetting", "motion", "final − shared",
-             "the same at one rate"]  # fmt: skip
+    heads = ["variant", "v", "final", "learned", "forgetting", "motion",
+             "final − shared", "the same at one rate"]  # fmt: skip
     return table(heads, lines)
 
 
