@@ -27,7 +27,7 @@ from typing import Any
 import tyro
 
 from benchmarks._pretrained.cell import Job
-from benchmarks._pretrained.streams import LEVERS, STREAMS, arms
+from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, settings
 from benchmarks._speed import timing
 from examples.harness.report import versions, write
 from examples.llm.methods import METHODS
@@ -83,8 +83,9 @@ def _chosen(methods: str) -> list[str]:
 def _empty(stream: str) -> dict[str, Any]:
     return {
         "stream": stream,
-        "command": f"python -m benchmarks.pretrained --streams {stream}",
-        "settings": {k: v for k, v in STREAMS[stream].items()},
+        "command": f"python -m benchmarks.pretrained --streams {stream}"
+        + (" --data DIR" if "tasks" in STREAMS[stream] else ""),
+        "settings": settings(stream),
         "definitions": DEFINITIONS | MORE_DEFINITIONS,
         "machine": timing.machine(),
         "versions": versions(),
@@ -114,7 +115,9 @@ def _merged(held: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any
 def run(config: Config, stream: str) -> None:
     """All methods on one stream; finished seeds are not run again."""
     path = config.out / f"pretrained_{stream}.json"
-    result = json.loads(path.read_text()) if path.exists() else _empty(stream)
+    result = _empty(stream)
+    if path.exists():
+        result["methods"] = json.loads(path.read_text())["methods"]
     for name in _chosen(config.methods):
         held = result["methods"].get(name)
         done = {row["seed"] for row in held["rows"]} if held else set()

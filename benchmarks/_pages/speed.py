@@ -33,7 +33,7 @@ EVIDENCE = {
     "interventions": "`interventions.json`",
     "forgetting": "`forgetting_*.json`",
     "strength_rules": "`strength_rules_*.json`",
-    "pretrained": "`pretrained_*.json`, not measured yet",
+    "pretrained": "`pretrained_*.json`",
     "osft_leak": "`osft_leak.json`",
     "report": "`report.html`",
 }

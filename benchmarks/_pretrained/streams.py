@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from examples.llm.methods import METHODS, Method
 from examples.llm.options import Config
 
-__all__ = ["STREAMS", "Arm", "Grid", "arms", "config", "grid"]
+__all__ = ["STREAMS", "Arm", "Grid", "arms", "config", "grid", "settings"]
 
 INSTRUCT = ("WikiSQL", "DSTC8-json", "TLDR-ko", "Banking-intent", "TLDR-shell")
 INSTRUCT = (*INSTRUCT, "PubMedQA")
@@ -78,9 +78,15 @@ def grid(name: str, method: Method) -> Grid:
     return Grid(rates, (default, *COEFFICIENTS.get(name, ())))
 
 
+def settings(stream: str) -> dict[str, Any]:
+    """Of the command line of `examples.llm`, besides data, model and method."""
+    own = STREAMS[stream]
+    return own | ROWS if "tasks" in own else own
+
+
 def config(stream: str, arm: Arm, data: Path, model: Path | None) -> Config:
     """As `python -m examples.llm` would be told."""
-    settings = dict(STREAMS[stream])
-    if "tasks" in settings:
-        settings |= ROWS | {"data": data}
-    return Config(**{"method": arm.method, "model": model} | settings | arm.options)
+    told = {"method": arm.method, "model": model, **settings(stream)}
+    if "tasks" in told:
+        told["data"] = data
+    return Config(**told | arm.options)

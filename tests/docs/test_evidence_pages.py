@@ -15,7 +15,14 @@ pytest.importorskip("tyro")
 
 from benchmarks import forgetting
 from benchmarks._evidence import benches, pareto
-from benchmarks._pages.evidence import cells, facts, pages, results, tables
+from benchmarks._pages.evidence import (
+    cells,
+    facts,
+    pages,
+    pretrained,
+    results,
+    tables,
+)
 from benchmarks._pages.tables import written
 
 LINES = cells.cells()
@@ -36,6 +43,25 @@ def test_pages_are_those_of_the_results(text):
 def test_the_guide_to_the_methods_has_the_headlines():
     guide = pages.GUIDE.read_text()
     assert written(guide, "headlines", tables.headlines()) == guide
+
+
+def test_the_guide_to_pretrained_models_has_what_was_measured():
+    guide = pages.PRETRAINED.read_text()
+    assert written(guide, "pairs", pretrained.for_readers()) == guide
+    (row,) = results.read("pretrained_instruct")["methods"]["adam"]["rows"]
+    (line,) = (x for x in guide.splitlines() if x.startswith("| Adam on the pairs | 1"))
+    told = [float(x) for x in line.strip("| ").split(" | ")[1:]]
+    rise = row["general_loss_after"] - row["general_loss_before"]
+    wanted = [row["learned_loss"], row["final_loss"], row["forgetting"], rise]
+    assert told == pytest.approx([*wanted, row["kl"], row["metrics"]["OP"]], abs=6e-4)
+
+
+def test_a_method_that_is_not_best_is_not_called_so():
+    assert facts.fact("llm_below instruct final_loss lora_complement adam")
+    with pytest.raises(ValueError, match="is not below lora_complement"):
+        facts.fact("llm_below instruct final_loss adam lora_complement")
+    with pytest.raises(ValueError, match="is not least with adam"):
+        facts.fact("llm_least instruct final_loss adam")
 
 
 @pytest.mark.parametrize("stream", benches.ON_TWO_CORES)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from benchmarks._evidence.inflation import ESTIMATORS
+from benchmarks._pages.evidence import pretrained
 from benchmarks._pages.evidence.results import (
     cell_names,
     gain,
@@ -185,24 +186,6 @@ def arm(stream: str, v: str, name: str, measure: str) -> str:
     return f"{found[measure]['mean']:.{0 if measure == 'motion' else 3}f}"
 
 
-def pretrained(method: str, measure: str) -> str:
-    (row,) = (r for r in read("llm_instruct")["methods"] if r["method"] == method)
-    return f"{row[measure]:.3f}"
-
-
-def pretrained_model() -> str:
-    return read("llm_instruct")["model"]["name"]
-
-
-def pretrained_steps() -> str:
-    return read("llm_instruct")["command"].split("--steps ")[1].split()[0]
-
-
-def pretrained_seeds() -> str:
-    found = read("llm_instruct")["methods"]
-    return f"{len({row['seed'] for row in found})}"
-
-
 FACTS: dict[str, Callable[..., str]] = {
     "final": _measure("final", 3),
     "learned": _measure("learned", 3),
@@ -227,10 +210,7 @@ FACTS: dict[str, Callable[..., str]] = {
     "inflation": inflation,
     "worst_error": worst_error,
     "arm": arm,
-    "pretrained": pretrained,
-    "pretrained_model": pretrained_model,
-    "pretrained_steps": pretrained_steps,
-    "pretrained_seeds": pretrained_seeds,
+    **pretrained.FACTS,
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks._pages.evidence.cells import as_csv, as_html, cells
 from benchmarks._pages.evidence.facts import fact
+from benchmarks._pages.evidence.pretrained import for_readers
 from benchmarks._pages.evidence.results import ROOT
 from benchmarks._pages.evidence.tables import TABLES, headlines
 from benchmarks._pages.tables import written
@@ -14,6 +15,7 @@ __all__ = ["FOLDER", "GUIDE", "TEXTS", "filled", "files", "page", "wrapped"]
 
 FOLDER = ROOT / "docs" / "evidence"
 GUIDE = ROOT / "docs" / "which_method.md"
+PRETRAINED = ROOT / "docs" / "pretrained.md"
 TEXTS = sorted((Path(__file__).parent / "text").glob("*.md"))
 WIDTH = 90
 SOURCE = """
@@ -65,4 +67,5 @@ def files() -> dict[Path, str]:
     made[FOLDER / "cells.csv"] = as_csv(lines)
     made[FOLDER / "cells.html"] = as_html(lines)
     made[GUIDE] = written(GUIDE.read_text(), "headlines", headlines())
+    made[PRETRAINED] = written(PRETRAINED.read_text(), "pairs", for_readers())
     return made

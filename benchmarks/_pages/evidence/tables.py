@@ -8,6 +8,7 @@ from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell
 from benchmarks._evidence.inflation import ESTIMATORS
 from benchmarks._evidence.pareto import values
 from benchmarks._evidence.pictures import ARMS
+from benchmarks._pages.evidence import pretrained
 from benchmarks._pages.evidence.results import (
     STREAMS,
     gain,
@@ -239,18 +240,6 @@ def _causes(stream: str) -> str:
     return table(heads, lines)
 
 
-def pretrained() -> str:
-    lines = [
-        [f"`{row['method']}`", *(number(row[key]) for key in (
-            "final_loss", "learned_loss", "forgetting", "general_loss_before",
-            "general_loss_after", "kl"))]
-        for row in read("llm_instruct")["methods"]
-    ]  # fmt: skip
-    heads = ["method", "final loss", "learned loss", "forgetting",
-             "general text before", "after", "KL"]  # fmt: skip
-    return table(heads, lines)
-
-
 TABLES: dict[str, Callable[..., str]] = {
     "headlines": headlines,
     "routes": _routes,
@@ -259,5 +248,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "mechanism": _mechanism,
     "explained": explained,
     "causes": _causes,
-    "pretrained": pretrained,
+    **pretrained.TABLES,
 }
