@@ -271,7 +271,8 @@ def test_a_branch_around_a_large_basis_changes_no_number(monkeypatch, dtype):
     def conditions(function):
         return str(jax.make_jaxpr(function)(g, s)).count("cond[")
 
-    assert conditions(both) == 0  # on several devices
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert conditions(both) == 0
     expected = jax.jit(both)(g, s)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     alone = functools.partial(both)  # else the program from before
