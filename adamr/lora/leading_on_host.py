@@ -33,6 +33,20 @@ def _spectrum(gram: Array) -> tuple[Array, Array]:
     return energy[::-1], vectors[:, ::-1]
 
 
+def _qr(x: Array) -> tuple[Array, Array]:
+    """QR of a tall matrix by parts of its rows, then of what is left of them.
+
+    BLAS gives the whole to several threads, which mostly wait for each other.
+    """
+    rows, count = x.shape
+    parts = rows // (2 * count)
+    if parts < 2 or rows % parts:
+        return np.linalg.qr(x)
+    q, r = np.linalg.qr(x.reshape(parts, -1, count))
+    top, r = _qr(r.reshape(-1, count))
+    return (q @ top.reshape(parts, count, count)).reshape(rows, count), r
+
+
 @functools.lru_cache(maxsize=8)  # layers have few sizes
 def _start(*shape: int) -> Array:
     return np.asarray(jax.random.normal(jax.random.key(0), shape, dtype=float))
@@ -42,7 +56,7 @@ def _iterated(known: Array, gram: Array, block: Array) -> tuple[Array, Array]:
     """Energies and vectors by block iteration."""
     block = _outside(known, block)
     for _ in range(ROUNDS):
-        block = np.linalg.qr(_outside(known, gram @ block)).Q
+        block, _ = _qr(_outside(known, gram @ block))
     # QR fills what is missing with arbitrary columns: those inside U vanish here.
     block = _outside(known, block)
     energy, mixed = _spectrum(block.T @ (gram @ block))
