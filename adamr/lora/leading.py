@@ -1,6 +1,7 @@
 """The leading directions of what a new task brings, outside the protected space."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from adamr.subspaces.columns import (
     transpose,
 )
 
-__all__ = ["leading"]
+__all__ = ["EXACT", "MORE", "ROUNDS", "floor_of", "leading"]
 
 EXACT = 256  # the largest fan-in of which all eigenvectors are computed
 ROUNDS = 8
@@ -53,6 +54,12 @@ def _iterated(
     return energy, matmul(block, mixed)
 
 
+def floor_of(dtype: Any, rows: bool, squared: bool) -> float:
+    """The share of the energy below which a direction is rounding noise."""
+    floor = ENERGY_FLOOR[str(dtype) if rows else "float32"]
+    return max(floor**2, 1e-12) if squared else floor
+
+
 @functools.partial(jax.jit, static_argnames=("rows", "squared"))
 def leading(
     like: jax.Array,
@@ -68,9 +75,9 @@ def leading(
     energy is left, a column is 0.
     """
     gram, count = _gram(evidence, rows), like.shape[-1]
-    floor = ENERGY_FLOOR[str(gram.dtype) if rows else "float32"]
+    floor = floor_of(gram.dtype, rows, squared)
     if squared:
-        gram, floor = matmul(gram, transpose(gram)), max(floor**2, 1e-12)
+        gram = matmul(gram, transpose(gram))
     if gram.shape[-1] > EXACT:
         energy, vectors = _iterated(gram, columns, 2 * count + MORE)
     else:

@@ -15,6 +15,7 @@ import optax
 from adamr import _tree
 from adamr._tree import placed_like
 from adamr.lora.leading import leading
+from adamr.lora.leading_on_host import leading_on_host
 from adamr.lora.pairs import Halves, halves, located
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of
@@ -98,6 +99,17 @@ def _same(x: jax.Array, y: jax.Array) -> bool:
     return x.shape == y.shape and not _tree.is_traced(x) and bool(jnp.all(x == y))
 
 
+def _led(
+    met: jax.Array, basis: jax.Array, weights: jax.Array, rank: int, **options: bool
+) -> jax.Array:
+    """The leading directions (*batch, n, rank) of the evidence outside a basis."""
+    columns, _ = to_columns(basis, weights)
+    like = jnp.zeros((*columns.shape[:-1], rank), columns.dtype)
+    traced = _tree.is_traced(columns) or _tree.is_traced(met)
+    function = leading if traced else leading_on_host
+    return on_host(function, like, columns, met, **options)[0]
+
+
 def _started(
     lora: Any,
     opt_state: Any,
@@ -122,15 +134,12 @@ def _started(
                 "expected one, which says along which axes its directions lie."
             )
         met = evidence(i, basis, weights)
-        columns, _ = to_columns(basis, weights)
         rank, axis = each.factors.rank, each.factors.rank_axis[0]
-        like = jnp.zeros((*columns.shape[:-1], rank), columns.dtype)
         # Query, key and value meet the same, and mostly have the same basis.
         known = done.get(id(met))
-        if known is None or not _same(known[1], columns):
-            options = {"rows": rows, "squared": squared}
-            (found,) = on_host(leading, like, columns, met, **options)
-            done[id(met)] = known = found, columns, met
+        if known is None or not _same(known[1], basis):
+            found = _led(met, basis, weights, rank, rows=rows, squared=squared)
+            done[id(met)] = known = found, basis, met
         found = known[0]
         shapes = (jnp.zeros((*x.shape[:-1], rank)) for x in (basis, weights))
         stored, _ = to_storage(found, found[..., 0, :], *shapes)

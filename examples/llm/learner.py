@@ -101,9 +101,11 @@ def _logits(forward, trained, base, tokens):
     return forward(trained, base, tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "normalize", "mesh"))
+@functools.partial(
+    jax.jit, static_argnames=("forward", "normalize", "mesh", "subspace")
+)
 def capture(forward, normalize, mesh, subspace, trained, base, tokens, mask):
-    """What the leaves of a subspace meet in some rows."""
+    """What the leaves of a subspace, of which shapes are enough, meet in some rows."""
 
     def whole(trained, tokens):
         return forward(trained, base, tokens)

@@ -13,6 +13,7 @@ import optax
 from examples.llm import measures
 from examples.llm.data import Part, Stream, spread_rows
 from examples.llm.learner import Learner, logits_on, mean_loss
+from examples.llm.memory import give_back
 from examples.llm.methods import Method
 from examples.llm.placement import kept, places_of, put_rows, started
 from examples.llm.task_ends import Run, Setting
@@ -195,9 +196,11 @@ def _between(
 ) -> Run:
     """What a method does between two tasks, with some rows of one, timed."""
     began = time.perf_counter()
+    give_back()
     rows = spread_rows(part.train, plan.setting.captured if count is None else count)
     run = function(plan.learner, plan.setting, run, rows, key)
     jax.block_until_ready(run.trained)
+    give_back()
     history["boundary_seconds"].append(time.perf_counter() - began)
     return run
 

@@ -75,7 +75,7 @@ def _inputs(learner: Learner, setting: Setting, run: Run, rows: Encoded) -> Any:
         run.trained,
         run.base,
         rows,
-        adamr.get_subspace(run.opt_state),
+        jax.eval_shape(adamr.get_subspace, run.opt_state),
         normalize=setting.normalize,
         skip=setting.skip,
     )
