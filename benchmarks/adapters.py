@@ -10,7 +10,7 @@ leaves of LoRA of rank 8 at SmolLM2-135M's shapes: 30 layers of seven pairs, A o
     chain    `chain(project_out(s), adam)`
     alias    `adamr(lr, project_out(s))`                              target <= 2.50
 
-The bases of rank 256 are 153 MB, which a step reads from memory.
+The bases of rank 256 are 153 MB, which each of the two products of a projection reads.
 """
 
 import dataclasses
