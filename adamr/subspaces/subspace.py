@@ -23,8 +23,6 @@ from adamr.sharding import copied_beside, einsum_sharding
 
 __all__ = ["Subspace", "coordinates", "rank", "reconstruct"]
 
-LARGE = 2**17  # bytes of a basis that takes longer to read than to branch around
-
 
 class Subspace(NamedTuple):
     """Orthonormal bases and the strength with which each direction is protected.
@@ -224,37 +222,6 @@ def without(basis, weights, leaf, removed) -> jax.Array:
     return kept.astype(leaf.dtype)
 
 
-def _split(
-    basis: jax.Array, weights: jax.Array, leaf: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    whole, inner, along = _letters(basis, weights)
-    u, g = _squeezed(basis, weights), leaf.astype(jnp.float32)
-    shape = dict(zip(whole, g.shape, strict=True))
-    if basis.shape[-1] > math.prod(shape[a] for a in whole if a not in inner):
-        along = along.replace("z", "") + "z"
-    coords = einsum(f"{whole},{inner}->{along}", g, u)
-    coords = weighted(weights, coords, along.index("z"))
-    removed = einsum(f"{along},{inner}->{whole}", coords, u)
-    return without(basis, weights, leaf, removed), coords
-
-
-def _nothing_split(basis, weights, leaf) -> tuple[jax.Array, jax.Array]:
-    _, coords = jax.eval_shape(_split, basis, weights, leaf)
-    return leaf, jnp.zeros(coords.shape, coords.dtype)
-
-
-def _split_apart(
-    basis: jax.Array, weights: jax.Array, leaf: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`_split` in a branch of its own, which skips a basis that protects nothing.
-
-    A CPU runs a branch to its end. Without one, XLA puts the first products of all
-    leaves before the second ones, and reads every basis from memory twice.
-    """
-    protects = jnp.any(weights != 0)
-    return jax.lax.cond(protects, _split, _nothing_split, basis, weights, leaf)
-
-
 def split_leaf(
     basis: jax.Array, weights: jax.Array, leaf: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -264,12 +231,15 @@ def split_leaf(
     adapter has 8 outputs: with coordinates (r, 8) instead of (8, r), r = 256, its
     projection takes two to three times as long on a CPU.
     """
-    arrays = basis, weights, leaf
-    long = basis.nbytes >= LARGE and basis.size > leaf.size
-    # On several devices, branches would keep messages from being sent together.
-    if not long or jax.device_count() > 1 or not _tree.is_traced(leaf):
-        return _split(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=_split_apart, default=_split)
+    whole, inner, along = _letters(basis, weights)
+    u, g = _squeezed(basis, weights), leaf.astype(jnp.float32)
+    shape = dict(zip(whole, g.shape, strict=True))
+    if basis.shape[-1] > math.prod(shape[a] for a in whole if a not in inner):
+        along = along.replace("z", "") + "z"
+    coords = einsum(f"{whole},{inner}->{along}", g, u)
+    coords = weighted(weights, coords, along.index("z"))
+    removed = einsum(f"{along},{inner}->{whole}", coords, u)
+    return without(basis, weights, leaf, removed), coords
 
 
 def project_leaf(basis: jax.Array, weights: jax.Array, leaf: jax.Array) -> jax.Array:
