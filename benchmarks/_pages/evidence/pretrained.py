@@ -125,10 +125,14 @@ def methods(stream: str) -> str:
     """Every method, the lowest loss at the end first."""
     keys = ("learned_loss", "final_loss", "forgetting", "general", "kl", "metrics.OP")
     lines = [
-        [NAMES[name], *(_told(_rows(stream, name), key) for key in keys)]
+        [
+            NAMES[name],
+            rate(stream, "adam" if name == "lines" else name),
+            *(_told(_rows(stream, name), key) for key in keys),
+        ]
         for name in _by_final(stream)
     ]
-    return table(["method", *HEADS], lines)
+    return table(["method", "rate", *HEADS], lines)
 
 
 def change(stream: str) -> str:
