@@ -17,8 +17,8 @@ __all__ = ["FACTS", "TABLES", "streams"]
 
 NAMES = {
     "adam": "Adam on the pairs",
-    "lines": "the same, LiNeS at the end",
-    "lora_restart": "Adam; merged and drawn anew (control)",
+    "lines": "Adam on the pairs, LiNeS at the end",
+    "lora_restart": "Adam, pairs merged and drawn anew (control)",
     "lora_complement": "**protected pairs**",
     "lora_random": "protected pairs, random A",
     "inflora": "InfLoRA",
