@@ -256,7 +256,9 @@ def test_first_task_is_that_of_gpm():
     for a, b, c in zip(task.bases, grown.bases, gpm.bases, strict=True):
         if a is not None:
             np.testing.assert_array_equal(a, b)
-            np.testing.assert_array_equal(b, c)
+            sign = np.sign(np.sum(b * c, axis=1, keepdims=True))  # is arbitrary
+            np.testing.assert_allclose(sign * b, c, atol=1e-6)
+            assert np.any(c)
 
 
 def test_where_room_ends_the_strongest_new_directions_are_in():
