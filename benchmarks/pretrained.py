@@ -10,22 +10,22 @@ tasks with a seed that no result uses. Reported are losses and scores on test ro
 general text that no task has, and where the change of the weights went
 (`_pretrained/change.py`).
 
-`<out>/pretrained_<stream>.json` grows with each finished method; the command continues
-from there. One method of six tasks takes about a quarter of an hour of two cores, and
-the protected pairs with one setting changed (`--methods levers`), at the rate that was
-best for them, two thirds of that.
+`<out>/pretrained_<stream>.json` grows with each finished method, and the command
+continues an interrupted one from the last rate or seed. One method of six tasks takes
+about a quarter of an hour of two cores. `--methods levers` are the protected pairs with
+one setting changed, at the rate that was best for them, and take two thirds of that.
 """
 
 import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from benchmarks._pretrained import cell
 from benchmarks._pretrained.cell import Job
 from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, settings
 from benchmarks._speed import timing
@@ -95,12 +95,17 @@ def _empty(stream: str) -> dict[str, Any]:
 
 def _measured(job: Job) -> dict[str, Any] | None:
     """What a process of its own finds; None if it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        told, found = Path(folder) / "job.json", Path(folder) / "out.json"
-        told.write_text(json.dumps(dataclasses.asdict(job)))
-        module = "benchmarks._pretrained.cell"
-        subprocess.run([sys.executable, "-m", module, told, found])
-        return json.loads(found.read_text()) if found.exists() else None
+    part = Path(job.cache) / f"{job.stream}_{job.arm}.json"
+    told = part.with_suffix(".job")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(json.dumps(dataclasses.asdict(job)))
+    done = subprocess.run([sys.executable, "-m", cell.__name__, told, part])
+    if done.returncode:
+        return None
+    found = json.loads(part.read_text())
+    part.unlink()
+    told.unlink()
+    return {key: value for key, value in found.items() if key != "sweep"}
 
 
 def _merged(held: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks._pretrained.cell JOB.json OUT.json
 
-A process of its own, so that peak memory is that of one method. `OUT.json` is written
-after the sweep and after every seed.
+A process of its own, so that peak memory is that of one method. `OUT.json` grows with
+every rate that is tried and every seed, and a second process continues from there.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,30 +71,46 @@ def _score(plan: Plan, rate: float, coefficient: float) -> tuple[Run, float]:
     return run, numbers["final_loss"]
 
 
-def _tuned(plan: Plan, name: str) -> dict[str, Any]:
-    """Three rates; at the best, the other coefficients."""
+def _tuned(
+    plan: Plan, name: str, sweep: list[list[Any]], keep: Callable[[], None]
+) -> dict[str, Any]:
+    """Three rates; at the best, the other coefficients.
+
+    Args:
+      plan: of the first tasks.
+      name: of the method.
+      sweep: rate, coefficient, loss (None: diverged) of what was tried before; grows.
+      keep: called whenever it has grown.
+    """
     rates, (default, *others) = grid(name, METHODS[name])
-    sweep: list[tuple[float, float, float]] = []
-    best, best_run = (math.inf, rates[0], default), None
+    best_run = None
+
+    def best() -> list[Any]:
+        return min(sweep, key=lambda x: math.inf if x[2] is None else x[2])
 
     def attempt(rate: float, coefficient: float) -> None:
-        nonlocal best, best_run
+        nonlocal best_run
+        if any(x[:2] == [rate, coefficient] for x in sweep):
+            return
         began = time.perf_counter()
         run, loss = _score(plan, rate, coefficient)
-        if loss < best[0]:
-            best = loss, rate, coefficient
-            best_run = run if name == "adam" else None
-        sweep.append((rate, coefficient, loss))
+        sweep.append([rate, coefficient, loss if math.isfinite(loss) else None])
+        keep()
+        if name == "adam" and best() is sweep[-1]:
+            best_run = run
         seconds = time.perf_counter() - began
         print(f"  {rate:g}, {coefficient:g}: {loss:.3f} ({seconds:.0f} s)", flush=True)
 
     for rate in rates:
         attempt(rate, default)
-    at = best[1]
+    at = best()[0]
     for coefficient in others:
         attempt(at, coefficient)
-    found = {"rate": best[1], "coefficient": best[2], "sweep": sweep}
-    if best_run is not None:
+    rate, coefficient, _ = best()
+    found = {"rate": rate, "coefficient": coefficient, "sweep": sweep}
+    if name == "adam":
+        if best_run is None:  # it was tried by an earlier process
+            best_run, _ = _score(plan, rate, coefficient)
         found["lines_alpha"] = lines.tuned(plan, best_run)
     return found
 
@@ -179,23 +195,32 @@ def main(job: Job, out: Path) -> None:
         made = plan_of(arm.method, tuning=tuning)
         return made._replace(setting=made.setting._replace(**arm.setting))
 
-    tuning = job.tuning
-    if tuning is None and job.rate is None:
-        tuning = _tuned(plan(tuning=True), arm.method)
-    elif tuning is None:
+    result: dict[str, Any] = {"tuning": job.tuning, "sweep": [], "rows": []}
+    if out.exists():
+        result |= json.loads(out.read_text())
+
+    def keep() -> None:
+        write(out, result)
+
+    result["commit"] = commit()
+    if result["tuning"] is None and job.rate is None:
+        sweep = result["sweep"]
+        result["tuning"] = _tuned(plan(tuning=True), arm.method, sweep, keep)
+    elif result["tuning"] is None:
         _, (coefficient, *_) = grid(arm.method, METHODS[arm.method])
-        tuning = {"rate": job.rate, "coefficient": coefficient}
-    result = {"tuning": tuning, "rows": [], "commit": commit()}
-    write(out, result)
-    cache = Path(job.cache)
+        result["tuning"] = {"rate": job.rate, "coefficient": coefficient}
+    tuning = result["tuning"]
+    keep()
     for seed in job.seeds:
-        row, run = _learned(plan(), tuning, seed, cache)
+        if any(row["seed"] == seed for row in result["rows"]):
+            continue
+        row, run = _learned(plan(), tuning, seed, Path(job.cache))
         result["rows"].append(row)
         if "lines_alpha" in tuning:
             result.setdefault("lines", []).append(
                 lines.row(plan(), run, row, tuning["lines_alpha"])
             )
-        write(out, result)
+        keep()
 
 
 if __name__ == "__main__":

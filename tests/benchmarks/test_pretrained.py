@@ -1,6 +1,7 @@
 """The evidence on pretrained models: shares of a change, and one tiny stream."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("tyro")
 
-from benchmarks._pretrained import change  # noqa: E402
+from benchmarks._pretrained import cell, change  # noqa: E402
 from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, grid  # noqa: E402
 from examples.llm.methods import METHODS  # noqa: E402
 
@@ -62,6 +63,23 @@ def test_levers_change_one_setting_each():
     assert set(LEVERS).isdisjoint(METHODS) and set(arms()) == {*LEVERS, *METHODS}
 
 
+def test_a_sweep_continues_where_it_stopped(monkeypatch):
+    losses = {3e-4: math.nan, 1e-3: 2.0, 3e-3: 3.0}
+    seen = []
+
+    def score(plan, rate, coefficient):
+        seen.append((rate, coefficient))
+        return None, losses[rate] - (coefficient == 1 / 6)
+
+    monkeypatch.setattr(cell, "_score", score)
+    kept = []
+    sweep = [[1e-3, 0.5, 2.0]]
+    found = cell._tuned(None, "er", sweep, lambda: kept.append(len(sweep)))
+    assert seen == [(3e-4, 0.5), (3e-3, 0.5), (1e-3, 1 / 6), (1e-3, 1 / 25)]
+    assert (found["rate"], found["coefficient"]) == (1e-3, 1 / 6)
+    assert kept == [2, 3, 4, 5] and sweep[1] == [3e-4, 0.5, None]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::DeprecationWarning")
 @pytest.mark.parametrize("name", ["adam", "lora_complement", "osft_hooked"])
@@ -69,7 +87,6 @@ def test_a_cell_from_sweep_to_row(name, tmp_path, monkeypatch):
     pytest.importorskip("tunix")
     pytest.importorskip("qwix")
     from benchmarks import pretrained
-    from benchmarks._pretrained import cell
     from examples.llm.tiny import write_tiny
 
     monkeypatch.setitem(STREAMS, "instruct", {"tasks": "TLDR-ko,TLDR-shell"})
