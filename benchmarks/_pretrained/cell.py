@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import adamr
+from adamr.state import held_subspace
 from adamr.subspaces.subspace import layout, rank
 from benchmarks._pretrained import change, lines
 from benchmarks._pretrained.streams import arms, config, grid
@@ -118,7 +119,7 @@ def _tuned(
 def _rooms(opt_state: Any) -> dict[str, list[float]] | None:
     """By fan-in: the mean and the largest share of it that is protected."""
     try:
-        subspace = adamr.get_subspace(opt_state)
+        subspace = held_subspace(opt_state)
     except ValueError:
         return None
     if not isinstance(subspace, adamr.Subspace):

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._pages.evidence.results import RESULTS, read
+from benchmarks._pages.evidence.results import read
 from benchmarks._pages.tables import table
 from examples.harness.statistics import interval
 
-__all__ = ["FACTS", "TABLES", "streams"]
+__all__ = ["FACTS", "TABLES", "for_readers"]
 
 NAMES = {
     "adam": "Adam on the pairs",
@@ -44,13 +44,14 @@ SHORT = {
     "lora_restart": "the same, merged and drawn anew",
     REFERENCE: "the lines above",
 }
-HEADS = ["when learned", "at the end", "forgetting", "general text", "KL", "score"]
-
-
-def streams() -> list[str]:
-    """Those that have results."""
-    order = ("instruct", "instruct-reversed", "installed")
-    return [s for s in order if (RESULTS / f"{_stem(s)}.json").exists()]
+COLUMNS = {
+    "when learned": "learned_loss",
+    "at the end": "final_loss",
+    "forgetting": "forgetting",
+    "general text": "general",
+    "KL": "kl",
+    "score": "metrics.OP",
+}
 
 
 def _stem(stream: str) -> str:
@@ -91,15 +92,20 @@ def _by_final(stream: str) -> list[str]:
     return sorted(known, key=lambda name: _mean(stream, name, "final_loss"))
 
 
+def _rate(stream: str, method: str) -> str:
+    held = read(_stem(stream))["methods"]["adam" if method == "lines" else method]
+    return f"{held['tuning']['rate']:g}"
+
+
+def _line(stream: str, method: str) -> list[str]:
+    return [_told(_rows(stream, method), key) for key in COLUMNS.values()]
+
+
 def for_readers() -> str:
     """Two tables of the guide: a few methods, as a whole and task by task."""
     stream = "instruct"
     shown = [n for n in ("adam", "lora_restart", REFERENCE) if _rows(stream, n)]
-    keys = ("learned_loss", "final_loss", "forgetting", "general", "kl", "metrics.OP")
-    whole = [
-        [SHORT[name], *(_told(_rows(stream, name), key) for key in keys)]
-        for name in shown
-    ]
+    whole = [[SHORT[name], *_line(stream, name)] for name in shown]
     tasks = read(_stem(stream))["settings"]["tasks"].split(",")
     each = [
         [SHORT[name], *(f"{a:.3f} → {b:.3f}" for a, b in _ends(stream, name))]
@@ -107,7 +113,7 @@ def for_readers() -> str:
     ]
     return "\n\n".join(
         (
-            table(["method", *HEADS], whole),
+            table(["method", *COLUMNS], whole),
             "Task by task, when learned → at the end:",
             table(["method", *tasks], each),
         )
@@ -123,16 +129,11 @@ def _ends(stream: str, method: str) -> list[tuple[float, float]]:
 
 def methods(stream: str) -> str:
     """Every method, the lowest loss at the end first."""
-    keys = ("learned_loss", "final_loss", "forgetting", "general", "kl", "metrics.OP")
     lines = [
-        [
-            NAMES[name],
-            rate(stream, "adam" if name == "lines" else name),
-            *(_told(_rows(stream, name), key) for key in keys),
-        ]
+        [NAMES[name], _rate(stream, name), *_line(stream, name)]
         for name in _by_final(stream)
     ]
-    return table(["method", "rate", *HEADS], lines)
+    return table(["method", "rate", *COLUMNS], lines)
 
 
 def change(stream: str) -> str:
@@ -148,19 +149,6 @@ def change(stream: str) -> str:
     return table(heads, lines)
 
 
-def levers(stream: str) -> str:
-    """The protected pairs, and one setting changed at a time."""
-    held = read(_stem(stream))["methods"]
-    keys = ("learned_loss", "final_loss", "forgetting", "general")
-    names = [REFERENCE, *(name for name in held if name not in NAMES)]
-    lines = [
-        ["as recommended" if name == REFERENCE else name.replace("-", " "),
-         *(_told(_rows(stream, name), key) for key in keys)]
-        for name in names
-    ]  # fmt: skip
-    return table(["setting", *HEADS[:4]], lines)
-
-
 def room(stream: str) -> str:
     """How full the inputs of the kernels are after each task."""
     by_task = _rows(stream, REFERENCE)[0]["protected"][:-1]  # the last ends nothing
@@ -173,10 +161,6 @@ def room(stream: str) -> str:
 
 def number(stream: str, method: str, key: str) -> str:
     return f"{_mean(stream, method, key) + 0.0:.3f}"
-
-
-def rate(stream: str, method: str) -> str:
-    return f"{read(_stem(stream))['methods'][method]['tuning']['rate']:g}"
 
 
 def steps(stream: str) -> str:
@@ -208,13 +192,11 @@ FACTS = {
     "llm": number,
     "llm_least": least,
     "llm_below": below,
-    "llm_rate": rate,
     "llm_steps": steps,
     "llm_count": count,
 }
 TABLES = {
     "llm_methods": methods,
     "llm_change": change,
-    "llm_levers": levers,
     "llm_room": room,
 }
