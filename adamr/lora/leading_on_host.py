@@ -6,26 +6,9 @@ import jax
 import numpy as np
 
 from adamr.lora.leading import EXACT, MORE, ROUNDS, floor_of
+from adamr.subspaces.host import Array, in_use, of_energy_one, outside
 
 __all__ = ["leading_on_host"]
-
-Array = np.ndarray
-
-
-def _gram(evidence: Array, rows: bool) -> Array:
-    """Of entries of at most 1, or of rows of energy 1; 0 for what is not usable."""
-    peak = np.max(np.abs(evidence), initial=0.0)
-    if not (np.isfinite(peak) and peak > 0):
-        return np.zeros((evidence.shape[-1],) * 2)
-    evidence = evidence / peak
-    if not rows:
-        return evidence
-    evidence = evidence / np.linalg.norm(evidence)
-    return evidence.T @ evidence
-
-
-def _outside(known: Array, x: Array) -> Array:
-    return x - known @ (known.T @ x)
 
 
 def _spectrum(gram: Array) -> tuple[Array, Array]:
@@ -54,11 +37,11 @@ def _start(*shape: int) -> Array:
 
 def _iterated(known: Array, gram: Array, block: Array) -> tuple[Array, Array]:
     """Energies and vectors by block iteration."""
-    block = _outside(known, block)
+    block = outside(known, block)
     for _ in range(ROUNDS):
-        block, _ = _qr(_outside(known, gram @ block))
+        block, _ = _qr(outside(known, gram @ block))
     # QR fills what is missing with arbitrary columns: those inside U vanish here.
-    block = _outside(known, block)
+    block = outside(known, block)
     energy, mixed = _spectrum(block.T @ (gram @ block))
     return energy, block @ mixed
 
@@ -66,18 +49,22 @@ def _iterated(known: Array, gram: Array, block: Array) -> tuple[Array, Array]:
 def _leading(
     known: Array, evidence: Array, block: Array, count: int, rows: bool, squared: bool
 ) -> Array:
-    gram, floor = _gram(evidence, rows), floor_of(evidence.dtype, rows, squared)
+    scaled = of_energy_one(evidence, by_gram=not rows)
+    floor = floor_of(evidence.dtype, rows, squared)
+    if scaled is None:
+        return np.zeros((evidence.shape[-1], count))
+    gram = scaled.T @ scaled if rows else scaled
     if squared:
         gram = gram @ gram.T
     if len(gram) > EXACT:
         energy, vectors = _iterated(known, gram, block)
     else:
-        energy, vectors = _spectrum(_outside(known, _outside(known, gram).T))
+        energy, vectors = _spectrum(outside(known, outside(known, gram).T))
     chosen = energy[:count] > floor * np.trace(gram)
     new = np.where(chosen, vectors[:, :count], 0.0)
     # QR turns zero columns into arbitrary ones: mask after it.
     for _ in range(2):
-        new = np.where(chosen, np.linalg.qr(_outside(known, new)).Q, 0.0)
+        new = np.where(chosen, np.linalg.qr(outside(known, new)).Q, 0.0)
     return np.pad(new, [(0, 0), (0, count - new.shape[1])])
 
 
@@ -87,9 +74,8 @@ def leading_on_host(
     """As `leading`, for each slice (*batch, …)."""
     *batch, fan_in, count = like.shape
     blocks = _start(*batch, fan_in, 2 * count + MORE)
-    used = np.einsum("...nk,...nk->...k", columns, columns) > 0.5  # others are zero
     found = np.empty(like.shape)
     for i in np.ndindex(*batch):
-        known = columns[i][:, used[i]]
+        known = in_use(columns[i])
         found[i] = _leading(known, evidence[i], blocks[i], count, rows, squared)
     return (found,)

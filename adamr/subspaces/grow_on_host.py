@@ -18,22 +18,12 @@ from adamr.subspaces.columns import (
     to_storage,
 )
 from adamr.subspaces.grow_traced import grown_weights
+from adamr.subspaces.host import Array, in_use, of_energy_one, outside
 
 __all__ = ["grow_group"]
 
-Array = np.ndarray
 # Energies, largest first, and the vectors of the first so many.
 Spectrum = tuple[Array, Callable[[int], Array]]
-
-
-def _scaled(x: Array, by_gram: bool) -> Array | None:
-    """Samples or Gram matrix of energy 1; None where there is nothing to learn from."""
-    peak = np.max(np.abs(x), initial=0.0)  # squares may leave the range of numbers
-    if not (np.isfinite(peak) and peak > 0):
-        return None
-    x = x / peak
-    total = np.trace(x) if by_gram else np.linalg.norm(x)
-    return x / total if total > 0 else None
 
 
 def _of_gram(known: Array, gram: Array) -> Spectrum:
@@ -52,16 +42,13 @@ def _of_gram(known: Array, gram: Array) -> Spectrum:
 def _of_rows(known: Array, rows: Array) -> Spectrum:
     """The same of fewer samples than the fan-in."""
 
-    def outside(x):
-        return x - known @ (known.T @ x)
-
-    rest = outside(rows.T)
+    rest = outside(known, rows.T)
     energy, right = np.linalg.eigh(rest.T @ rest)
 
     def first(count: int) -> Array:
         new = rest @ right[:, ::-1][:, :count]
         for _ in range(2):  # twice is enough
-            new = np.linalg.qr(outside(new)).Q
+            new = np.linalg.qr(outside(known, new)).Q
         return new
 
     return np.maximum(energy[::-1], 0.0), first
@@ -85,13 +72,13 @@ def _grown(
     rounding: float,
 ) -> tuple[Array, Array]:
     """One basis (n, capacity) and its λ, grown by samples or their Gram matrix."""
-    scaled = _scaled(met, by_gram)
+    scaled = of_energy_one(met, by_gram)
     if scaled is None:
         return columns, lam
     floor = max(ENERGY_FLOOR["float32" if by_gram else "float64"], rounding)
     fan_in, capacity = columns.shape
-    used = int(np.sum(np.sum(np.square(columns), axis=0) > 0.5))
-    known = columns[:, :used]
+    known = in_use(columns)  # the first ones
+    used = known.shape[1]
     if not by_gram and len(scaled) < fan_in:
         energy, first = _of_rows(known, scaled)
     else:
