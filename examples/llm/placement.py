@@ -32,6 +32,7 @@ __all__ = [
     "places_of",
     "put_rows",
     "recomputed",
+    "settled",
     "split_moments",
     "split_rows",
     "started",
@@ -174,6 +175,15 @@ def split_moments(moments: Any, mesh: Mesh | None) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(leaf, moments)
+
+
+def settled(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that stay where they are; on one device, committed to it.
+
+    The pretrained kernels are, and so is what a step returns. Arrays that are not
+    would make `jax.jit` compile the step a second time.
+    """
+    return tree if mesh is not None else jax.device_put(tree, jax.local_devices()[0])
 
 
 def started(tx: optax.GradientTransformation, trained: Any, mesh: Mesh | None) -> Any:

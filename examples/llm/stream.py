@@ -15,7 +15,7 @@ from examples.llm.data import Part, Stream, spread_rows
 from examples.llm.learner import Learner, logits_on, mean_loss
 from examples.llm.memory import give_back
 from examples.llm.methods import Method
-from examples.llm.placement import kept, places_of, put_rows, started
+from examples.llm.placement import kept, places_of, put_rows, settled, started
 from examples.llm.task_ends import Run, Setting
 from examples.llm.tokens import Encoded, batch_rows, take
 
@@ -137,7 +137,8 @@ def start(plan: Plan, rate: float, coefficient: float) -> Run:
     """The pretrained model and a fresh optimizer; fresh buffers, which steps donate."""
     trained = jax.tree.map(jnp.copy, plan.learner.trained)
     tx, mesh = plan.build(rate, coefficient), plan.learner.model.mesh
-    return Run(trained, plan.learner.base, started(tx, trained, mesh))
+    run = Run(trained, plan.learner.base, started(tx, trained, mesh))
+    return settled(run, mesh)
 
 
 def base_logits(learner: Learner, general: Encoded) -> tuple[Any, ...]:
@@ -199,6 +200,7 @@ def _between(
     give_back()
     rows = spread_rows(part.train, plan.setting.captured if count is None else count)
     run = function(plan.learner, plan.setting, run, rows, key)
+    run = settled(run, plan.learner.model.mesh)
     jax.block_until_ready(run.trained)
     give_back()
     history["boundary_seconds"].append(time.perf_counter() - began)

@@ -166,14 +166,12 @@ def test_epochs_are_those_of_trace(data, model, tmp_path, capsys):
     assert "no number of epochs is known for lower" in capsys.readouterr().err
 
 
-def test_the_rates_and_seeds_of_a_method_share_one_compiled_step(data, model, tmp_path):
-    def compiled(name, **options):
-        before = runs.stream.train_step._cache_size()
-        assert run(data, model, tmp_path / name, method="adam", **options) == 0
-        return runs.stream.train_step._cache_size() - before
-
-    alone = compiled("one run")
-    assert compiled("four runs", lr_grid="1e-3,1e-2", seeds=2) == alone > 0
+@pytest.mark.parametrize("method", ["adam", "lora_complement"])
+def test_tasks_rates_and_seeds_share_one_compiled_step(data, model, tmp_path, method):
+    before = runs.stream.train_step._cache_size()
+    options = {"method": method, "lr_grid": "1e-3,1e-2", "seeds": 2}
+    assert run(data, model, tmp_path, **options) == 0
+    assert runs.stream.train_step._cache_size() == before + 1
 
 
 def test_replay_before_a_task_is_finished_changes_nothing(data, model):
