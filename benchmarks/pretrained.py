@@ -18,6 +18,7 @@ one setting changed, at the rate that was best for them, and take two thirds of 
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,10 @@ MORE_DEFINITIONS = {
     "lines": "plain fine-tuning whose last state LiNeS moves back towards the "
     "pretrained model",
 }
+
+
+# glibc then asks Linux for huge pages: a step takes 1.3 s instead of 1.6.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass
@@ -99,7 +104,8 @@ def _measured(job: Job) -> dict[str, Any] | None:
     told = part.with_suffix(".job")
     part.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(json.dumps(dataclasses.asdict(job)))
-    done = subprocess.run([sys.executable, "-m", cell.__name__, told, part])
+    command = [sys.executable, "-m", cell.__name__, told, part]
+    done = subprocess.run(command, env=HUGE_PAGES | os.environ)
     if done.returncode:
         return None
     found = json.loads(part.read_text())
