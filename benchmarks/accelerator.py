@@ -2,7 +2,7 @@
 
     python -m benchmarks.accelerator [--quick] [--width 1152 --layers 16 ...]
 
-Under 8 minutes on a GPU with the defaults: a language model of 256 million parameters,
+Two minutes or so a part on a GPU: a language model of 256 million parameters,
 8192 tokens a step, rank 64. Measured first: the rate at which the device copies and the
 rate at which it multiplies matrices. Then, interleaved round by round,
 
@@ -10,6 +10,8 @@ rate at which it multiplies matrices. Then, interleaved round by round,
     update      bytes that must be moved / time, as a share of the copy rate
     projection  operations / time, as a share of the matmul rate at the same precision
     training    whole steps with `optax.adam`, and with adamr in its place
+    adapters    the update of low-rank pairs beside all kernels of Llama-2-7B, and
+                `lora.start_task` for a few of its layers
 
 The parts that are not in `--parts` are left out. Writes accelerator_<device>.json.
 """
@@ -29,7 +31,7 @@ import tyro
 from flax import nnx
 
 import adamr
-from benchmarks._speed import timing
+from benchmarks._speed import large_pairs, timing
 from benchmarks._speed.limits import measure_limits, seconds_per_call
 from benchmarks._speed.rivals import moved_bytes, rivals, torch_adam
 from benchmarks.step_time import gradients_like
@@ -49,7 +51,9 @@ RATIOS = {
     "compile time, adaptive / optax.adam": ("compile", "adaptive", "adam", 1.3),
     "training with the alias": ("training", "alias", "adam", 1.05),
     "training with the adaptive alias": ("training", "adaptive", "adam", 1.05),
+    "pairs of 7B, alias / optax.adam": ("adapters", "alias", "adam", 2.5),
 }
+SMALL_PAIRS = 64, 32, 96
 COPY_TARGET = 0.85
 COMPARED = ("adam", "alias", "adaptive")
 
@@ -80,7 +84,15 @@ class Config:
     """Numbers that are copied to measure the bandwidth."""
     matmul: int = 8192
     """Size of the matrices that are multiplied to measure the rate."""
-    parts: tuple[str, ...] = ("compile", "projection", "update", "training")
+    pairs_in: int = 32
+    """Layers of Llama-2-7B whose kernels have low-rank pairs."""
+    pairs_rank: int = 512
+    """Protected directions of each of them; 2.3 GB of bases in all."""
+    ending: int = 2
+    """Layers of which a task is ended."""
+    parts: tuple[str, ...] = (
+        "compile", "projection", "update", "training", "adapters"
+    )  # fmt: skip
     """What is measured."""
     seed: int = 0
     quick: bool = False
@@ -91,6 +103,7 @@ class Config:
 QUICK = {
     "width": 64, "layers": 1, "context": 32, "tokens": 256, "rank": 8, "steps": 2,
     "seconds": 0.5, "rounds": 11, "copied": 2**20, "matmul": 256,
+    "pairs_in": 1, "pairs_rank": 8, "ending": 1,
 }  # fmt: skip
 
 
@@ -244,6 +257,23 @@ def training(config: Config, preset: Preset, graph: Any, params: Any, subspace: 
     return times, about
 
 
+def adapters(config: Config):
+    """The update of low-rank pairs, and what ends a task of theirs."""
+    sizes = SMALL_PAIRS if config.quick else large_pairs.SIZES
+    rank, seed = config.pairs_rank, config.seed
+    tree = large_pairs.pairs(config.pairs_in, sizes, seed)
+    project = adamr.project_out(large_pairs.protected(tree, rank, seed))
+    optimizers = {"adam": optax.adam(1e-3), "alias": adamr.adamr(1e-3, project)}
+    rng = np.random.default_rng(seed)
+    gradients = [gradients_like(tree, rng) for _ in range(2)]
+    given = lambda params, gradient: gradient  # noqa: E731
+    runs, about = race(optimizers, tree, gradients, given, config)
+    times, about = timed(runs, about, gradients, config)
+    ended = large_pairs.boundary(config.ending, sizes, rank, 4 * rank, seed)
+    print(f"  a task's end {ended['seconds_per_layer']:.2f} s a layer")
+    return times, about | {"boundary": ended}
+
+
 def run(config: Config) -> dict[str, Any]:
     start, device = time.perf_counter(), jax.devices()[0]
     print(f"{device.platform}: {device.device_kind}")
@@ -270,6 +300,8 @@ def run(config: Config) -> dict[str, Any]:
     if "training" in config.parts:
         made = training(config, preset, graph, params, subspace)
         times["training"], results["training"] = made
+    if "adapters" in config.parts:
+        times["adapters"], results["adapters"] = adapters(config)
     results["ratios"] = {
         label: {
             **timing.ratio(times[p][a], times[p][b], config.seed),

@@ -85,6 +85,15 @@ def test_accelerator_on_what_is_at_hand(tmp_path):
     assert jax.devices()[0].device_kind in results["machine"]["device"]
 
 
+def test_pairs_on_what_is_at_hand(tmp_path):
+    results = measured(tmp_path, "adapters")
+    assert set(results["ratios"]) == {"pairs of 7B, alias / optax.adam"}
+    assert results["adapters"]["boundary"]["seconds_per_layer"] > 0
+    state = results["adapters"]["alias"]["state_bytes"]
+    bases = 4 * 8 * (6 * 64 + 96)  # of seven A's, eight directions each
+    assert state > bases + 4 * 8 * (6 * 64 + 96)  # and the first moment
+
+
 @pytest.mark.slow
 def test_all_parts_of_accelerator(tmp_path):
     results = measured(tmp_path, *accelerator.Config().parts)
