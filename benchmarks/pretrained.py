@@ -6,9 +6,9 @@
 SmolLM2-135M learns one task after the other (`_pretrained/streams.py`): low-rank pairs
 of rank 8, or all parameters. Each method takes the best of three learning rates, and
 then of three values of the coefficient that it has, on validation rows of the first two
-tasks with a seed that no result uses. Reported are losses and scores on test rows,
-general text that no task has, and where the change of the weights went
-(`_pretrained/change.py`).
+tasks with a seed that no result uses; the reversed order takes what was best in the
+first. Reported are losses and scores on test rows, general text that no task has, and
+where the change of the weights went (`_pretrained/change.py`).
 
 `<out>/pretrained_<stream>.json` grows with each finished method, and the command
 continues an interrupted one from the last rate or seed. One method of six tasks takes
@@ -26,9 +26,16 @@ from typing import Any
 
 import tyro
 
-from benchmarks._pretrained import cell
+from benchmarks._pretrained import cell, picture
 from benchmarks._pretrained.cell import Job
-from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, settings
+from benchmarks._pretrained.streams import (
+    LEVERS,
+    STREAMS,
+    TITLES,
+    TUNED_ON,
+    arms,
+    settings,
+)
 from benchmarks._speed import timing
 from examples.harness.report import versions, write
 from examples.llm.methods import METHODS
@@ -123,9 +130,28 @@ def _merged(held: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any
     return held
 
 
+def _path(out: Path, stream: str) -> Path:
+    return out / f"pretrained_{stream}.json"
+
+
+def _measured_before(path: Path, method: str) -> dict[str, Any]:
+    found = json.loads(path.read_text())["methods"] if path.exists() else {}
+    if method not in found:
+        raise SystemExit(f"{path}: {method} is not there yet, and is needed first.")
+    return found[method]
+
+
+def draw(out: Path) -> None:
+    """All streams that were measured, side by side."""
+    paths = {title: _path(out, stream) for stream, title in TITLES.items()}
+    found = {t: json.loads(p.read_text()) for t, p in paths.items() if p.exists()}
+    if found:
+        picture.draw(out / "pretrained.png", found)
+
+
 def run(config: Config, stream: str) -> None:
     """All methods on one stream; finished seeds are not run again."""
-    path = config.out / f"pretrained_{stream}.json"
+    path = _path(config.out, stream)
     result = _empty(stream)
     if path.exists():
         result["methods"] = json.loads(path.read_text())["methods"]
@@ -135,18 +161,16 @@ def run(config: Config, stream: str) -> None:
         seeds = tuple(seed for seed in range(config.seeds) if seed not in done)
         if not seeds:
             continue
-        rate = None
+        tuning, rate = held and held["tuning"], None
         if name in LEVERS:
-            reference = result["methods"].get(arms()[name].method)
-            if reference is None:
-                raise SystemExit(
-                    f"{name}: run {arms()[name].method} on {stream} first."
-                )
-            rate = reference["tuning"]["rate"]
+            rate = _measured_before(path, arms()[name].method)["tuning"]["rate"]
+        elif tuning is None and stream in TUNED_ON:
+            elsewhere = _path(config.out, TUNED_ON[stream])
+            tuning = _measured_before(elsewhere, name)["tuning"]
         print(f"{stream}: {name}, seeds {seeds}", flush=True)
         job = Job(
             stream, name, str(config.data), str(config.model or ""), seeds,
-            held["tuning"] if held else None, rate, str(config.cache),
+            tuning, rate, str(config.cache),
         )  # fmt: skip
         found = _measured(job)
         if found is None:
@@ -164,6 +188,7 @@ def main(config: Config) -> None:
                 f"--streams: got {stream!r}, expected some of {', '.join(STREAMS)}."
             )
         run(config, stream)
+    draw(config.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,18 @@ from typing import Any, NamedTuple
 from examples.llm.methods import METHODS, Method
 from examples.llm.options import Config
 
-__all__ = ["STREAMS", "Arm", "Grid", "arms", "config", "grid", "settings"]
+__all__ = [
+    "LEVERS",
+    "STREAMS",
+    "TITLES",
+    "TUNED_ON",
+    "Arm",
+    "Grid",
+    "arms",
+    "config",
+    "grid",
+    "settings",
+]
 
 INSTRUCT = ("WikiSQL", "DSTC8-json", "TLDR-ko", "Banking-intent", "TLDR-shell")
 INSTRUCT = (*INSTRUCT, "PubMedQA")
@@ -16,6 +27,12 @@ STREAMS: dict[str, dict[str, Any]] = {
     "instruct-reversed": {"tasks": ",".join(reversed(INSTRUCT))},
     "installed": {},
 }
+TITLES = {
+    "instruct": "six instruction tasks",
+    "instruct-reversed": "in reversed order",
+    "installed": "installed text",
+}
+TUNED_ON = {"instruct-reversed": "instruct"}  # the same tasks
 ROWS = {"steps": 30, "batch": 6, "context": 80, "generated": 16, "new_tokens": 32}
 
 # Beside each method's own learning rate, a third and three times of it.

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("tyro")
 
-from benchmarks._pretrained import cell, change  # noqa: E402
+from benchmarks._pretrained import cell, change, found  # noqa: E402
 from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, grid  # noqa: E402
 from examples.llm.methods import METHODS  # noqa: E402
 
@@ -21,8 +21,8 @@ def test_a_change_across_old_inputs_moves_no_response():
     met = {"k": np.diag([0.5, 0.5, 0.0, 0.0]).astype(np.float32)}
     d = np.zeros((4, 3), np.float32)
     d[3] = 2.0
-    found = change.moved(w, {"k": w["k"] + d}, met)
-    assert found == {"moved": 0.0, "along_inputs": 0.0}
+    moved = change.moved(w, {"k": w["k"] + d}, met)
+    assert moved == {"moved": 0.0, "along_inputs": 0.0}
 
 
 def test_a_change_along_old_inputs_is_counted_against_a_blind_one():
@@ -32,8 +32,8 @@ def test_a_change_along_old_inputs_is_counted_against_a_blind_one():
     met = {"k": np.diag([1.0, 0.0, 0.0, 0.0]).astype(np.float32)}
     d = np.zeros((4, 3), np.float32)
     d[0] = 2.0
-    found = change.moved(w, {"k": w["k"] + d}, met)
-    assert found == pytest.approx({"moved": 2.0, "along_inputs": 4.0})
+    moved = change.moved(w, {"k": w["k"] + d}, met)
+    assert moved == pytest.approx({"moved": 2.0, "along_inputs": 4.0})
 
 
 def test_shares_along_singular_directions(tmp_path):
@@ -42,8 +42,8 @@ def test_shares_along_singular_directions(tmp_path):
     d[0, 3] = 1.0  # a leading direction inside, none outside
     after = {"k": w["k"] + d}
     for _ in range(2):  # the second time from disk
-        found = change.share_of_singular(w, after, tmp_path / "cache" / "held.npz")
-        assert found == pytest.approx({"along_inside": 1.0, "along_outside": 0.0})
+        shares = change.share_of_singular(w, after, tmp_path / "cache" / "held.npz")
+        assert shares == pytest.approx({"along_inside": 1.0, "along_outside": 0.0})
     still = change.share_of_singular(w, w, tmp_path / "cache" / "held.npz")
     assert still == {"along_inside": 0.0, "along_outside": 0.0}
 
@@ -74,10 +74,46 @@ def test_a_sweep_continues_where_it_stopped(monkeypatch):
     monkeypatch.setattr(cell, "_score", score)
     kept = []
     sweep = [[1e-3, 0.5, 2.0]]
-    found = cell._tuned(None, "er", sweep, lambda: kept.append(len(sweep)))
+    tuned = cell._tuned(None, "er", sweep, lambda: kept.append(len(sweep)))
     assert seen == [(3e-4, 0.5), (3e-3, 0.5), (1e-3, 1 / 6), (1e-3, 1 / 25)]
-    assert (found["rate"], found["coefficient"]) == (1e-3, 1 / 6)
+    assert (tuned["rate"], tuned["coefficient"]) == (1e-3, 1 / 6)
     assert kept == [2, 3, 4, 5] and sweep[1] == [3e-4, 0.5, None]
+
+
+def measured(final: float, **more) -> dict:
+    row = {"seed": 0, "learned_loss": final - 0.1, "final_loss": final}
+    return {"tuning": {"rate": 1e-3, "coefficient": 0.0}, "rows": [row], **more}
+
+
+def test_the_reversed_order_takes_the_rates_of_the_first(tmp_path, monkeypatch):
+    from benchmarks import pretrained
+
+    jobs = []
+
+    def note(job):
+        jobs.append(job)
+        return measured(1.5)
+
+    monkeypatch.setattr(pretrained, "_measured", note)
+    config = pretrained.Config("instruct-reversed", "adam", out=tmp_path)
+    with pytest.raises(SystemExit, match="adam is not there yet"):
+        pretrained.main(config)
+    before = {"methods": {"adam": measured(2.0)}}
+    (tmp_path / "pretrained_instruct.json").write_text(json.dumps(before))
+    pretrained.main(config)
+    assert [job.tuning for job in jobs] == [before["methods"]["adam"]["tuning"]]
+    told = json.loads((tmp_path / "pretrained_instruct-reversed.json").read_text())
+    assert told["methods"] == {"adam": measured(1.5)}
+    assert (tmp_path / "pretrained.png").stat().st_size > 5_000
+
+
+def test_methods_by_their_last_loss():
+    lines = {"lines": [{"seed": 0, "final_loss": 1.2}]}
+    result = {"methods": {"adam": measured(2.0, **lines), "er": measured(1.5)}}
+    assert found.by_final(result) == ["lines", "er", "adam"]
+    assert found.values(result, "er", "tuning.rate") == [None]
+    general = {"general_loss_before": 1.0, "general_loss_after": 1.5}
+    assert found.value(general, "general") == 0.5
 
 
 @pytest.mark.slow
@@ -111,9 +147,9 @@ def test_a_cell_from_sweep_to_row(name, tmp_path, monkeypatch):
         shutil.rmtree(model)  # what is finished is not run again
         pretrained.main(config)
     assert (tmp_path / "pretrained_instruct.json").read_text() == told
-    found = json.loads(told)["methods"][name]
-    (row,) = found["rows"]
-    assert len(found["tuning"]["sweep"]) == 3
+    result = json.loads(told)["methods"][name]
+    (row,) = result["rows"]
+    assert len(result["tuning"]["sweep"]) == 3
     assert row["change"]["moved"] > 0
     assert (row["protected"] is not None) == (name == "lora_complement")
-    assert ("lines" in found) == (name == "adam")
+    assert ("lines" in result) == (name == "adam")

@@ -1,0 +1,64 @@
+"""What was measured, by method: `pretrained_<stream>.json` as tables and pictures."""
+
+from typing import Any
+
+from examples.harness.statistics import interval
+
+__all__ = ["NAMES", "REFERENCE", "by_final", "rows_of", "value", "values"]
+
+NAMES = {
+    "adam": "Adam on the pairs",
+    "lines": "Adam on the pairs, LiNeS at the end",
+    "lora_restart": "Adam, pairs merged and drawn anew (control)",
+    "lora_complement": "protected pairs",
+    "lora_random": "protected pairs, random A",
+    "inflora": "InfLoRA",
+    "keeplora": "KeepLoRA's start",
+    "o_lora": "O-LoRA",
+    "ewc": "EWC on the pairs",
+    "si": "SI on the pairs",
+    "er": "replay of 16 rows a task",
+    "gpm_shared": "GPM on A and B, shared routing",
+    "gpm_decoupled": "GPM on A and B, decoupled",
+    "gpm_adaptive": "GPM on A and B, adaptive",
+    "gpm": "GPM on A and B, shared v",
+    "adam_full": "Adam on all weights",
+    "gpm_full": "GPM on all kernels",
+    "gpm_si_full": "GPM and SI on all weights",
+    "osft": "OSFT, exact",
+    "osft_hooked": "OSFT as PEFT does it",
+    "mofo": "MoFO on all weights",
+}
+REFERENCE = "lora_complement"  # the method that the guide recommends
+
+
+def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """One per seed; LiNeS is kept with Adam, whose last state it scales."""
+    held = result["methods"]
+    if method == "lines":
+        return held.get("adam", {}).get("lines", [])
+    return held.get(method, {}).get("rows", [])
+
+
+def value(row: dict[str, Any], key: str) -> float | None:
+    """`general` is the rise of the loss on general text; "a.b" reads b of a."""
+    if key == "general":
+        return row["general_loss_after"] - row["general_loss_before"]
+    found: Any = row
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def values(result: dict[str, Any], method: str, key: str) -> list[float | None]:
+    return [value(row, key) for row in rows_of(result, method)]
+
+
+def by_final(result: dict[str, Any]) -> list[str]:
+    """The methods that were measured, the lowest loss at the end first."""
+    known = [name for name in NAMES if rows_of(result, name)]
+
+    def final(name):
+        return interval(values(result, name, "final_loss"))[0]
+
+    return sorted(known, key=final)
