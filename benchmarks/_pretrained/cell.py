@@ -155,7 +155,7 @@ def _learned(
     after = change.kernels_of(learner, run.trained, run.base)
     pretrained = change.kernels_of(learner, learner.trained, learner.base)
     where = change.moved(before, after, met)
-    where |= change.share_of_singular(pretrained, after, cache / "singular.npz")
+    where |= change.share_of_singular(pretrained, after, cache)
     row = {
         "seed": seed,
         **_numbers(history),

@@ -13,6 +13,7 @@ Sums over all kernels are taken above and below the line.
 """
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,16 +129,20 @@ def moved(before: Kernels, after: Kernels, met: Kernels) -> dict[str, float]:
 
 
 def _halves(kernels: Kernels, cache: Path) -> dict[str, np.ndarray]:
-    """The leading singular directions of each kernel, kept on disk."""
-    if not cache.exists():
+    """The leading singular directions of each kernel, kept in a folder."""
+    digest = hashlib.sha256()
+    for name, w in sorted(kernels.items()):
+        digest.update(name.encode() + np.ascontiguousarray(w).data)
+    path = cache / f"singular_{digest.hexdigest()[:12]}.npz"
+    if not path.exists():
         found = {}
         for name, w in kernels.items():
             u, _, vt = np.linalg.svd(w, full_matrices=False)
             half = u.shape[1] // 2
             found[f"{name}:in"], found[f"{name}:out"] = u[:, :half], vt[:half].T
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, **found)
-    with np.load(cache) as held:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **found)
+    with np.load(path) as held:
         return dict(held)
 
 

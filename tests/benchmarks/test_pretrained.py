@@ -42,10 +42,14 @@ def test_shares_along_singular_directions(tmp_path):
     d[0, 3] = 1.0  # a leading direction inside, none outside
     after = {"k": w["k"] + d}
     for _ in range(2):  # the second time from disk
-        shares = change.share_of_singular(w, after, tmp_path / "cache" / "held.npz")
+        shares = change.share_of_singular(w, after, tmp_path / "cache")
         assert shares == pytest.approx({"along_inside": 1.0, "along_outside": 0.0})
-    still = change.share_of_singular(w, w, tmp_path / "cache" / "held.npz")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    still = change.share_of_singular(w, w, tmp_path / "cache")
     assert still == {"along_inside": 0.0, "along_outside": 0.0}
+    other = {"k": w["k"][::-1, ::-1].copy()}  # of another model
+    shares = change.share_of_singular(other, {"k": other["k"] + d}, tmp_path / "cache")
+    assert shares == pytest.approx({"along_inside": 0.0, "along_outside": 1.0})
 
 
 def test_every_method_has_three_rates_around_its_own():
