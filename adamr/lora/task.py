@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
@@ -99,8 +100,14 @@ def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -
     return here
 
 
+def _empty_group(node: optax.MultiStepsState) -> optax.MultiStepsState:
+    mini_step, gradients = _tree.cleared((node.mini_step, node.acc_grads))
+    return node._replace(mini_step=mini_step, acc_grads=gradients)
+
+
 def restarted(opt_state: Any, lora: Any) -> Any:
-    """Moments, and the path of SI, start anew at `lora`."""
+    """Moments, groups of MultiSteps, and the path of SI, start anew at `lora`."""
+    opt_state = map_nodes(_empty_group, opt_state, optax.MultiStepsState)
     opt_state = reset_moments(opt_state)
     opt_state = map_nodes(
         lambda node: node._replace(omega=_tree.cleared(node.omega)), opt_state, SIState
@@ -167,9 +174,9 @@ def start_task(
     To protect text that the pretrained model should keep, make the same call before the
     first task, with that text's inputs: B = 0, so the merge changes nothing.
 
-    `gpm_si`: call `consolidate_si` first; Ω stays, and its θ* becomes the new pairs. No
-    other state that refers to the old A and B is changed: call it between two steps of
-    the optimizer, in `optax.MultiSteps` between two groups.
+    `gpm_si`: call `consolidate_si` first; Ω stays, and its θ* becomes the new pairs. A
+    group of `optax.MultiSteps` that is not finished is dropped: its gradients are those
+    of the old pairs. No other state that refers to the old A and B is changed.
 
     Args:
       base: the frozen kernels, any floating dtype. The merge is rounded once: in

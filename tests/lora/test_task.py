@@ -161,6 +161,33 @@ def test_in_any_wrapper_without_recompiling(wrap):
     assert jnp.any(lora["w_lora_b"] != 0)
 
 
+def test_an_unfinished_group_of_micro_steps_is_dropped():
+    """Its gradients are those of the old pairs."""
+    forward, base, lora, x = layer("dense")
+
+    def make(s):
+        return optax.MultiSteps(adamr.adamr(0.1, adamr.project_out(s)), 2)
+
+    tx = optimizer(forward, base, lora, x, make)
+    grad = jax.grad(lambda lora, base, x: jnp.sum(forward(lora, base, x) ** 2))
+
+    def after(count):
+        pairs, kernels, state = lora, base, tx.init(lora)
+        for _ in range(count):
+            _, state = tx.update(grad(pairs, kernels, x), state, pairs)
+        inputs = adamr.layer_inputs(forward, pairs, kernels, x)
+        kernels, pairs, state = room_of.start_task(
+            kernels, pairs, state, inputs, jax.random.key(5), scaling=S
+        )
+        for seed in (1, 2):
+            g = grad(pairs, kernels, normal(seed, 3, 8))
+            updates, state = tx.update(g, state, pairs)
+        return updates
+
+    assert any(jnp.any(x) for x in jax.tree.leaves(after(0)))
+    jax.tree.map(np.testing.assert_array_equal, after(1), after(0))
+
+
 METHODS = ("free", "a", "b", "both", "complement")
 
 
