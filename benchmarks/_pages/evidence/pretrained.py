@@ -139,6 +139,16 @@ def count(stream: str) -> str:
     return str(len(by_final(_read(stream))))
 
 
+def largest(stream: str) -> str:
+    """The methods for which the largest of the rates was best."""
+    found = []
+    for name in by_final(_read(stream)):
+        tuning = _read(stream)["methods"].get(name, {}).get("tuning", {})
+        if tuning and tuning["rate"] == max(rate for rate, *_ in tuning["sweep"]):
+            found.append(NAMES[name])
+    return ", ".join(found) or "none"
+
+
 def least(stream: str, key: str, method: str) -> str:
     """The method's number, if no other has less."""
     found = {name: _mean(stream, name, key) for name in by_final(_read(stream))}
@@ -161,6 +171,7 @@ FACTS = {
     "llm_below": below,
     "llm_steps": steps,
     "llm_count": count,
+    "llm_largest": largest,
 }
 TABLES = {
     "llm_methods": methods,
