@@ -64,25 +64,36 @@ def boundary(graph, pairs, rest, opt_state, tokens, key):
     return adamr.lora.start_block(pairs, opt_state, inputs, key)
 
 
-def end_task(trainer: PeftTrainer, tokens: np.ndarray) -> None:
-    """New values where the old ones lay, so that the next step does not recompile."""
-    graph, pairs, rest = nnx.split(trainer.model, nnx.LoRAParam, ...)
-    state, key = trainer.optimizer.opt_state, jax.random.key(trainer.train_steps)
-    where = jax.tree.map(lambda x: x.sharding, (pairs, state))
-    new = boundary(graph, pairs, rest, state, tokens, key)
-    pairs, state = jax.device_put(new, where)
+def trained(trainer: PeftTrainer) -> tuple[nnx.State, Any]:
+    return nnx.state(trainer.model, nnx.LoRAParam), trainer.optimizer.opt_state
+
+
+def put(trainer: PeftTrainer, values: Any, where: Any) -> None:
+    """Pairs and state get these values, at these places."""
+    arrays, structure = jax.tree.flatten(values)
+    placed = jax.device_put(arrays, where)
+    pairs, state = jax.tree.unflatten(structure, placed)
     nnx.update(trainer.model, pairs)
     nnx.update(trainer.optimizer.opt_state, nnx.state(state))
 
 
-def place(trainer: PeftTrainer) -> None:
-    """On a mesh: bases and v beside their pairs. Tunix copies them to all devices."""
-    pairs, state = nnx.state(trainer.model, nnx.LoRAParam), trainer.optimizer.opt_state
-    if all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(pairs)):
-        where = jax.tree.leaves(adamr.state_shardings(trainer.optimizer.tx, pairs))
-        arrays, structure = jax.tree.flatten(state)
-        placed = jax.tree.unflatten(structure, jax.device_put(arrays, where))
-        nnx.update(state, nnx.state(placed))
+def end_task(trainer: PeftTrainer, tokens: np.ndarray) -> None:
+    """New values where the old ones lay, so that the next step does not recompile."""
+    graph, pairs, rest = nnx.split(trainer.model, nnx.LoRAParam, ...)
+    state, key = trainer.optimizer.opt_state, jax.random.key(trainer.train_steps)
+    where = [x.sharding for x in jax.tree.leaves((pairs, state))]
+    put(trainer, boundary(graph, pairs, rest, state, tokens, key), where)
+
+
+def places(trainer: PeftTrainer) -> list[Any]:
+    """Where pairs and state belong. On a mesh, Tunix copies bases and v to all devices;
+    they belong beside their pairs."""
+    pairs, state = trained(trainer)
+    where = [x.sharding for x in jax.tree.leaves(pairs)]
+    if all(isinstance(sharding, NamedSharding) for sharding in where):
+        state = adamr.state_shardings(trainer.optimizer.tx, pairs)
+        return where + jax.tree.leaves(state)
+    return where + [x.sharding for x in jax.tree.leaves(state)]
 
 
 class Boundaries(TrainingHooks):
@@ -104,9 +115,11 @@ class Boundaries(TrainingHooks):
         self.tokens, self.losses = tokens, {}
 
     def on_train_start(self, trainer: PeftTrainer) -> None:
-        place(trainer)
+        self.where = places(trainer)
 
     def on_train_step_start(self, trainer: PeftTrainer) -> None:
+        # A compiled step may return some elsewhere, and a resumed run would not.
+        put(trainer, trained(trainer), self.where)
         steps = trainer.train_steps
         group = trainer.config.get_with_default("gradient_accumulation_steps", 1)
         if steps in self.tokens and trainer.iter_steps == steps * group:
