@@ -84,8 +84,14 @@ LEVERS = {
 
 
 def arms() -> dict[str, Arm]:
-    """Every method, and the protected pairs with one setting changed."""
-    return {name: Arm(name, {}, {}) for name in METHODS} | LEVERS
+    """Every method, and the protected pairs with one setting changed, unscored."""
+    methods = {name: Arm(name, {}, {}) for name in METHODS}
+    unscored = {"generated": 0}  # saves a sixth of the time
+    levers = {
+        name: arm._replace(options=arm.options | unscored)
+        for name, arm in LEVERS.items()
+    }
+    return methods | levers
 
 
 def grid(name: str, method: Method) -> Grid:
