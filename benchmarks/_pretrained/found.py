@@ -9,7 +9,7 @@ __all__ = ["NAMES", "REFERENCE", "by_final", "rows_of", "value", "values"]
 NAMES = {
     "adam": "Adam on the pairs",
     "lines": "Adam on the pairs, LiNeS at the end",
-    "lora_restart": "Adam, pairs merged and drawn anew (control)",
+    "lora_restart": "pairs merged and drawn anew, nothing protected (control)",
     "lora_complement": "protected pairs",
     "lora_random": "protected pairs, random A",
     "inflora": "InfLoRA",
@@ -26,7 +26,7 @@ NAMES = {
     "gpm_full": "GPM on all kernels",
     "gpm_si_full": "GPM and SI on all weights",
     "osft": "OSFT, exact",
-    "osft_hooked": "OSFT as PEFT does it",
+    "osft_hooked": "OSFT by projected gradients, AdamW",
     "mofo": "MoFO on all weights",
 }
 REFERENCE = "lora_complement"  # the method that the guide recommends

@@ -37,7 +37,7 @@ ROWS = {"steps": 30, "batch": 6, "context": 80, "generated": 16, "new_tokens": 3
 
 # Beside each method's own learning rate, a third and three times of it.
 STEP = 10**0.5
-OWN_RATE = {"osft": 1e-3, "osft_hooked": 1e-3}
+OWN_RATE = {"osft": 1e-3}  # one v per matrix: larger steps than AdamW's
 # Beside the number that a method has by default.
 COEFFICIENTS = {
     "er": (1 / 6, 1 / 25),
@@ -45,6 +45,7 @@ COEFFICIENTS = {
     "si": (0.01, 10.0),
     "gpm_si_full": (0.01, 10.0),
     "o_lora": (0.05, 5.0),
+    "mofo": (0.05, 0.2),
 }
 
 

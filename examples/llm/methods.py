@@ -100,7 +100,8 @@ def _b_alone(rate, _, learner, setting):
 
 
 def _o_lora(rate, _, learner, setting):
-    return lora.train_block(_gpm_of_a(rate, None, learner, setting), setting.rank)
+    del learner
+    return lora.train_block(optax.adam(rate), setting.rank)
 
 
 def _osft(rate, _, learner, setting):
@@ -133,7 +134,7 @@ def _borrowed(name: str, about: str, **options: Any) -> Method:
 METHODS: dict[str, Method] = {
     "adam": Method("Adam on the pairs", _recipe("adam")),
     "lora_restart": Method(
-        "Adam; pairs merged and drawn anew, nothing protected (a control)",
+        "pairs merged and drawn anew, nothing protected (control of lora_random)",
         _gpm_of_a,
         end=functools.partial(task_ends.start_task, threshold=0.0),
     ),
@@ -145,7 +146,7 @@ METHODS: dict[str, Method] = {
         end=task_ends.start_task,
     ),
     "lora_random": Method(
-        "the same with a random A outside old inputs",
+        "pairs merged; A random outside old inputs, projected; B free",
         _gpm_of_a,
         protects_general=True,
         end=task_ends.start_task,
@@ -211,7 +212,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-4,
     ),
     "osft_hooked": Method(
-        "OSFT as PEFT does it: gradients projected, then AdamW with decay",
+        "OSFT's projection of gradients, then AdamW with decay",
         _osft_hooked,
         trains="all",
         end=task_ends.decompose,
