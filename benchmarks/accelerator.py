@@ -270,7 +270,8 @@ def adapters(config: Config):
     runs, about = race(optimizers, tree, gradients, given, config)
     times, about = timed(runs, about, gradients, config)
     ended = large_pairs.boundary(config.ending, sizes, rank, 4 * rank, seed)
-    print(f"  a task's end {ended['seconds_per_layer']:.2f} s a layer")
+    for name in ("layer_inputs", "start_task", "inflora"):
+        print(f"  {name} {ended[name]['seconds'] / config.ending:.2f} s a layer")
     return times, about | {"boundary": ended}
 
 

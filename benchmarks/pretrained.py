@@ -47,6 +47,8 @@ MORE_DEFINITIONS = {
     "change": "of the kernels of attention and MLP, see "
     "benchmarks/_pretrained/change.py; moved and along_inputs since the end of the "
     "first task along its inputs, along_inside and along_outside of the whole change",
+    "fit": "rows of each task, those whose answer the context shortens, and those it "
+    "drops because nothing of the answer is left",
     "protected": "after each task, by fan-in: mean and largest share of a kernel's "
     "inputs that is protected",
     "lines": "plain fine-tuning whose last state LiNeS moves back towards the "
@@ -56,6 +58,10 @@ MORE_DEFINITIONS = {
 
 # glibc then asks Linux for huge pages: a step takes 1.3 s instead of 1.6.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+SHARED = ("about", "fit")  # by all methods on a stream
+KEPT = (*SHARED, "methods")
 
 
 @dataclasses.dataclass
@@ -154,7 +160,8 @@ def run(config: Config, stream: str) -> None:
     path = _path(config.out, stream)
     result = _empty(stream)
     if path.exists():
-        result["methods"] = json.loads(path.read_text())["methods"]
+        before = json.loads(path.read_text())
+        result |= {key: before[key] for key in KEPT if key in before}
     for name in _chosen(config.methods):
         held = result["methods"].get(name)
         done = {row["seed"] for row in held["rows"]} if held else set()
@@ -170,12 +177,13 @@ def run(config: Config, stream: str) -> None:
         print(f"{stream}: {name}, seeds {seeds}", flush=True)
         job = Job(
             stream, name, str(config.data), str(config.model or ""), seeds,
-            tuning, rate, str(config.cache),
+            tuning, rate, result.get("about"), str(config.cache),
         )  # fmt: skip
         found = _measured(job)
         if found is None:
             print(f"{name}: nothing was measured, see above", flush=True)
             continue
+        result |= {key: found.pop(key) for key in SHARED}
         result["methods"][name] = _merged(held, found)
         config.out.mkdir(parents=True, exist_ok=True)
         write(path, result)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from adamr import _tree
+from adamr._nodes import find_nodes
 from adamr._tree import placed_like
+from adamr.lora.blocks import BlockState
 from adamr.lora.leading import leading
 from adamr.lora.leading_on_host import leading_on_host
 from adamr.lora.pairs import Halves, halves, located
@@ -123,6 +125,12 @@ def _started(
     """`lora` with A <- scale · leading directions of the evidence, B <- 0."""
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
+    if find_nodes(opt_state, BlockState):
+        raise ValueError(
+            "opt_state is of lora.train_block, whose finished blocks would be lost: "
+            "every A and B is written anew here. Keep the A that lora.start_block "
+            "draws, or merge finished pairs (lora.start_task)."
+        )
     here = bases_of(held_subspace(opt_state), lora, pairs)
     new = list(leaves)
     done: dict[int, tuple[jax.Array, jax.Array, jax.Array]] = {}
@@ -189,7 +197,8 @@ def inflora(
       task has no inputs outside U (or fewer than r directions) are 0.
 
     Raises:
-      ValueError: as `start_task` raises it; for an A without a basis or without inputs.
+      ValueError: as `start_task` raises it; for an A without a basis or without inputs,
+        and for the state of `train_block`.
 
     >>> from adamr import empty_subspace, project_out, protect_inputs
     >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.zeros((1, 2))}
@@ -264,8 +273,9 @@ def keeplora(
       below r.
 
     Raises:
-      ValueError: as `start_task` raises it; for an A without a basis, and for a
-        gradient of another shape or (outside jit) one that is not finite.
+      ValueError: as `start_task` raises it; for an A without a basis, for the state of
+        `train_block`, and for a gradient of another shape or (outside jit) one that is
+        not finite.
 
     >>> from adamr import empty_subspace, project_out, protect_inputs
     >>> base = {"w": jnp.ones((3, 2))}

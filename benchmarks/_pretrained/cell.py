@@ -26,9 +26,13 @@ from examples.harness.report import commit, write
 from examples.llm import measures, plans, stream
 from examples.llm.data import spread_rows
 from examples.llm.methods import METHODS
+from examples.llm.options import Config
+from examples.llm.plans import Loaded
 from examples.llm.runs import TUNING_SEED
 from examples.llm.stream import Plan
 from examples.llm.task_ends import Run
+from examples.llm.tasks import Task
+from examples.llm.tokens import encode
 
 __all__ = ["Job", "main"]
 
@@ -44,6 +48,7 @@ class Job:
       data, model: as the command line has them; "" for the default model.
       seeds: the seeds that are still to run.
       tuning: of an earlier process; None: to be done. With `rate`, none is needed.
+      about: `_about` of the results that are there already; None: there are none.
       cache: folder for what all methods share.
     """
 
@@ -54,6 +59,7 @@ class Job:
     seeds: tuple[int, ...]
     tuning: dict[str, Any] | None
     rate: float | None
+    about: dict[str, Any] | None
     cache: str
 
 
@@ -185,11 +191,42 @@ def _numbers(history: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _about(loaded: Loaded, told: Config) -> dict[str, Any]:
+    """What results must have in common to stand in one table."""
+    known = plans.identity(loaded, told, "")
+    shared = {key: known[key] for key in ("dtype", "context", "scored", "tasks")}
+    return {"model": loaded.model.folder.name, **shared}
+
+
+def _require(found: dict[str, Any], about: dict[str, Any], where: str) -> None:
+    changed = [f"{k} {found.get(k)}, not {x}" for k, x in about.items()
+               if found.get(k) != x]  # fmt: skip
+    if changed:
+        raise SystemExit(f"{where} has results of {'; '.join(changed)}: give another.")
+
+
+def _fit(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Of every task's rows: how many there are, and how many the context cuts."""
+
+    def counts(task: Task, part: str) -> dict[str, int]:
+        found = encode(task, part, loaded.encoder, loaded.context)
+        whole = {key: getattr(found, key) for key in ("shortened", "dropped")}
+        return {"rows": len(found.tokens) + found.dropped, **whole}
+
+    tasks = [task for task in loaded.tasks.tasks if task.kind == "rows"]
+    return {
+        t.name: {part: counts(t, part) for part in ("train", "test")} for t in tasks
+    }
+
+
 def main(job: Job, out: Path) -> None:
     arm = arms()[job.arm]
     model = Path(job.model) if job.model else None
     told = config(job.stream, arm, Path(job.data), model)
-    loaded = plans.load_all(told, lambda line: None)
+    loaded = plans.load_all(told, lambda line: None)  # `_fit` tells what was cut
+    about = _about(loaded, told)
+    if job.about is not None:
+        _require(job.about, about, "--out")
     plan_of = plans.planner(loaded, told)
 
     def plan(tuning: bool = False) -> Plan:
@@ -199,6 +236,8 @@ def main(job: Job, out: Path) -> None:
     result: dict[str, Any] = {"tuning": job.tuning, "sweep": [], "rows": []}
     if out.exists():
         result |= json.loads(out.read_text())
+        _require(result.get("about", {}), about, "--cache")
+    result |= {"about": about, "fit": _fit(loaded)}
 
     def keep() -> None:
         write(out, result)

@@ -6,8 +6,8 @@ the leading half of the singular directions of the pretrained W, on either side:
 
     moved         ‖X D‖ / ‖X W‖          how far the responses to old inputs moved
     along_inputs  n ‖X D‖² / (‖X‖² ‖D‖²)  1: as a change that knows nothing of X
-    along_inside  ‖P D‖² / ‖D‖²           0.5 or so: as a change that knows nothing of W
-    along_outside ‖D Q‖² / ‖D‖²
+    along_inside  ‖P D‖² / ‖D‖²           min(n, m) / 2n: as one that knows nothing of W
+    along_outside ‖D Q‖² / ‖D‖²           min(n, m) / 2m
 
 Sums over all kernels are taken above and below the line.
 """

@@ -1,10 +1,11 @@
 """Low-rank pairs beside the kernels of Llama-2-7B on one device, and their boundary.
 
-Names are Flax's. The inputs of query, key and value are one array, as are those of gate
-and up. All numbers are random: what is measured is time.
+The layers have Llama's kernels without its attention, which meets no parameter. All
+numbers are random: what is measured is time.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +20,6 @@ __all__ = ["SIZES", "boundary", "pairs", "protected"]
 
 SIZES = 4096, 4096, 11008  # width, keys and values together, inside
 COLUMNS = 8  # of a pair
-MET = {
-    "query": "before", "key": "before", "value": "before", "out": "after",
-    "gate": "within", "up": "within", "down": "inside",
-}  # fmt: skip
 
 
 def pairs(layers: int, sizes: tuple[int, int, int], seed: int) -> Any:
@@ -41,14 +38,6 @@ def pairs(layers: int, sizes: tuple[int, int, int], seed: int) -> Any:
     }
 
 
-def _is_pair(node: Any) -> bool:
-    return "lora_a" in node
-
-
-def _per_pair(function: Any, tree: Any) -> Any:
-    return jax.tree.map(function, tree, is_leaf=_is_pair)
-
-
 def protected(tree: Any, rank: int, seed: int) -> adamr.Subspace:
     """Random directions for every A, the same for all of one fan-in."""
     bases = {}
@@ -60,61 +49,94 @@ def protected(tree: Any, rank: int, seed: int) -> adamr.Subspace:
             bases[n] = jnp.linalg.qr(drawn).Q
         return {"lora_a": bases[n], "lora_b": None}
 
-    return adamr.make_subspace(tree, _per_pair(basis, tree), max_rank=rank)
+    tree_of = jax.tree.map(basis, tree, is_leaf=lambda node: "lora_a" in node)
+    return adamr.make_subspace(tree, tree_of, max_rank=rank)
 
 
-def boundary(layers: int, sizes: tuple[int, int, int], rank: int, rows: int, seed: int):
-    """Seconds of `lora.start_task` under jit, for so many layers with nothing known.
+def _forward(tree: Any, base: Any, x: jax.Array) -> jax.Array:
+    def layer(x, tree, base):
+        def dense(name, x):
+            a, b = tree[name]["lora_a"], tree[name]["lora_b"]
+            return x @ base[name]["kernel"] + x.astype(a.dtype) @ a @ b
+
+        def short(x):  # no layer's inputs grow
+            return x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True))
+
+        x = short(x)
+        query, key, value = (dense(name, x) for name in ("query", "key", "value"))
+        repeats = query.shape[-1] // key.shape[-1]
+        met = query + jnp.tile(key * value, repeats)
+        x = short(x + dense("out", short(met)))
+        inside = jax.nn.silu(dense("gate", x)) * dense("up", x)
+        return x + dense("down", inside)
+
+    for name in tree:
+        x = layer(x, tree[name], base[name])
+    return x
+
+
+def _seconds(program: Callable, *arguments: Any) -> tuple[Any, dict[str, float]]:
+    start = time.perf_counter()
+    compiled = jax.jit(program).lower(*arguments).compile()
+    compiling = time.perf_counter() - start
+    jax.block_until_ready(compiled(*arguments))
+    start = time.perf_counter()
+    found = jax.block_until_ready(compiled(*arguments))
+    return found, {
+        "compile_s": compiling,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def boundary(
+    layers: int, sizes: tuple[int, int, int], rank: int, rows: int, seed: int
+) -> dict[str, Any]:
+    """Seconds under jit of what ends a task and starts the next, for so many layers.
 
     Args:
       layers: of the model.
       sizes: as `layer_shapes` takes them.
       rank: room per A.
-      rows: inputs of a task that each kernel meets.
-      seed: of the inputs.
+      rows: of the finished task, and of the next one.
+      seed: of all numbers.
+
+    Returns:
+      The compiling and running time of `layer_inputs`, `start_task` and `inflora`.
     """
-    tree, shapes = pairs(layers, sizes, seed), layer_shapes(*sizes)
-    base = {
-        layer: {
-            name: {"kernel": jnp.zeros(shape, jnp.bfloat16)}
-            for name, shape in shapes.items()
-        }
-        for layer in tree
-    }
-    axes = _per_pair(lambda pair: {"lora_a": adamr.Axes((0,)), "lora_b": None}, tree)
-    empty = adamr.empty_subspace(tree, axes=axes, max_rank=rank)
-    opt_state = adamr.adamr(1e-3, adamr.project_out(empty)).init(tree)
-    rng = np.random.default_rng(seed)
+    tree = pairs(layers, sizes, seed)
+    keys = iter(jax.random.split(jax.random.key(seed), 2 + 7 * layers))
 
-    def drawn(n):
-        falling = np.exp(-np.arange(n) / 40, dtype=np.float32)
-        return jnp.asarray(rng.standard_normal((rows, n), np.float32) * falling)
+    def kernel(pair):
+        shape = len(pair["lora_a"]), pair["lora_b"].shape[1]
+        drawn = jax.random.normal(next(keys), shape, jnp.bfloat16)
+        return {"kernel": drawn / shape[0] ** 0.5}
 
-    fan_in = {MET[name]: shape[0] for name, shape in shapes.items()}
-    met = {layer: {site: drawn(n) for site, n in fan_in.items()} for layer in tree}
+    base = jax.tree.map(kernel, tree, is_leaf=lambda node: "lora_a" in node)
+    old, new = (
+        jax.random.normal(next(keys), (rows, sizes[0]), jnp.bfloat16) for _ in range(2)
+    )
+    subspace = adamr.empty_subspace(
+        tree, axes=lora.axes(_forward, tree, base, old), max_rank=rank
+    )
+    opt_state = adamr.gpm(1e-3, subspace).init(tree)
 
-    @jax.jit
-    def program(base, tree, opt_state, met, key):
-        inputs = {
-            layer: {
-                name: {"lora_a": met[layer][MET[name]], "lora_b": None}
-                for name in shapes
-            }
-            for layer in tree
-        }
+    def capture(tree, base, x):
+        return adamr.layer_inputs(
+            _forward, tree, base, x, normalize=True, leaves=subspace, max_fan_in=None
+        )
+
+    def end(tree, base, opt_state, inputs):
+        key = jax.random.key(seed)
         return lora.start_task(base, tree, opt_state, inputs, key, threshold=0.9)
 
-    start = time.perf_counter()
-    arguments = base, tree, opt_state, met, jax.random.key(seed)
-    compiled = program.lower(*arguments).compile()
-    compiling = time.perf_counter() - start
-    jax.block_until_ready(compiled(*arguments))
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    memory = compiled.memory_analysis()
+    inputs, captured = _seconds(capture, tree, base, old)
+    (base, tree, opt_state), ended = _seconds(end, tree, base, opt_state, inputs)
+    inputs = jax.jit(capture)(tree, base, new)
+    _, chosen = _seconds(lora.inflora, tree, opt_state, inputs)
     return {
         "layers": layers,
-        "compile_s": compiling,
-        "seconds_per_layer": (time.perf_counter() - start) / layers,
-        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "rows": rows,
+        "layer_inputs": captured,
+        "start_task": ended,
+        "inflora": chosen,
     }

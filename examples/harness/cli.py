@@ -130,6 +130,18 @@ def _numbers(config: Common, name: str, grid: str, least: str) -> list[float] | 
     return None
 
 
+def _require_one_coefficient(owned: dict[str, Any]) -> None:
+    """One number cannot be the strength of one method and the weight of another."""
+    named = {name: own.name for name, own in owned.items() if own is not None}
+    if len(set(named.values())) == 1:
+        return
+    got = ", ".join(f"{own} of {name}" for name, own in named.items())
+    raise UsageError(
+        f"--coefficient: {', '.join(owned)} have {got or 'none'}, expected methods "
+        "that all have the same one: run them one by one, or leave it out."
+    )
+
+
 def candidates(
     config: Common,
     methods: dict[str, Any],
@@ -162,6 +174,8 @@ def candidates(
         )
     rates = _numbers(config, "learning_rate", "lr_grid", "a positive number")
     coefficients = _numbers(config, "coefficient", "coefficient_grid", "0")
+    if coefficients:
+        _require_one_coefficient({name: methods[name].coefficient for name in names})
 
     def of(method: Any) -> Candidates:
         own = method.coefficient

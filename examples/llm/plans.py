@@ -68,6 +68,8 @@ class Loaded(NamedTuple):
 def _context(config: Config, tasks: Tasks, model: Model) -> int:
     text = all(task.kind == "text" for task in tasks.tasks)
     asked = config.context or (TEXT_CONTEXT if text else ROWS_CONTEXT)
+    if asked < 2:
+        raise UsageError(f"--context: got {asked} tokens, expected at least 2.")
     if asked > model.context:
         raise UsageError(
             f"--context: got {asked} tokens, expected at most the {model.context} that "
@@ -123,7 +125,8 @@ def load_all(config: Config, say: Say) -> Loaded:
 
 def identity(loaded: Loaded, config: Config, name: str) -> dict[str, Any]:
     """What a run depends on besides its numbers."""
-    content = repr([(t.name, t.train, t.test) for t in loaded.tasks.tasks])
+    tasks = (*loaded.tasks.tasks, loaded.tasks.general)
+    content = repr([(t.name, t.train, t.valid, t.test) for t in tasks])
     return {
         "method": name,
         "model": str(loaded.model.folder),

@@ -164,9 +164,9 @@ def encode_rows(rows: Sequence[Row], encoder: Encoder, length: int) -> Encoded:
     kept = np.flatnonzero(answer[:, 1:].any(axis=1))
     if not len(kept):
         raise DataError(
-            f"length: nothing of the answers of {len(rows)} rows is within the first "
-            f"{length} tokens, expected a longer context than the prompts, which have "
-            f"{min(map(len, prompts), default=0)} tokens and more."
+            f"nothing of the answers of {len(rows)} rows is within the first {length} "
+            "tokens, expected a longer context (--context) than the prompts, which "
+            f"have {min(map(len, prompts), default=0)} tokens and more."
         )
     lengths = np.minimum(whole, length)[kept]
     return Encoded(
@@ -185,28 +185,36 @@ def encode_text(text: str, encoder: Encoder, length: int) -> Encoded:
     """Windows of `length` + 1 tokens, each of which begins with the last one's end.
 
     So the model reads `length` tokens and predicts the one after each, and every token
-    of the text is predicted once. What fills no window is cut.
+    of the text is predicted once. Where the tokenizer has a token that begins a text,
+    it is the first of every window, and is not predicted. What fills no window is cut.
 
     Raises:
       DataError: if the text does not fill one window.
     """
-    if length < 1:
-        raise ValueError(f"length: got {length}, expected at least 1 token.")
+    begin = len(encoder.begin)
+    new = length - begin  # tokens that a window predicts
+    if new < 1:
+        raise ValueError(f"length: got {length}, expected at least {1 + begin} tokens.")
     ids = np.array(_ids(encoder, [text])[0], np.int32)
-    count = (len(ids) - 1) // length
+    count = (len(ids) - 1) // new
     if count < 1:
         raise DataError(
-            f"length: the text that begins {text[:40]!r} has {len(ids)} tokens, "
-            f"expected at least {length + 1}: one window and the token after it."
+            f"the text that begins {text[:40]!r} has {len(ids)} tokens, expected at "
+            f"least {new + 1}, one window and the token after it: give more text, or "
+            "a shorter context (--context)."
         )
-    tokens = ids[np.arange(count)[:, None] * length + np.arange(length + 1)]
+    windows = ids[np.arange(count)[:, None] * new + np.arange(new + 1)]
+    first = np.tile(np.array(encoder.begin, np.int32), (count, 1))
+    tokens = np.concatenate([first, windows], axis=1)
+    answer = np.ones(tokens.shape, bool)
+    answer[:, : begin + 1] = False  # the window before has predicted its first token
     return Encoded(
         tokens=tokens,
-        answer=np.ones(tokens.shape, bool),
+        answer=answer,
         lengths=np.full(count, length + 1, np.int32),
         kept=np.arange(count, dtype=np.int32),
         total=len(ids),
-        cut=len(ids) - (count * length + 1),
+        cut=len(ids) - (count * new + 1),
         shortened=0,
         dropped=0,
     )

@@ -1,5 +1,6 @@
 """The evidence on pretrained models: shares of a change, and one tiny stream."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -96,7 +97,7 @@ def test_the_reversed_order_takes_the_rates_of_the_first(tmp_path, monkeypatch):
 
     def note(job):
         jobs.append(job)
-        return measured(1.5)
+        return measured(1.5, about={"model": "m"}, fit={})
 
     monkeypatch.setattr(pretrained, "_measured", note)
     config = pretrained.Config("instruct-reversed", "adam", out=tmp_path)
@@ -108,6 +109,9 @@ def test_the_reversed_order_takes_the_rates_of_the_first(tmp_path, monkeypatch):
     assert [job.tuning for job in jobs] == [before["methods"]["adam"]["tuning"]]
     told = json.loads((tmp_path / "pretrained_instruct-reversed.json").read_text())
     assert told["methods"] == {"adam": measured(1.5)}
+    assert told["about"] == {"model": "m"} and jobs[0].about is None
+    pretrained.main(dataclasses.replace(config, seeds=2))
+    assert jobs[1].about == {"model": "m"} and jobs[1].seeds == (1,)
     assert (tmp_path / "pretrained.png").stat().st_size > 5_000
 
 
@@ -118,6 +122,13 @@ def test_methods_by_their_last_loss():
     assert found.values(result, "er", "tuning.rate") == [None]
     general = {"general_loss_before": 1.0, "general_loss_after": 1.5}
     assert found.value(general, "general") == 0.5
+
+
+def test_results_of_another_model_are_refused():
+    about = {"model": "this", "context": 80}
+    cell._require(about, about, "--out")
+    with pytest.raises(SystemExit, match="--out has results of model that, not this"):
+        cell._require({"model": "that", "context": 80}, about, "--out")
 
 
 @pytest.mark.slow
@@ -151,7 +162,10 @@ def test_a_cell_from_sweep_to_row(name, tmp_path, monkeypatch):
         shutil.rmtree(model)  # what is finished is not run again
         pretrained.main(config)
     assert (tmp_path / "pretrained_instruct.json").read_text() == told
-    result = json.loads(told)["methods"][name]
+    whole = json.loads(told)
+    assert whole["fit"]["TLDR-ko"]["test"] == {"rows": 12, "shortened": 0, "dropped": 0}
+    assert whole["about"]["model"] == "model"
+    result = whole["methods"][name]
     (row,) = result["rows"]
     assert len(result["tuning"]["sweep"]) == 3
     assert row["change"]["moved"] > 0

@@ -145,6 +145,20 @@ def test_a_checkpoint_of_other_data_is_refused(data, model, tmp_path, capsys):
     assert "tasks" in capsys.readouterr().err
 
 
+def test_a_run_depends_on_all_that_it_reads(data, model):
+    loaded, config, _ = planned(data, model)
+    known = plans.identity(loaded, config, "adam")
+    (first, *others), general = loaded.tasks.tasks, loaded.tasks.general
+    for part in ("train", "valid", "test"):
+        fewer = {part: getattr(first, part)[1:]}
+        for changed in (
+            loaded.tasks._replace(tasks=(first._replace(**fewer), *others)),
+            loaded.tasks._replace(general=general._replace(**fewer)),
+        ):
+            other = loaded._replace(tasks=changed)
+            assert plans.identity(other, config, "adam") != known
+
+
 def test_the_rate_is_chosen_on_validation_rows(data, model, tmp_path):
     assert run(data, model, tmp_path, method="adam", lr_grid="1e-9,3e-2") == 0
     found = json.loads((tmp_path / "results.json").read_text())
@@ -199,7 +213,9 @@ BAD = {
     "no_steps": ({"steps": 0}, "--steps"),
     "negative": ({"general": -1}, "--general"),
     "beyond_the_model": ({"context": 1000}, "256"),
-    "nothing_left": ({"context": 3}, "nothing of the answers"),
+    "no_context": ({"context": 1}, "--context: got 1"),
+    "nothing_left": ({"context": 3}, "--context"),
+    "another_number": ({"coefficient": 5.0}, "adam have none"),
 }
 
 

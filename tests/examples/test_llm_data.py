@@ -325,17 +325,19 @@ def test_no_token_is_lost_uncounted(given_rows, length):
     )
 
 
-@given(st.integers(1, 9), st.integers(0, 40))
-def test_every_token_of_a_text_is_predicted_once(length, extra):
+@given(st.integers(3, 9), st.integers(0, 40), st.sampled_from([(), (1,), (1, 2)]))
+def test_every_token_of_a_text_is_predicted_once(length, extra, begin):
     text = "".join(chr(97 + n % 26) for n in range(length + 1 + extra))
     ids = TOKENIZER.encode(text).ids
-    if len(ids) <= length:
+    new = length - len(begin)
+    if len(ids) <= new:
         return
-    encoded = tokens.encode_text(text, ENCODER, length)
-    assert encoded.tokens.shape[1] == length + 1 and encoded.answer.all()
-    predicted = encoded.tokens[:, 1:].ravel()
+    encoded = tokens.encode_text(text, ENCODER._replace(begin=begin), length)
+    assert encoded.tokens.shape[1] == length + 1
+    assert (encoded.tokens[:, : len(begin)] == np.array(begin, int)).all()
+    predicted = encoded.tokens[:, 1:][encoded.answer[:, 1:]]
     assert predicted.tolist() == ids[1 : 1 + len(predicted)]
-    assert encoded.cut == len(ids) - 1 - len(predicted) < length
+    assert encoded.cut == len(ids) - 1 - len(predicted) < new
 
 
 def test_a_text_shorter_than_a_window_names_its_task():

@@ -342,6 +342,8 @@ def test_the_convolutional_networks_learn(model):
         (["--lr-grid", "1,2", "--learning-rate", "1"], ["--lr-grid", "both"]),
         (["--learning-rate", "-1"], ["--learning-rate", "-1", "positive"]),
         (["--coefficient-grid", "1,-1"], ["--coefficient-grid", "-1", "0 or more"]),
+        (["--coefficient", "2", "--method", "adam"], ["adam have none", "expected"]),
+        (["--coefficient", "2", "--method", "ewc,er"], ["strength of ewc, weight of"]),
         (["--coefficient", "nan"], ["--coefficient", "nan", "0 or more"]),
         (["--save-every", "0"], ["--save-every", "0", "positive"]),
         (["--scenario", "task", "--tasks", "0"], ["--tasks", "0", "at least 1"]),

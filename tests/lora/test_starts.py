@@ -159,3 +159,8 @@ def test_bad_input_is_named():
         room_of.keeplora(base, lora, state, {"w": jnp.full((8, 5), jnp.nan)})
     with pytest.raises(ValueError, match="holds no Subspace"):
         room_of.inflora(lora, optax.adam(0.1).init(lora), nothing)
+    blocks = room_of.train_block(tx, 2).init(lora)
+    with pytest.raises(ValueError, match="finished blocks would be lost"):
+        room_of.inflora(lora, blocks, nothing)
+    with pytest.raises(ValueError, match="finished blocks would be lost"):
+        room_of.keeplora(base, lora, blocks, {"w": jnp.ones((8, 5))})
