@@ -203,8 +203,10 @@ def in_leaf_order(params: Any, function: Callable[..., Any], *rest: Any) -> Any:
     return tuple(function(*each) for each in zip(leaves, *rest, strict=True))
 
 
-def placed_like(old: jax.Array, new: jax.Array | np.ndarray) -> jax.Array:
+def placed_like(old: jax.Array | np.ndarray, new: jax.Array | np.ndarray) -> jax.Array:
     """A new buffer with the values of `new` and the dtype and placement of `old`."""
+    if not isinstance(old, jax.Array):
+        return jnp.array(new, old.dtype, copy=True)
     if not is_traced(old) and isinstance(new, np.ndarray):
         if not old.is_fully_addressable:
             whole = new.astype(old.dtype)

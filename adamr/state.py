@@ -251,15 +251,19 @@ def project_moments(opt_state: Any) -> Any:
     return map_nodes(leaf, opt_state, EigenbasisState, FaithfulSecondMomentState)
 
 
+MOMENTS = {"mu", "nu", "trace", "ema"}
+
+
 def _has_moments(node: Any) -> bool:
-    return bool({"mu", "nu"} & set(getattr(node, "_fields", ())))
+    return not MOMENTS.isdisjoint(getattr(node, "_fields", ()))
 
 
 def reset_moments(opt_state: Any) -> Any:
-    """Zeros for count, m and v of every state with a field `mu` or `nu`, optax's too.
+    """Zeros for count, m and v of every state with such a field, optax's too.
 
-    Bias correction starts anew with the count, so the first step is full-sized as on
-    the first day.
+    The fields are `mu` and `nu`, and of plain momentum `trace` and `ema`. Bias
+    correction starts anew with the count, so the first step is full-sized as on the
+    first day.
 
     >>> import optax
     >>> tx = optax.adam(1e-3)

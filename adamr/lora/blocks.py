@@ -23,6 +23,7 @@ from adamr.lora.pairs import Halves, halves
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of, restarted
 from adamr.routing.carrier import plain_gradient
+from adamr.sharding import einsum_sharding
 from adamr.state import held_subspace, protect_inputs
 from adamr.subspaces.subspace import Subspace
 
@@ -304,6 +305,7 @@ def orthogonality(
             jax.lax.stop_gradient(a),
             a,
             precision=jax.lax.Precision.HIGHEST,
+            out_sharding=einsum_sharding("lnr,lns->lrs", a, a),
         )
         total += jnp.sum(jnp.where(between[None], jnp.abs(met), 0.0))
     return total

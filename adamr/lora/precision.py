@@ -23,13 +23,11 @@ def masters(lora: Any) -> Any:
     then not 0 but up to 2⁻⁸ ‖x‖ ‖A‖ (it does not add up from step to step).
 
     Args:
-      lora: the A's and B's, of any floating dtype; holes stay.
+      lora: the A's and B's, or the kernels that they are merged into. Leaves that are
+        not floating, and holes, stay as they are.
 
     Returns:
-      A tree like `lora`, at least float32, placed alike.
-
-    Raises:
-      ValueError: for a leaf that is not floating.
+      A tree like `lora`, what is floating at least float32, placed alike.
 
     >>> lora = {"w_lora_a": jnp.ones((4, 2), jnp.bfloat16)}
     >>> trained = masters(lora)
@@ -37,15 +35,13 @@ def masters(lora: Any) -> Any:
     >>> jax.grad(loss)(trained, jnp.ones((1, 4), jnp.bfloat16))["w_lora_a"].dtype
     dtype('float32')
     """
-    names, _ = _tree.flatten_with_names(lora)
 
-    def leaf(x: Any, name: str) -> jax.Array:
+    def leaf(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"lora has {x.dtype} at {name!r}, expected floating.")
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.array(x, dtype, copy=True)
+            return x
+        return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
 
-    return _tree.map_positions(leaf, lora, names)
+    return jax.tree.map(leaf, lora)
 
 
 def cast_like(masters: Any, lora: Any) -> Any:

@@ -21,10 +21,11 @@ from adamr.lora.leading_on_host import leading_on_host
 from adamr.lora.pairs import Halves, halves, located
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of
+from adamr.modifiers.penalty import Anchor
 from adamr.routing.carrier import plain_gradient
 from adamr.state import held_subspace
 from adamr.subspaces.columns import on_host, to_columns, to_storage
-from adamr.subspaces.covariance import Covariance, check_moment
+from adamr.subspaces.covariance import Covariance, check_moment, require_finite
 from adamr.subspaces.grow import gradient_rows, sample_rows
 
 __all__ = ["hold", "inflora", "keeplora", "train_b"]
@@ -131,9 +132,15 @@ def _started(
             "every A and B is written anew here. Keep the A that lora.start_block "
             "draws, or merge finished pairs (lora.start_task)."
         )
+    if find_nodes(opt_state, Anchor):
+        raise ValueError(
+            "opt_state has the anchor of a penalty (gpm_si, ewc, ...), which would "
+            "pull every A back to the one that is replaced here. Keep the A that "
+            "lora.start_task draws, or train with a recipe without a penalty (gpm)."
+        )
     here = bases_of(held_subspace(opt_state), lora, pairs)
     new = list(leaves)
-    done: dict[int, tuple[jax.Array, jax.Array, jax.Array]] = {}
+    done: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
     for i, each in enumerate(pairs):
         a, basis, weights = leaves[each.a], here.bases[each.a], here.weights[each.a]
         if basis is None or weights is None:
@@ -144,10 +151,10 @@ def _started(
         met = evidence(i, basis, weights)
         rank, axis = each.factors.rank, each.factors.rank_axis[0]
         # Query, key and value meet the same, and mostly have the same basis.
-        known = done.get(id(met))
+        known = done.get((id(met), rank))
         if known is None or not _same(known[1], basis):
             found = _led(met, basis, weights, rank, rows=rows, squared=squared)
-            done[id(met)] = known = found, basis, met
+            done[id(met), rank] = known = found, basis, met
         found = known[0]
         shapes = (jnp.zeros((*x.shape[:-1], rank)) for x in (basis, weights))
         stored, _ = to_storage(found, found[..., 0, :], *shapes)
@@ -198,7 +205,7 @@ def inflora(
 
     Raises:
       ValueError: as `start_task` raises it; for an A without a basis or without inputs,
-        and for the state of `train_block`.
+        and for the state of `train_block` or of a penalty.
 
     >>> from adamr import empty_subspace, project_out, protect_inputs
     >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.zeros((1, 2))}
@@ -230,6 +237,7 @@ def inflora(
         if not by_gram:
             return sample_rows(name, x, basis, weights)
         check_moment(x, name, basis, weights)
+        require_finite(x, f"at {name!r}")
         return x
 
     return _started(
@@ -274,8 +282,8 @@ def keeplora(
 
     Raises:
       ValueError: as `start_task` raises it; for an A without a basis, for the state of
-        `train_block`, and for a gradient of another shape or (outside jit) one that is
-        not finite.
+        `train_block` or of a penalty, and for a gradient of another shape or (outside
+        jit) one that is not finite.
 
     >>> from adamr import empty_subspace, project_out, protect_inputs
     >>> base = {"w": jnp.ones((3, 2))}

@@ -92,6 +92,14 @@ def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -
             f"the subspace in opt_state protects the B's {protected}, expected the "
             "A's alone: empty_subspace(lora, axes=lora.axes(forward, lora, *inputs))."
         )
+    narrow = [b.dtype for b in here.bases if b is not None and b.dtype.itemsize < 4]
+    if narrow:
+        raise ValueError(
+            f"the subspace in opt_state has bases of {narrow[0]}, expected float32: "
+            "they are grown here, and A is drawn orthogonal to them to their rounding. "
+            "Cast them (subspaces.cast_bases) for training alone, and set the float32 "
+            "ones again (set_subspace) before a task ends."
+        )
     if all(here.bases[each.a] is None for each in pairs):
         raise ValueError(
             "the subspace in opt_state protects no A, expected a basis for each of "

@@ -58,8 +58,9 @@ def _oblique_leaf(basis, weights, m, d):
     step = rows(d) * (rows(m) - einsum("...or,...nr->...on", lam * x, u))
     back = [order.index(a) for a in range(m.ndim)]
     step = step.reshape([m.shape[a] for a in order]).transpose(back)
-    # Rounding in an ill-conditioned solve must not cost the invariant.
-    return project_leaf(basis, weights, step)
+    # Rounding in an ill-conditioned solve must not cost the invariant, which holds
+    # along the directions that are wholly protected.
+    return project_leaf(basis, jnp.where(weights < 1, 0.0, weights), step)
 
 
 def oblique_second_moment(

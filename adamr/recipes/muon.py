@@ -39,6 +39,9 @@ def _rates(
     rates = {"muon": learning_rate, "adam": adam_learning_rate}
 
     def labels(tree):
+        if _tree.is_placeholder(tree):
+            return tree
+
         def label(_, axes):
             return "adam" if axes is None else "muon"
 
@@ -48,6 +51,30 @@ def _rates(
         {name: optax.scale_by_learning_rate(rate) for name, rate in rates.items()},
         labels,
     )
+
+
+def _project_steps(
+    matrix: Sequence[Any],
+    other: Sequence[Any],
+    axes: Any,
+    subspaces: Sequence[Subspace],
+) -> optax.GradientTransformation:
+    """Projects steps: of matrices off all that is held, of other leaves as `adamr`."""
+
+    def project(steps, params):
+        del params
+        off_all, off_some = (
+            project_off(tuple(held)).update(steps, optax.EmptyState())[0]
+            for held in (matrix, other)
+        )
+
+        def leaf(step, off, axes):
+            return step if axes is None else off
+
+        how = matrices(steps, axes, subspaces)
+        return _tree.map_positions(leaf, off_some, _tree.flatten(off_all)[0], how)
+
+    return optax.stateless(project)
 
 
 def _check_coefficients(ns_coeffs: Any) -> None:
@@ -186,7 +213,7 @@ def muon(
         return optax.chain(
             route_first_moment(modifier),
             momentum_or_moments(momentum, moments, axes, subspaces),
-            project_off(held),
+            _project_steps(held, protection.step, axes, subspaces),
             decay_outside(held, weight_decay, mask) if decays else optax.identity(),
             _rates(learning_rate, adam_learning_rate, axes, subspaces),
         )

@@ -147,6 +147,13 @@ def empty_covariance(subspace: Subspace, *, parts: int | None = None) -> Covaria
     return Covariance(*zip(*map(leaf, *subspace), strict=True))
 
 
+def require_finite(samples: jax.Array, where: str) -> None:
+    """Raises, where the numbers are known."""
+    finite = jnp.all(jnp.isfinite(samples))
+    if not _tree.is_traced(finite) and not finite:
+        raise ValueError(f"samples has NaN or infinite entries {where}.")
+
+
 def checked_rows(
     name: str, samples: jax.Array, expected: tuple[Any, ...], fits: bool
 ) -> jax.Array:
@@ -160,8 +167,7 @@ def checked_rows(
     *batch, _, fan_in = expected
     if samples.shape[len(batch)] == 0:
         raise ValueError(f"samples is empty at {name}: shape {samples.shape}.")
-    if not _tree.is_traced(samples) and not jnp.all(jnp.isfinite(samples)):
-        raise ValueError(f"samples has NaN or infinite entries at {name}.")
+    require_finite(samples, f"at {name}")
     return samples.reshape(*batch, -1, fan_in)
 
 
@@ -234,8 +240,7 @@ def _add(covariance: Covariance, other: Covariance) -> Covariance:
                 f"samples has a moment of shape {new.shape} at leaf {i}, expected "
                 f"{moment.shape}."
             )
-        if not _tree.is_traced(new) and not jnp.all(jnp.isfinite(new)):
-            raise ValueError(f"samples has NaN or infinite entries at leaf {i}.")
+        require_finite(new, f"at leaf {i}")
         first = i if shared is None else shared[i]
         if first not in done:
             done[first] = _added(moment, count, new, number)

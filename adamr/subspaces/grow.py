@@ -12,7 +12,12 @@ import jax.numpy as jnp
 
 from adamr import _tree
 from adamr.subspaces.columns import matmul, normalized_samples, transpose
-from adamr.subspaces.covariance import Covariance, check_moment, checked_rows
+from adamr.subspaces.covariance import (
+    Covariance,
+    check_moment,
+    checked_rows,
+    require_finite,
+)
 from adamr.subspaces.subspace import Subspace, layout
 from adamr.subspaces.together import Evidence, grow_together
 
@@ -64,6 +69,7 @@ def evidence_of(
     """Checked samples or Gram matrix, and whether it is the second."""
     if by_gram:
         check_moment(x, name, basis, weights)
+        require_finite(x, f"at {name}")
         return x, True
     rows = sample_rows(name, x, basis, weights)
     whole = _tree.is_traced(rows) or rows.is_fully_addressable

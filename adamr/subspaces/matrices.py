@@ -66,8 +66,7 @@ def matrices(tree: Any, axes: Any, subspaces: Sequence[Subspace]) -> list[Axes |
     Args:
       tree: like the parameters.
       axes: a tree like the parameters of `Axes` or None, or a rule (path, shape) ->
-        `Axes` or None. None: `matrix_axes`, or the axes of the first subspace where
-        they are others.
+        `Axes` or None. None: those of the leaf's first subspace, else `matrix_axes`.
       subspaces: whose projections must act on one side of each matrix.
 
     Raises:
@@ -84,7 +83,6 @@ def matrices(tree: Any, axes: Any, subspaces: Sequence[Subspace]) -> list[Axes |
         sides = _sides(here, i)
         given = Axes(*given).normalized(leaf.ndim)
         if axes is None and sides:
-            if not _acts_along(sides[0], given) <= set(given.protected):
-                given = Axes(sides[0].protected, sides[0].batch)
+            given = Axes(sides[0].protected, sides[0].batch)
         found.append(_checked(name, leaf, given, sides))
     return found

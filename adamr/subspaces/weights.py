@@ -7,7 +7,6 @@ U_k Σ_k V_kᵀ of the kernel stays what it was, and so do its singular triples.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,21 +87,26 @@ def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...])
     return array
 
 
+def _floor(count: Any) -> Any:
+    """⌊share · n⌋, where share · n may have been rounded off a whole number."""
+    return (jnp if _tree.is_traced(count) else np).floor(count + 1e-3)
+
+
 def _counts(
     name: str, smaller: int, ratio: Ratio, room: float | None, batch: tuple[int, ...]
 ) -> tuple[jax.Array, int]:
     """k per slice, and the room for directions."""
     ratio = _check_ratio("keep", name, ratio, batch)
     if room is not None:
-        most = math.floor(smaller * float(_check_ratio("room", name, room, ())))
+        most = int(_floor(smaller * float(_check_ratio("room", name, room, ()))))
     elif isinstance(ratio, np.ndarray):
-        most = math.floor(smaller * ratio.max(initial=0.0))
+        most = int(_floor(smaller * ratio.max(initial=0.0)))
     else:
         raise ValueError(
             f"keep is traced at {name}, expected numbers, or room= for the largest: "
             "the capacity of a Subspace is fixed."
         )
-    counts = (jnp if _tree.is_traced(ratio) else np).floor(smaller * ratio)
+    counts = _floor(smaller * ratio)
     if isinstance(counts, np.ndarray | np.floating) and np.max(counts) > most:
         raise ValueError(f"keep is {ratio} at {name}, expected at most room = {room}.")
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), batch)
@@ -118,6 +122,7 @@ def _sides(
             f"params has a ShapeDtypeStruct at {name}, expected an array, whose values "
             "are decomposed; in init, a function of the parameters gets them."
         )
+    kernel = jnp.asarray(kernel)
     fan_out = outputs(axes, kernel.ndim)
     if not fan_out:  # a vector has one side
         return None
@@ -235,8 +240,8 @@ def layer_budget(
         I_l = mean cosine of x and y over the rows,    I_l <- I_l / mean_l I_l
         keep_l = least + I_l (target − least),         clipped to [least, 1]
 
-    So the shares are `target` on average. A layer is what keeps the width d, such as a
-    transformer block; all its kernels get its share:
+    So the shares are `target` on average, or less where some are clipped. A layer is
+    what keeps the width d, such as a transformer block; all its kernels get its share:
 
         budget = layer_budget(inputs, outputs)  # by block
         weight_subspaces(params, axes, keep=lambda path, shape: budget[block(path)])

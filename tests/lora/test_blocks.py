@@ -123,6 +123,23 @@ def test_o_lora_equals_its_float64_twin():
         np.testing.assert_allclose(grad["w_lora_a"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_o_lora_with_explicit_axes():
+    _, _, lora = quantized()
+    state = room_of.train_block(optax.adam(0.1), R).init(lora)
+    state = state._replace(block=jnp.array(1))
+    lora = lora | {"w_lora_a": normal(4, 8, TASKS * R)}
+    expected = jax.value_and_grad(room_of.orthogonality)(lora, state)
+    mesh = jax.make_mesh((8,), ("fsdp",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        lora["w_lora_a"] = jax.device_put(lora["w_lora_a"], jax.P("fsdp"))
+        for call in (room_of.orthogonality, jax.jit(room_of.orthogonality)):
+            found = jax.value_and_grad(call)(lora, state)
+            for a, b in zip(
+                jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_o_lora_turns_new_columns_away_from_old_ones():
     forward, base, lora = quantized()
     tx = room_of.train_block(optax.adam(0.05), R)

@@ -146,6 +146,24 @@ def test_jit_equals_no_jit():
             np.testing.assert_allclose(span(a), span(b), rtol=1e-2, atol=1e-3)
 
 
+def test_pairs_of_several_ranks_share_an_input():
+    lora = {
+        f"{name}_lora_{half}": jnp.ones((4, rank) if half == "a" else (rank, 5))
+        for name, rank in (("q", 3), ("v", 2))
+        for half in "ab"
+    }
+
+    def forward(lora, x):
+        return sum(x @ lora[f"{n}_lora_a"] @ lora[f"{n}_lora_b"] for n in "qv")
+
+    x = normal(3, 6, 4)
+    subspace = adamr.empty_subspace(lora, axes=room_of.axes(forward, lora, x))
+    state = adamr.project_out(subspace).init(lora)
+    found = room_of.inflora(lora, state, adamr.layer_inputs(forward, lora, x))
+    q, v = found["q_lora_a"], found["v_lora_a"]
+    np.testing.assert_allclose(np.abs(q[:, :2]), np.abs(v), atol=1e-5)
+
+
 def test_bad_input_is_named():
     forward, base, lora, x, tx, state = protecting("dense")
     nothing = {"w_lora_a": None, "w_lora_b": None}
@@ -159,6 +177,14 @@ def test_bad_input_is_named():
         room_of.keeplora(base, lora, state, {"w": jnp.full((8, 5), jnp.nan)})
     with pytest.raises(ValueError, match="holds no Subspace"):
         room_of.inflora(lora, optax.adam(0.1).init(lora), nothing)
+    gram = adamr.layer_inputs(forward, lora, base, x)
+    bad = jax.tree.map(lambda m: m * jnp.nan, gram)
+    with pytest.raises(ValueError, match="NaN or infinite entries at 'w_lora_a'"):
+        room_of.inflora(lora, state, bad)
+    subspace = adamr.get_subspace(state)
+    penalty = adamr.gpm_si(0.1, subspace).init(lora)
+    with pytest.raises(ValueError, match="the anchor of a penalty"):
+        room_of.inflora(lora, penalty, nothing)
     blocks = room_of.train_block(tx, 2).init(lora)
     with pytest.raises(ValueError, match="finished blocks would be lost"):
         room_of.inflora(lora, blocks, nothing)

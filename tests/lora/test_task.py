@@ -188,6 +188,45 @@ def test_an_unfinished_group_of_micro_steps_is_dropped():
     jax.tree.map(np.testing.assert_array_equal, after(1), after(0))
 
 
+def test_no_momentum_of_old_pairs_is_left():
+    forward, base, lora, x = layer("dense")
+
+    def make(s):
+        return optax.chain(adamr.project_out(s), optax.sgd(0.1, momentum=0.9))
+
+    tx = optimizer(forward, base, lora, x, make)
+    lora, state = trained(tx, forward, base, lora, tx.init(lora), x, 4)
+    inputs = adamr.layer_inputs(forward, lora, base, x)
+    base, lora, state = room_of.start_task(
+        base, lora, state, inputs, jax.random.key(5), scaling=S
+    )
+    step, _ = tx.update(jax.tree.map(jnp.zeros_like, lora), state, lora)
+    assert not any(jnp.any(z) for z in jax.tree.leaves(step))
+
+
+def test_rows_may_be_constants_of_the_compiled_program():
+    forward, base, lora, x = layer("dense")
+    state = optimizer(forward, base, lora, x).init(lora)
+    rows = {"w_lora_a": x, "w_lora_b": None}
+    key = jax.random.key(0)
+    run = jax.jit(lambda *tree: room_of.start_task(*tree, rows, key, scaling=S))
+    _, pairs, state = run(base, lora, state)
+    assert jnp.max(jnp.abs(x @ pairs["w_lora_a"])) < 1e-5
+    start = jax.jit(lambda *tree: room_of.inflora(*tree, rows | {"w_lora_a": x + 1}))
+    assert jnp.any(start(pairs, state)["w_lora_a"])
+
+
+def test_kernels_as_numpy_arrays():
+    """As safetensors gives them."""
+    forward, base, lora, x = layer("dense")
+    state = optimizer(forward, base, lora, x).init(lora)
+    inputs = adamr.layer_inputs(forward, lora, base, x)
+    call = functools.partial(room_of.start_task, key=jax.random.key(0), scaling=S)
+    same = call(jax.tree.map(np.asarray, base), lora, state, inputs)
+    expected = call(base, lora, state, inputs)
+    jax.tree.map(np.testing.assert_array_equal, same, expected)
+
+
 METHODS = ("free", "a", "b", "both", "complement")
 
 
@@ -382,6 +421,8 @@ def test_masters_of_a_bf16_model():
     base, narrow = in_bf16(base), in_bf16(lora)
     lora = room_of.masters(narrow)
     assert {z.dtype for z in lora.values()} == {jnp.dtype("float32")}
+    other = room_of.masters(base | {"count": jnp.int32(3)})
+    assert (other["w"].dtype, other["count"].dtype) == (jnp.float32, jnp.int32)
     state = optimizer(forward, base, lora, x).init(lora)
     inputs = adamr.layer_inputs(forward, lora, base, x.astype(jnp.float32))
     with pytest.raises(ValueError, match="bfloat16 at 'w_lora_a'.*lora.masters"):
@@ -496,6 +537,9 @@ def test_bad_input_is_named():
     state = optimizer(forward, base, lora, x).init(lora)
     inputs = adamr.layer_inputs(forward, lora, base, x)
     call = functools.partial(room_of.start_task, key=jax.random.key(0))
+    narrow = adamr.subspaces.cast_bases(adamr.get_subspace(state), jnp.bfloat16)
+    with pytest.raises(ValueError, match="bases of bfloat16, expected float32"):
+        call(base, lora, adamr.project_out(narrow).init(lora), inputs)
     with pytest.raises(ValueError, match="int8 at 'w', which cannot take.*start_block"):
         call({"w": jnp.ones((8, 5), jnp.int8)}, lora, state, inputs)
     parts = {"w": {"qvalue": jnp.ones((8, 5), jnp.int8), "scale": jnp.ones(5)}}

@@ -151,6 +151,11 @@ def test_oblique_equals_its_float64_twin():
     step, _ = tx.update(gradient, optax.tree.set(tx.init(gradient), nu=nu))
     expected = reference.oblique(g, d, basis.astype(np.float64))
     np.testing.assert_allclose(step["w"], expected, rtol=1e-4, atol=1e-4)
+    # The step is affine in λ, and λ counts once.
+    half = s._replace(weights=jax.tree.map(lambda w: w / 2, s.weights))
+    state = adamr.set_subspace(tx.init(gradient), half)
+    step, _ = tx.update(gradient, optax.tree.set(state, nu=nu))
+    np.testing.assert_allclose(step["w"], (d * g + expected) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_eigenbasis_equals_its_float64_twin():

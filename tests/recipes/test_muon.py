@@ -228,17 +228,44 @@ def test_leaves_that_are_no_matrices_get_the_alias():
     p = {"bias": jnp.ones(4), "embed": jnp.ones((6, 4)), "w": jnp.ones((4, 4))}
     basis = {"bias": None, "embed": orthonormal(0, 6, 2), "w": None}
     modifier = adamr.project_out(adamr.make_subspace(p, basis))
+    half = adamr.make_subspace(p, basis)
+    half = half._replace(weights=jax.tree.map(lambda w: w / 2, half.weights))
     options = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1}
     gs = [gradients(seed, p) for seed in range(3)]
-    tx = adamr.muon(0.5, modifier, adam_learning_rate=0.1, **options)
-    ours, state = run(tx, p, gs)
-    alias = run(adamr.adamr(0.1, modifier, **options), p, gs)[0]
-    for x, y in zip(ours, alias, strict=True):
-        for name in ("bias", "embed"):
-            np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-7)
-        assert not np.allclose(x["w"], y["w"], atol=1e-2)
+    for each in (adamr.project_out(half), modifier):
+        tx = adamr.muon(0.5, each, adam_learning_rate=0.1, **options)
+        ours, state = run(tx, p, gs)
+        alias = run(adamr.adamr(0.1, each, **options), p, gs)[0]
+        for x, y in zip(ours, alias, strict=True):
+            for name in ("bias", "embed"):
+                np.testing.assert_allclose(x[name], y[name], rtol=1e-5, atol=1e-7)
+            assert not np.allclose(x["w"], y["w"], atol=1e-2)
     assert adamr.update_leak(ours[-1], adamr.get_subspace(state)).total < 1e-6
     assert [v.shape for v in state[1].nu] == [(4,), (1, 4)]
+
+
+def test_a_matrix_is_what_the_subspace_says():
+    """A scanned kernel with heads: the guess would take all layers for one matrix."""
+    p = {"query": jnp.ones((3, 4, 2, 2))}
+    axes = {"query": adamr.Axes((1,), (0,))}
+    g = gradients(3, p)
+    g = {"query": g["query"].at[2].multiply(100.0)}
+    modifier = adamr.project_out(adamr.empty_subspace(p, axes=axes))
+    read, given = (
+        run(adamr.muon(1.0, modifier, axes=how), p, [g])[0][0] for how in (None, axes)
+    )
+    np.testing.assert_array_equal(read["query"], given["query"])
+    norms = np.linalg.norm(read["query"].reshape(3, -1), axis=1)
+    assert norms.min() > 0.8 * norms.max()
+
+
+def test_axes_and_a_rate_of_their_own_under_map_params():
+    p = {"a": jnp.ones((4, 3)), "b": jnp.ones(3)}
+    axes = {"a": adamr.Axes((0,)), "b": None}
+    tx = adamr.muon(0.1, optax.identity(), axes=axes, adam_learning_rate=0.01)
+    state = tx.init(p)
+    zeros = optax.tree.map_params(tx, jnp.zeros_like, state)
+    assert jax.tree.structure(zeros) == jax.tree.structure(state)
 
 
 def test_axes_say_what_is_a_matrix():

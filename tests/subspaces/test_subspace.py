@@ -297,6 +297,9 @@ def test_axes_of_a_leaf_that_is_not_an_array_protect_nothing():
 def test_nan_samples_raise_outside_jit_and_change_nothing_inside():
     s = adamr.make_subspace(np.zeros((3, 2), np.float32), np.eye(3)[:, :1])
     bad = np.full((4, 3), np.nan, np.float32)
+    gram = adamr.subspaces.Covariance((jnp.full((3, 3), jnp.nan),), (jnp.int32(1),))
+    with pytest.raises(ValueError, match="samples has NaN"):
+        adamr.grow_subspace(s, gram)
     with pytest.raises(ValueError, match="samples has NaN"):
         adamr.grow_subspace(s, bad)
     inside = jax.jit(lambda s, x: adamr.grow_subspace(s, x))(s, bad)

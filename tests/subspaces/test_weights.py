@@ -127,6 +127,13 @@ def test_shares_per_leaf_per_slice_and_by_a_rule():
     assert left_out.bases[4] is None
 
 
+def test_a_share_that_is_rounded_off_a_whole_number():
+    kernel = np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32)
+    assert 100 * 0.29 < 29
+    found = adamr.weight_subspaces({"w": kernel}, {"w": adamr.Axes((0,))}, keep=0.29)
+    assert [int(np.sum(s.weights[0])) for s in found] == [29, 29]
+
+
 def test_room_lets_the_share_grow_without_new_shapes():
     p = {"w": jnp.eye(6) + 0.1, "v": jnp.ones(3)}
     axes = {"w": Axes((0,)), "v": Axes((0,))}
