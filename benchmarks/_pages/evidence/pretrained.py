@@ -5,12 +5,14 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from benchmarks._pages.evidence.results import read
 from benchmarks._pages.tables import table
+from benchmarks.boundary import INSIDE, KEYS, WIDTH, layer_shapes
 from benchmarks._pretrained.found import NAMES, REFERENCE, by_final, rows_of, values
 from examples.harness.statistics import interval
 
@@ -18,7 +20,7 @@ __all__ = ["FACTS", "TABLES", "for_readers"]
 
 SHORT = {
     "adam": "Adam on the pairs",
-    "lora_restart": "the same, merged and drawn anew",
+    "lora_restart": "pairs merged and drawn anew, nothing protected",
     REFERENCE: "the lines above",
 }
 COLUMNS = {
@@ -126,6 +128,29 @@ def room(stream: str) -> str:
     return table(heads, lines)
 
 
+def fit(stream: str) -> str:
+    """How many of a task's rows the context cuts."""
+    lines = [
+        [name, *(str(x) for part in ("train", "test") for x in parts[part].values())]
+        for name, parts in _read(stream)["fit"].items()
+    ]
+    heads = ["rows to learn", "shortened", "dropped"]
+    tests = ["test rows", "shortened", "dropped"]
+    return table(["task", *heads, *tests], lines)
+
+
+def blind(side: str) -> str:
+    """`along_inside` or `along_outside` of a change that knows nothing of the kernel.
+
+    Of SmolLM2-135M's kernels, all entries changed alike.
+    """
+    shapes = layer_shapes(WIDTH, KEYS, INSIDE).values()
+    of = {"inside": [m for _, m in shapes], "outside": [n for n, _ in shapes]}
+    halves = [min(shape) // 2 for shape in shapes]
+    changed = sum(half * other for half, other in zip(halves, of[side], strict=True))
+    return f"{changed / sum(n * m for n, m in shapes):.2f}"
+
+
 def number(stream: str, method: str, key: str) -> str:
     return f"{_mean(stream, method, key) + 0.0:.3f}"
 
@@ -140,11 +165,19 @@ def count(stream: str) -> str:
 
 
 def largest(stream: str) -> str:
-    """The methods for which the largest of the rates was best."""
+    return _at_the_edge(stream, max)
+
+
+def smallest(stream: str) -> str:
+    return _at_the_edge(stream, min)
+
+
+def _at_the_edge(stream: str, edge: Callable) -> str:
+    """The methods for which the rate at this end of the grid was best."""
     found = []
     for name in by_final(_read(stream)):
         tuning = _read(stream)["methods"].get(name, {}).get("tuning", {})
-        if tuning and tuning["rate"] == max(rate for rate, *_ in tuning["sweep"]):
+        if tuning and tuning["rate"] == edge(rate for rate, *_ in tuning["sweep"]):
             found.append(NAMES[name])
     return ", ".join(found) or "none"
 
@@ -172,9 +205,12 @@ FACTS = {
     "llm_steps": steps,
     "llm_count": count,
     "llm_largest": largest,
+    "llm_smallest": smallest,
+    "llm_blind": blind,
 }
 TABLES = {
     "llm_methods": methods,
     "llm_change": change,
     "llm_room": room,
+    "llm_fit": fit,
 }
