@@ -37,7 +37,6 @@ ROWS = {"steps": 30, "batch": 6, "context": 80, "generated": 16, "new_tokens": 3
 
 # Beside each method's own learning rate, a third and three times of it.
 STEP = 10**0.5
-OWN_RATE = {"osft": 1e-3}  # one v per matrix: larger steps than AdamW's
 # Beside the number that a method has by default.
 COEFFICIENTS = {
     "er": (1 / 6, 1 / 25),
@@ -96,7 +95,7 @@ def arms() -> dict[str, Arm]:
 
 
 def grid(name: str, method: Method) -> Grid:
-    own = OWN_RATE.get(name, method.learning_rate)
+    own = method.learning_rate
     rates = tuple(float(f"{own * STEP**i:.1g}") for i in (-1, 0, 1))
     default = 0.0 if method.coefficient is None else method.coefficient.value
     return Grid(rates, (default, *COEFFICIENTS.get(name, ())))
