@@ -207,9 +207,9 @@ def start_task(
 
     Returns:
       (base, lora, opt_state) of the same structures, shapes, dtypes and placement: the
-      step does not recompile. Works under jit; along explicit mesh axes there only where
-      no fan-in is sharded. Where U is full, A = 0 and the layer
-      learns no more; `lora.room` says how much is left. An A that the subspace leaves
+      step does not recompile. Works under jit; along explicit mesh axes there only
+      where no fan-in is sharded. Where U is full, A = 0 and the layer learns no more;
+      `lora.room` says how much is left. An A that the subspace leaves
       out is drawn anew without protection.
 
     Raises:

@@ -34,7 +34,7 @@ EVIDENCE = {
     "forgetting": "`forgetting_*.json`",
     "strength_rules": "`strength_rules_*.json`",
     "pretrained": "`pretrained_*.json`",
-    "osft_leak": "`osft_leak.json`",
+    "osft_leak": "`osft_leak.json`, `osft_leak_smollm2.json`",
     "report": "`report.html`",
 }
 

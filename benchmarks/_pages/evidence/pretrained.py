@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks._pages.evidence.results import read
 from benchmarks._pages.tables import table
-from benchmarks.boundary import INSIDE, KEYS, WIDTH, layer_shapes
 from benchmarks._pretrained.found import NAMES, REFERENCE, by_final, rows_of, values
+from benchmarks.boundary import INSIDE, KEYS, WIDTH, layer_shapes
 from examples.harness.statistics import interval
 
 __all__ = ["FACTS", "TABLES", "for_readers"]
@@ -151,6 +151,29 @@ def blind(side: str) -> str:
     return f"{changed / sum(n * m for n, m in shapes):.2f}"
 
 
+OSFT = {
+    "adamw": "AdamW, nothing protected",
+    "hooked": "projected gradients, then AdamW",
+    "peft": "PEFT: factors, their gradients projected, then AdamW",
+    "osft": "`adamr.osft`",
+    "elementwise": "v element-wise, step and decay projected",
+}
+
+
+def osft() -> str:
+    """What singular directions let through, each method at its best rate."""
+    rows = read("osft_leak_smollm2")["rows"]
+    lines = []
+    for method, name in OSFT.items():
+        tried = [row for row in rows if row["method"] == method]
+        best = min(tried, key=lambda row: row["learned"])
+        told = (f"{best[key]:.1e}" for key in ("leak", "moved"))
+        losses = (f"{best[key]:.3f}" for key in ("learned", "general"))
+        lines.append([name, f"{best['learning_rate']:g}", *told, *losses])
+    heads = ["method", "rate", "leak", "moved", "task", "general text"]
+    return table(heads, lines)
+
+
 def number(stream: str, method: str, key: str) -> str:
     return f"{_mean(stream, method, key) + 0.0:.3f}"
 
@@ -213,4 +236,5 @@ TABLES = {
     "llm_change": change,
     "llm_room": room,
     "llm_fit": fit,
+    "llm_osft": osft,
 }
