@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
     "docstrings",
     "forge",
     "lessons",
@@ -55,6 +56,10 @@ napoleon_custom_sections = [
     ("Attributes", "params_style"),
     ("Extra arguments", "params_style"),
 ]
+
+copybutton_selector = "div:not(.output) > div.highlight pre"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"
 html_title = "adamr"

@@ -1,5 +1,7 @@
 """Bases from Gram matrices, without gathering; stored small; kept on the host."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,14 @@ def test_covariances_of_nothing_change_nothing():
         c = adamr.subspaces.Covariance(
             (jnp.full((IN, IN), moment),), (jnp.ones([], int),)
         )
-        same = adamr.grow_subspace(s, c, threshold=1.0)
+        grow = functools.partial(adamr.grow_subspace, threshold=1.0)
+        same = jax.jit(grow)(s, c)
         np.testing.assert_array_equal(same.bases[0], s.bases[0])
+        if moment == 0:
+            np.testing.assert_array_equal(grow(s, c).bases[0], s.bases[0])
+        else:
+            with pytest.raises(ValueError, match="samples has NaN or infinite"):
+                grow(s, c)
     parts = adamr.subspaces.empty_covariance(s, parts=4)
     with pytest.raises(ValueError, match="merge_covariance"):
         adamr.grow_subspace(s, parts)
