@@ -21,6 +21,7 @@ __all__ = ["FACTS", "TABLES", "for_readers"]
 SHORT = {
     "adam": "Adam on the pairs",
     "lora_restart": "pairs merged and drawn anew, nothing protected",
+    "lora_random": "the lines above without `lora.inflora`",
     REFERENCE: "the lines above",
 }
 COLUMNS = {
@@ -69,9 +70,7 @@ def _line(stream: str, method: str) -> list[str]:
 def for_readers() -> str:
     """Two tables of the guide: a few methods, as a whole and task by task."""
     stream = "instruct"
-    shown = [
-        n for n in ("adam", "lora_restart", REFERENCE) if rows_of(_read(stream), n)
-    ]
+    shown = [name for name in SHORT if _rows(stream, name)]
     whole = [[SHORT[name], *_line(stream, name)] for name in shown]
     tasks = _read(stream)["settings"]["tasks"].split(",")
     each = [
@@ -202,7 +201,7 @@ def _at_the_edge(stream: str, edge: Callable) -> str:
         tuning = _read(stream)["methods"].get(name, {}).get("tuning", {})
         if tuning and tuning["rate"] == edge(rate for rate, *_ in tuning["sweep"]):
             found.append(NAMES[name])
-    return ", ".join(found) or "none"
+    return "; ".join(found) or "none"
 
 
 def least(stream: str, key: str, method: str) -> str:
