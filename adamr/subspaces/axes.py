@@ -176,12 +176,18 @@ def flatten_axes(axes: Any, params: Any) -> list[Any]:
         pairs = zip(names, leaves, strict=True)
         return [axes(n, x.shape) if hasattr(x, "shape") else None for n, x in pairs]
     found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
-    if len(found) != len(leaves):
+    if len(found) == len(leaves):
+        return found
+    positions, treedef = _tree.flatten(params)
+    try:  # a hole may stand for a subtree, as under labels that are prefixes
+        entries = treedef.flatten_up_to(axes)
+    except ValueError as error:
         raise ValueError(
             f"axes must be a tree like params with an Axes or None per leaf: got "
             f"{len(found)} entries, expected {len(leaves)} {names}."
-        )
-    return found
+        ) from error
+    pairs = zip(positions, entries, strict=True)
+    return [None if _tree.is_hole(x) else entry for x, entry in pairs]
 
 
 def _warn(unread: dict[str, str]) -> None:

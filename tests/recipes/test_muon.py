@@ -259,6 +259,22 @@ def test_a_matrix_is_what_the_subspace_says():
     assert norms.min() > 0.8 * norms.max()
 
 
+@pytest.mark.parametrize("hidden", ["a", "c"])
+def test_axes_of_leaves_that_labels_hide(hidden):
+    part = {"b": jnp.ones(3), "w": jnp.ones((4, 3))}
+    p, shown = {"a": part, "c": part}, "c" if hidden == "a" else "a"
+    of_part = {"b": None, "w": adamr.Axes((0,))}
+    axes = {"a": of_part, "c": of_part}
+    tx = adamr.muon(0.1, optax.identity(), axes=axes)
+    labels = {shown: "muon", hidden: "frozen"}
+    both = optax.partition({"muon": tx, "frozen": optax.set_to_zero()}, labels)
+    g = gradients(4, p)
+    ((found,), _), ((alone,), _) = run(both, p, [g]), run(tx, p, [g])
+    for name in part:
+        np.testing.assert_allclose(found[shown][name], alone[shown][name], atol=1e-6)
+    assert not any(jnp.any(x) for x in found[hidden].values())
+
+
 def test_axes_and_a_rate_of_their_own_under_map_params():
     p = {"a": jnp.ones((4, 3)), "b": jnp.ones(3)}
     axes = {"a": adamr.Axes((0,)), "b": None}
