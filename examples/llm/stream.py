@@ -119,13 +119,20 @@ def train_step(
             return loss, loss
         return loss + coefficient * penalty(trained, opt_state), loss
 
-    (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
     extra = {}
-    if memory is not None:
-        replayed = jax.grad(functools.partial(loss_on, memory))(trained)
+    if memory is None:
+        (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+    else:
+        # In a loop: side by side, both would hold their activations at once.
+        both = jax.tree.map(lambda *rows: jnp.stack(rows), batch, memory)
+        losses, gradients = jax.lax.map(
+            lambda rows: jax.value_and_grad(functools.partial(loss_on, rows))(trained),
+            both,
+        )
+        loss, gradient = jax.tree.map(lambda x: x[0], (losses, gradients))
         # No answer counts before the first task is finished: the mean is 0/0.
         extra["memory_gradient"] = jax.tree.map(
-            lambda g: jnp.where(jnp.any(memory[1]), g, 0.0), replayed
+            lambda g: jnp.where(jnp.any(memory[1]), g[1], 0.0), gradients
         )
     tx = build(rate, coefficient)
     updates, opt_state = tx.update(gradient, opt_state, trained, **extra)
@@ -171,6 +178,12 @@ def _replayed(
     rows = [(memory, rng.integers(len(memory.tokens))) for memory in drawn]
     tokens = np.stack([memory.tokens[i] for memory, i in rows])
     return tokens, np.stack([memory.answer[i] for memory, i in rows])
+
+
+def _as_wide(rows: tuple[np.ndarray, ...], width: int) -> tuple[np.ndarray, ...]:
+    """Tokens and answers with padding, which counts nothing."""
+    more = (0, 0), (0, width - rows[0].shape[1])
+    return tuple(np.pad(x, more) for x in rows)
 
 
 def _measure(plan: Plan, run: Run, task: int, history: History) -> None:
@@ -224,12 +237,15 @@ def _trained_step(
 ) -> tuple[Run, float]:
     part, sizes, mesh = plan.stream.parts[task], plan.sizes, plan.learner.model.mesh
     rows = batch_rows(task, seed, step, sizes.batch, len(part.train.tokens))
-    memory = _replayed(plan, task, step, seed) if plan.method.replays else None
+    batch, memory = take(part.train, rows), None
+    if plan.method.replays:
+        memory = _replayed(plan, task, step, seed)
+        batch = _as_wide(batch, memory[0].shape[1])
     places = places_of((run.trained, run.opt_state), mesh)
     trained, state, loss = train_step(
         plan.learner.forward, plan.method.penalty, plan.build, places, *numbers,
         run.trained, run.base, run.opt_state,
-        *put_rows((take(part.train, rows), memory), mesh),
+        *put_rows((batch, memory), mesh),
     )  # fmt: skip
     return Run(trained, run.base, state), float(loss)
 
