@@ -26,7 +26,7 @@ def draw(path: Path, results: Mapping[str, dict[str, Any]]) -> None:
     methods = by_final(first)
     for other in others:
         methods += [name for name in by_final(other) if name not in methods]
-    size = 3.0 + 2.3 * len(results), 0.9 + 0.22 * len(methods)
+    size = 4.8 + 2.6 * len(results), 0.9 + 0.24 * len(methods)
     figure = Figure(figsize=size, layout="constrained")
     (panels,) = figure.subplots(1, len(results), sharey=True, squeeze=False)
     for axes, (title, result) in zip(panels, results.items(), strict=True):
