@@ -49,14 +49,16 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any]]:
     return names, [leaf for _, leaf in paths]
 
 
-def positions_like(tree: Any, like: Any) -> list[Any] | None:
+def positions_like(
+    tree: Any, like: Any, is_leaf: Callable[[Any], bool] = is_hole
+) -> list[Any] | None:
     """The leaves of `tree` at the positions of `like`, or None if it does not fit.
 
     A hole in `like` may stand for a whole subtree, as under `optax.partition` with
     prefix labels: whatever `tree` has there is one position.
     """
     positions, treedef = flatten(like)
-    leaves = flatten(tree)[0]
+    leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
     if len(leaves) == len(positions):
         return leaves
     try:

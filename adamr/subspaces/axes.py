@@ -175,19 +175,18 @@ def flatten_axes(axes: Any, params: Any) -> list[Any]:
     if callable(axes) and jax.tree_util.all_leaves([axes]):
         pairs = zip(names, leaves, strict=True)
         return [axes(n, x.shape) if hasattr(x, "shape") else None for n, x in pairs]
-    found = jax.tree.leaves(axes, is_leaf=lambda x: x is None or isinstance(x, Axes))
-    if len(found) == len(leaves):
-        return found
-    positions, treedef = _tree.flatten(params)
-    try:  # a hole may stand for a subtree, as under labels that are prefixes
-        entries = treedef.flatten_up_to(axes)
-    except ValueError as error:
+
+    def is_entry(x):
+        return x is None or isinstance(x, Axes)
+
+    found = _tree.positions_like(axes, params, is_entry)
+    if found is None:
+        count = len(jax.tree.leaves(axes, is_leaf=is_entry))
         raise ValueError(
             f"axes must be a tree like params with an Axes or None per leaf: got "
-            f"{len(found)} entries, expected {len(leaves)} {names}."
-        ) from error
-    pairs = zip(positions, entries, strict=True)
-    return [None if _tree.is_hole(x) else entry for x, entry in pairs]
+            f"{count} entries, expected {len(leaves)} {names}."
+        )
+    return found
 
 
 def _warn(unread: dict[str, str]) -> None:

@@ -87,7 +87,7 @@ def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...])
     return array
 
 
-def _floor(count: Any) -> Any:
+def whole(count: Any) -> Any:
     """⌊share · n⌋, where share · n may have been rounded off a whole number."""
     return (jnp if _tree.is_traced(count) else np).floor(count + 1e-3)
 
@@ -98,15 +98,15 @@ def _counts(
     """k per slice, and the room for directions."""
     ratio = _check_ratio("keep", name, ratio, batch)
     if room is not None:
-        most = int(_floor(smaller * float(_check_ratio("room", name, room, ()))))
+        most = int(whole(smaller * float(_check_ratio("room", name, room, ()))))
     elif isinstance(ratio, np.ndarray):
-        most = int(_floor(smaller * ratio.max(initial=0.0)))
+        most = int(whole(smaller * ratio.max(initial=0.0)))
     else:
         raise ValueError(
             f"keep is traced at {name}, expected numbers, or room= for the largest: "
             "the capacity of a Subspace is fixed."
         )
-    counts = _floor(smaller * ratio)
+    counts = whole(smaller * ratio)
     if isinstance(counts, np.ndarray | np.floating) and np.max(counts) > most:
         raise ValueError(f"keep is {ratio} at {name}, expected at most room = {room}.")
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), batch)

@@ -110,30 +110,25 @@ def train_step(
 ):  # fmt: skip
     """One step; parameters and state, which lie at `places`, and the loss."""
 
-    def loss_on(rows, trained):
+    @jax.value_and_grad
+    def loss_on(trained, rows):
         return measures.answer_loss(forward(trained, base, rows[0]), *rows)
-
-    def objective(trained):
-        loss = loss_on(batch, trained)
-        if penalty is None:
-            return loss, loss
-        return loss + coefficient * penalty(trained, opt_state), loss
 
     extra = {}
     if memory is None:
-        (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
+        loss, gradient = loss_on(trained, batch)
     else:
         # In a loop: side by side, both would hold their activations at once.
         both = jax.tree.map(lambda *rows: jnp.stack(rows), batch, memory)
-        losses, gradients = jax.lax.map(
-            lambda rows: jax.value_and_grad(functools.partial(loss_on, rows))(trained),
-            both,
-        )
+        losses, gradients = jax.lax.map(functools.partial(loss_on, trained), both)
         loss, gradient = jax.tree.map(lambda x: x[0], (losses, gradients))
         # No answer counts before the first task is finished: the mean is 0/0.
         extra["memory_gradient"] = jax.tree.map(
             lambda g: jnp.where(jnp.any(memory[1]), g[1], 0.0), gradients
         )
+    if penalty is not None:
+        pull = jax.grad(penalty)(trained, opt_state)
+        gradient = jax.tree.map(lambda g, p: g + coefficient * p, gradient, pull)
     tx = build(rate, coefficient)
     updates, opt_state = tx.update(gradient, opt_state, trained, **extra)
     trained = optax.apply_updates(trained, updates)

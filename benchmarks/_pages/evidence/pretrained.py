@@ -88,9 +88,7 @@ def for_readers() -> str:
 
 def _ends(stream: str, method: str) -> list[tuple[float, float]]:
     """Of every task the loss when it was learned and at the end, means over seeds."""
-    found = [
-        np.array(row["loss_matrix"], float) for row in rows_of(_read(stream), method)
-    ]
+    found = [np.array(row["loss_matrix"], float) for row in _rows(stream, method)]
     matrix = np.mean(found, axis=0)
     return list(zip(np.diag(matrix), matrix[-1], strict=True))
 
