@@ -2,9 +2,9 @@
 
     python -m benchmarks.accelerator [--quick] [--width 1152 --layers 16 ...]
 
-Two minutes or so a part on a GPU: a language model of 256 million parameters,
-8192 tokens a step, rank 64. Measured first: the rate at which the device copies and the
-rate at which it multiplies matrices. Then, interleaved round by round,
+With the defaults: a language model of 256 million parameters, 8192 tokens a step, rank
+64. Measured first: the rate at which the device copies and the rate at which it
+multiplies matrices. Then, interleaved round by round,
 
     compile     tracing and compiling the update
     update      bytes that must be moved / time, as a share of the copy rate

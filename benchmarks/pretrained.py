@@ -11,9 +11,8 @@ first. Reported are losses and scores on test rows, general text that no task ha
 where the change of the weights went (`_pretrained/change.py`).
 
 `<out>/pretrained_<stream>.json` grows with each finished method, and the command
-continues an interrupted one from the last rate or seed. One method of six tasks takes
-about a quarter of an hour of two cores. `--methods levers` are the protected pairs with
-one setting changed, at the rate that was best for them, and take two thirds of that.
+continues an interrupted one from the last rate or seed. `--methods levers` are the
+protected pairs with one setting changed, at the rate that was best for them.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ MORE_DEFINITIONS = {
 }
 
 
-# glibc then asks Linux for huge pages: a step takes 1.3 s instead of 1.6.
+# glibc then asks Linux for huge pages, and large arrays are faster.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 

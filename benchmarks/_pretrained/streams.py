@@ -86,7 +86,7 @@ LEVERS = {
 def arms() -> dict[str, Arm]:
     """Every method, and the protected pairs with one setting changed, unscored."""
     methods = {name: Arm(name, {}, {}) for name in METHODS}
-    unscored = {"generated": 0}  # saves a sixth of the time
+    unscored = {"generated": 0}  # saves time
     levers = {
         name: arm._replace(options=arm.options | unscored)
         for name, arm in LEVERS.items()
