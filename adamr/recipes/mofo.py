@@ -18,7 +18,6 @@ from adamr.routing.merge import (
 )
 from adamr.subspaces.axes import Axes, default_axes
 from adamr.subspaces.make import flatten_axes
-from adamr.subspaces.weights import whole
 
 __all__ = ["MofoState", "among_largest", "mofo"]
 
@@ -32,10 +31,10 @@ class MofoState(NamedTuple):
 
 
 def _count(share: float, n: int) -> jax.typing.ArrayLike:
-    """max(1, ⌊share · n⌋)."""
+    """max(1, ⌊share · n⌋), where share · n may have been rounded off a whole number."""
     if _tree.is_known(share):
-        return max(1, int(whole(float(share) * n)))
-    return jnp.maximum(1, whole(share * n)).astype(jnp.uint32)
+        return max(1, math.floor(float(share) * n + 1e-3))
+    return jnp.maximum(1, jnp.floor(share * n + 1e-3)).astype(jnp.uint32)
 
 
 def among_largest(x: jax.Array, share: float, batch: Sequence[int] = ()) -> jax.Array:

@@ -7,7 +7,9 @@ U_k Σ_k V_kᵀ of the kernel stays what it was, and so do its singular triples.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import jax
@@ -87,9 +89,15 @@ def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...])
     return array
 
 
-def whole(count: Any) -> Any:
-    """⌊share · n⌋, where share · n may have been rounded off a whole number."""
-    return (jnp if _tree.is_traced(count) else np).floor(count + 1e-3)
+def _whole(share: Any, n: int) -> Any:
+    """⌊share · n⌋; of a share as it is written, too: .29 * 100 is less than 29."""
+    if _tree.is_traced(share):
+        return jnp.floor(n * share)
+
+    def count(x):
+        return max(math.floor(x * n), math.floor(Decimal(str(x)) * n))
+
+    return np.vectorize(count, otypes=[np.int64])(share)
 
 
 def _counts(
@@ -98,16 +106,16 @@ def _counts(
     """k per slice, and the room for directions."""
     ratio = _check_ratio("keep", name, ratio, batch)
     if room is not None:
-        most = int(whole(smaller * float(_check_ratio("room", name, room, ()))))
+        most = int(_whole(_check_ratio("room", name, room, ()), smaller))
     elif isinstance(ratio, np.ndarray):
-        most = int(whole(smaller * ratio.max(initial=0.0)))
+        most = int(_whole(ratio.max(initial=0.0), smaller))
     else:
         raise ValueError(
             f"keep is traced at {name}, expected numbers, or room= for the largest: "
             "the capacity of a Subspace is fixed."
         )
-    counts = whole(smaller * ratio)
-    if isinstance(counts, np.ndarray | np.floating) and np.max(counts) > most:
+    counts = _whole(ratio, smaller)
+    if not _tree.is_traced(counts) and np.max(counts, initial=0) > most:
         raise ValueError(f"keep is {ratio} at {name}, expected at most room = {room}.")
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), batch)
     return counts, max(most, 1)
