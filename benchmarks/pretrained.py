@@ -136,7 +136,7 @@ def _merged(held: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any
 
 
 def _path(out: Path, stream: str) -> Path:
-    return out / f"pretrained_{stream}.json"
+    return out / f"pretrained_{stream.replace('-', '_')}.json"
 
 
 def _measured_before(path: Path, method: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ every rate that is tried and every seed, and a second process continues from the
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -168,11 +169,18 @@ def _learned(
         "change": where,
         "protected": None if rooms[0] is None else rooms,
         "seconds": seconds,
+        "cores": _cores(),
         "seconds_per_step": float(np.median(history["step_seconds"])),
         "boundary_seconds": history["boundary_seconds"],
         "peak_memory": peak,
     }
     return row, run
+
+
+def _cores() -> int | None:
+    """That this process may use, which are fewer under `taskset`."""
+    own = getattr(os, "sched_getaffinity", None)
+    return len(own(0)) if own else os.cpu_count()
 
 
 def _numbers(history: dict[str, Any]) -> dict[str, Any]:

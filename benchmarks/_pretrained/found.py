@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from examples.harness.statistics import interval
+from examples.harness.statistics import interval, paired
 
-__all__ = ["NAMES", "REFERENCE", "by_final", "rows_of", "value", "values"]
+__all__ = [
+    "LEVER_NAMES",
+    "NAMES",
+    "REFERENCE",
+    "by_final",
+    "differences",
+    "rows_of",
+    "value",
+    "values",
+]
 
 NAMES = {
     "adam": "Adam on the pairs",
@@ -30,6 +39,18 @@ NAMES = {
     "mofo": "MoFO on all weights",
 }
 REFERENCE = "lora_complement"  # the method that the guide recommends
+LEVER_NAMES = {
+    "threshold-0.8": "threshold 0.8 instead of 0.9",
+    "threshold-0.95": "threshold 0.95",
+    "threshold-0.97": "threshold 0.97",
+    "threshold-0.99": "threshold 0.99",
+    "capacity-256": "capacity 256 instead of 512",
+    "captured-16": "inputs of 16 rows instead of 64",
+    "captured-192": "inputs of 192 rows",
+    "general-0": "general text not protected",
+    "not-normalized": "inputs at their own lengths",
+    "first-token-masked": "the same, the first token left out",
+}
 
 
 def rows_of(result: dict[str, Any], method: str) -> list[dict[str, Any]]:
@@ -62,3 +83,16 @@ def by_final(result: dict[str, Any]) -> list[str]:
         return interval(values(result, name, "final_loss"))[0]
 
     return sorted(known, key=final)
+
+
+def differences(
+    result: dict[str, Any], method: str, rival: str, key: str
+) -> tuple[float, float]:
+    """Method minus rival on the seeds that both have: mean, half of the interval."""
+    own, other = (
+        {row["seed"]: value(row, key) for row in rows_of(result, name)}
+        for name in (method, rival)
+    )
+    seeds = sorted(own.keys() & other.keys())
+    found = paired([own[s] for s in seeds], [other[s] for s in seeds])
+    return found["difference"], found["half_width"]

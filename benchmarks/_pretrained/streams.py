@@ -74,6 +74,7 @@ LEVERS = {
     "threshold-0.8": Arm("lora_complement", {"threshold": 0.8}, {}),
     "threshold-0.95": Arm("lora_complement", {"threshold": 0.95}, {}),
     "threshold-0.97": Arm("lora_complement", {"threshold": 0.97}, {}),
+    "threshold-0.99": Arm("lora_complement", {"threshold": 0.99}, {}),
     "capacity-256": Arm("lora_complement", {"capacity": 256}, {}),
     "captured-16": Arm("lora_complement", {"captured": 16}, {}),
     "captured-192": Arm("lora_complement", {"captured": 192}, {}),

@@ -107,7 +107,7 @@ def test_the_reversed_order_takes_the_rates_of_the_first(tmp_path, monkeypatch):
     (tmp_path / "pretrained_instruct.json").write_text(json.dumps(before))
     pretrained.main(config)
     assert [job.tuning for job in jobs] == [before["methods"]["adam"]["tuning"]]
-    told = json.loads((tmp_path / "pretrained_instruct-reversed.json").read_text())
+    told = json.loads((tmp_path / "pretrained_instruct_reversed.json").read_text())
     assert told["methods"] == {"adam": measured(1.5)}
     assert told["about"] == {"model": "m"} and jobs[0].about is None
     pretrained.main(dataclasses.replace(config, seeds=2))
@@ -122,6 +122,22 @@ def test_methods_by_their_last_loss():
     assert found.values(result, "er", "tuning.rate") == [None]
     general = {"general_loss_before": 1.0, "general_loss_after": 1.5}
     assert found.value(general, "general") == 0.5
+
+
+def test_differences_are_of_the_seeds_that_both_have():
+    def rows(*finals):
+        return {"rows": [{"seed": i, "final_loss": x} for i, x in enumerate(finals)]}
+
+    result = {"methods": {"adam": rows(2.0, 2.2, 2.4), "er": rows(1.5, 1.8)}}
+    mean, half = found.differences(result, "er", "adam", "final_loss")
+    # -0.5 and -0.4: spread √(0.005), t(0.975, 1) = 12.706
+    assert mean == pytest.approx(-0.45)
+    assert half == pytest.approx(12.706 * (0.005 / 2) ** 0.5, rel=1e-4)
+
+
+def test_every_lever_has_a_name_for_readers():
+    assert set(found.LEVER_NAMES) == set(LEVERS)
+    assert set(METHODS) < set(found.NAMES)
 
 
 def test_results_of_another_model_are_refused():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks._pages.evidence.cells import as_csv, as_html, cells
 from benchmarks._pages.evidence.facts import fact
-from benchmarks._pages.evidence.pretrained import for_readers
+from benchmarks._pages.evidence.pretrained_tables import for_readers
 from benchmarks._pages.evidence.results import ROOT
 from benchmarks._pages.evidence.tables import TABLES, headlines
 from benchmarks._pages.tables import written

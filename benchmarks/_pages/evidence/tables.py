@@ -8,7 +8,7 @@ from benchmarks._evidence.cells import CELLS, MODIFIERS, Cell
 from benchmarks._evidence.inflation import ESTIMATORS
 from benchmarks._evidence.pareto import values
 from benchmarks._evidence.pictures import ARMS
-from benchmarks._pages.evidence import pretrained
+from benchmarks._pages.evidence import pretrained_tables
 from benchmarks._pages.evidence.results import (
     STREAMS,
     gain,
@@ -248,5 +248,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "mechanism": _mechanism,
     "explained": explained,
     "causes": _causes,
-    **pretrained.TABLES,
+    **pretrained_tables.TABLES,
 }
