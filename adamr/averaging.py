@@ -41,10 +41,12 @@ def lines_scaling(
         L is the largest l it returns, plus one.
 
     Returns:
-      A tree like pretrained, in its dtypes.
+      A tree like pretrained, in its dtypes, rounded once. What fine-tuning left as it
+      was stays so to the bit.
 
     Raises:
-      ValueError: if the trees do not match, or block finds fewer than two blocks.
+      ValueError: if the trees or shapes do not match, or block finds fewer than two
+        blocks.
 
     >>> before = {"0": jnp.zeros(1), "1": jnp.zeros(1), "2": jnp.zeros(1)}
     >>> after = {"0": jnp.ones(1), "1": jnp.ones(1), "2": jnp.ones(1)}
@@ -70,12 +72,23 @@ def lines_scaling(
             f"finetuned has the structure {have}, expected that of pretrained, {want}."
         )
 
+    ends = _tree.flatten(finetuned)[0]
+    for name, start, end in zip(names, _tree.flatten(pretrained)[0], ends, strict=True):
+        if not _tree.is_hole(start) and jnp.shape(start) != jnp.shape(end):
+            raise ValueError(
+                f"finetuned has shape {jnp.shape(end)} at {name}, expected that of "
+                f"pretrained, {jnp.shape(start)}."
+            )
+
     def scaled(start, number, end):
         scale = alpha if number is None else alpha + beta * number / last
-        # As a weighted mean, not start + scale · change: exact at scales 0 and 1.
-        return (start * (1.0 - scale) + end * scale).astype(start.dtype)
+        wide = jnp.promote_types(start.dtype, jnp.float32)
+        # A weighted mean, not start + scale · change: exact at scale 1.
+        mean = start.astype(wide) * (1.0 - scale) + end.astype(wide) * scale
+        unchanged = (start == end) | (scale == 0.0)
+        return jnp.where(unchanged, start, mean.astype(start.dtype))
 
-    return _tree.map_positions(scaled, pretrained, blocks, _tree.flatten(finetuned)[0])
+    return _tree.map_positions(scaled, pretrained, blocks, ends)
 
 
 class EmaWeightsState(NamedTuple):

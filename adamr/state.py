@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.contrib import MuonState
 
 from adamr import _tree
@@ -255,17 +256,17 @@ MOMENTS = {"mu", "nu", "trace", "ema"}
 
 
 def _has_moments(node: Any) -> bool:
-    return not MOMENTS.isdisjoint(getattr(node, "_fields", ()))
+    named = not MOMENTS.isdisjoint(getattr(node, "_fields", ()))
+    return named or isinstance(node, optax.ScaleByAdanState)
 
 
 def reset_moments(opt_state: Any) -> Any:
     """Zeros for count, m and v of every state with such a field, optax's too.
 
-    The fields are `mu` and `nu`, and of plain momentum `trace` and `ema`. Bias
-    correction starts anew with the count, so the first step is full-sized as on the
-    first day.
+    The fields are `mu` and `nu`, of plain momentum `trace` and `ema`, and those of
+    Adan. Bias correction starts anew with the count, so the first step is full-sized as
+    on the first day.
 
-    >>> import optax
     >>> tx = optax.adam(1e-3)
     >>> _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
     >>> optax.tree.get(reset_moments(state), "mu")

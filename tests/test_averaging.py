@@ -120,3 +120,22 @@ def test_the_average_shares_no_buffer_and_can_be_donated():
 def test_ema_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         averaging.ema_weights(**arguments)
+
+
+def test_what_fine_tuning_left_alone_stays_to_the_bit():
+    x = jax.random.normal(jax.random.key(0), (1000,)).astype(jnp.bfloat16)
+    tree = {"blocks": [{"kernel": x} for _ in range(3)], "embed": x}
+    same = averaging.lines_scaling(tree, tree, 0.3, block=block)
+    jax.tree.map(np.testing.assert_array_equal, same, tree)
+
+
+def test_scale_zero_needs_nothing_of_what_fine_tuning_made():
+    before, after = model(0.5), model(jnp.inf)
+    found = averaging.lines_scaling(before, after, 0.0, block=block)
+    np.testing.assert_array_equal(found["embed"], before["embed"])
+
+
+def test_lines_of_other_shapes():
+    after = model(1.0) | {"embed": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match=r"finetuned has shape \(2, 3\) at embed"):
+        averaging.lines_scaling(model(0.0), after, 0.5, block=block)

@@ -24,7 +24,14 @@ from adamr.capture.origin import of_leaf
 from adamr.capture.walk import Notes, Value, Walk
 from adamr.subspaces.axes import Axes, read_axes
 
-__all__ = ["Function", "contracted_axes", "plan_of", "traced", "values_of"]
+__all__ = [
+    "Function",
+    "contracted_axes",
+    "draws_random_numbers",
+    "plan_of",
+    "traced",
+    "values_of",
+]
 
 
 class Function(NamedTuple):
@@ -76,6 +83,18 @@ def traced(forward: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> F
     arrays, in_arrays = [leaves[i] for i in at], [given[i] for i in in_at]
     jaxpr = jax.make_jaxpr(function)(arrays, in_arrays)
     return Function(jaxpr, names, leaves, treedef, at, in_arrays)
+
+
+def draws_random_numbers(jaxpr: Any) -> bool:
+    """Whether an equation, or one inside it, draws random numbers, as dropout does."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "random_bits":
+            return True
+        for inner in jax.tree.leaves(tuple(eqn.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns") and draws_random_numbers(inner):
+                return True
+    return False
 
 
 def cannot_follow(leaf: Any) -> str | None:

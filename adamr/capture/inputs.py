@@ -1,5 +1,6 @@
 """Layer inputs of any function of its parameters, read off its equations."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamr import _tree
-from adamr.capture.axes import Function, Unread, plan_of, traced, values_of
+from adamr.capture.axes import (
+    Function,
+    Unread,
+    draws_random_numbers,
+    plan_of,
+    traced,
+    values_of,
+)
 from adamr.capture.dims import Atom, unknown
 from adamr.capture.interpret import run
 from adamr.capture.records import Records, settled
-from adamr.capture.rows import Mask, kind_of
+from adamr.capture.rows import Mask, kind_of, spread
 from adamr.capture.walk import Notes, Value, Walk
 from adamr.subspaces.axes import MAX_FAN_IN, Axes, fan_in
 from adamr.subspaces.covariance import SharedCovariance, mean_moment
@@ -96,7 +104,8 @@ def layer_inputs(
     leaf's order (N: batch times positions; all places that use the leaf together),
 
         kind="gram"     X̄ = Σ_i x_i x_iᵀ / N and N         a `SharedCovariance`
-        kind="rows"     x_1, …, x_N, at most `max_rows` of them, evenly spread
+        kind="rows"     x_1, …, x_N, at most `max_rows` of them, evenly spread over
+                        those that are not zero
         kind="sketch"   `max_rows` rows S with SᵀS ≈ Σ_i x_i x_iᵀ (Frequent Directions)
 
     A Gram matrix of float32 tells directions with at least 1e-6 of a leaf's energy from
@@ -116,7 +125,8 @@ def layer_inputs(
     Gram matrix; eagerly, it computes `forward` equation by equation.
 
     Args:
-      forward: `(params, *inputs) -> anything`, in evaluation mode (no dropout).
+      forward: `(params, *inputs) -> anything`, in evaluation mode: warns if it draws
+        random numbers, as dropout does.
       params: parameters; leaves that are not arrays are left to `forward` as given.
       *inputs: arrays with a leading batch axis; whatever else `forward` takes.
       mask: which data count (bool, or numbers of which 0 hides): (batch,) or (batch,
@@ -171,6 +181,12 @@ def layer_inputs(
             raise ValueError(
                 f"inputs has an array of shape {x.shape}: no rows to read."
             )
+    if draws_random_numbers(function.jaxpr.jaxpr):
+        warnings.warn(
+            "forward draws random numbers (dropout?): what the layers meet with one "
+            "draw is not what they meet in use. Pass the model in evaluation mode.",
+            stacklevel=2,
+        )
     axes = plan_of(function)
     chosen = _selected(function, leaves)
     plan = {i: a for i, a in enumerate(axes) if isinstance(a, Axes) and chosen[i]}
@@ -218,11 +234,7 @@ def _collected(function, records: Records, shapes, kind: str, max_rows: int | No
             found[i] = mean_moment(*settled(records, i, shapes[i]))
         else:
             (rows,) = settled(records, i, shapes[i])
-            count = rows.shape[-2]
-            if max_rows is not None and count > max_rows:
-                places = np.linspace(0, count - 1, max_rows).round().astype(int)
-                rows = rows[..., places, :]
-            found[i] = rows
+            found[i] = rows if max_rows is None else spread(rows, max_rows)
         for x in jax.tree.leaves(found[i]):
             if not _tree.is_traced(x) and not jnp.all(jnp.isfinite(x)):
                 raise ValueError(

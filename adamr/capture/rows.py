@@ -24,7 +24,7 @@ from adamr.subspaces.sketch import shrink_rows
 
 _MOST = jnp.iinfo(jnp.int32).max
 
-__all__ = ["Arrangement", "Kind", "Mask", "kind_of", "mask_rows"]
+__all__ = ["Arrangement", "Kind", "Mask", "kind_of", "mask_rows", "spread"]
 
 
 class Arrangement(NamedTuple):
@@ -202,6 +202,28 @@ def _rows(normalize, finish=lambda rows: rows):
         return (rows[0] if len(rows) == 1 else finish(jnp.concatenate(rows, -2)),)
 
     return Kind(take, fold, merge, False)
+
+
+def spread(rows: jax.Array, most: int) -> jax.Array:
+    """At most `most` rows per slice, evenly spread over those that are not zero.
+
+    Zero rows are those that the mask hides, or other slices of a stacked kernel met.
+    """
+    if rows.shape[-2] <= most:
+        return rows
+    counts = jnp.any(rows != 0, axis=-1)
+    first = jnp.argsort(~counts, axis=-1, stable=True)
+    last = jnp.sum(counts, axis=-1, dtype=jnp.int32, keepdims=True) - 1
+    number = jax.lax.broadcasted_iota(
+        jnp.int32, (*counts.shape[:-1], most), counts.ndim - 1
+    )
+    # number · last / parts; whole numbers apart, which float32 would round.
+    parts = max(most - 1, 1)
+    rest = jnp.floor((last % parts) * (number / parts).astype(jnp.float32) + 0.5)
+    places = (last // parts) * number + rest.astype(jnp.int32)
+    places = jnp.where(last < most, number, places)
+    chosen = jnp.take_along_axis(first, places, axis=-1)
+    return jnp.take_along_axis(rows, chosen[..., None], axis=-2)
 
 
 def _sketched(rows: jax.Array, size: int) -> jax.Array:

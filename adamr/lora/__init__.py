@@ -9,11 +9,11 @@ from adamr.lora.pairs import Pair as Pair
 from adamr.lora.pairs import find_pairs as find_pairs
 from adamr.lora.precision import cast_like as cast_like
 from adamr.lora.precision import masters as masters
+from adamr.lora.room import Room as Room
+from adamr.lora.room import room as room
 from adamr.lora.starts import hold as hold
 from adamr.lora.starts import inflora as inflora
 from adamr.lora.starts import keeplora as keeplora
 from adamr.lora.starts import train_b as train_b
-from adamr.lora.task import Room as Room
 from adamr.lora.task import axes as axes
-from adamr.lora.task import room as room
 from adamr.lora.task import start_task as start_task

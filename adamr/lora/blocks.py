@@ -21,7 +21,8 @@ from adamr._tree import placed_like
 from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, halves
 from adamr.lora.precision import require_wide
-from adamr.lora.task import bases_of, restarted
+from adamr.lora.room import warn_of_gaps
+from adamr.lora.task import bases_of, require_restartable, restarted
 from adamr.routing.carrier import plain_gradient
 from adamr.sharding import einsum_sharding
 from adamr.state import held_subspace, protect_inputs
@@ -112,7 +113,8 @@ def train_block(
 
     Args:
       optimizer: a whole one over the tree of the pairs, such as
-        `adamr(rate, project_out(subspace), weight_decay=0.1)`.
+        `adamr(rate, project_out(subspace), weight_decay=0.1)`. Axes in front that A and
+        B of a pair share are taken for stacked layers.
       rank: r of one block. The pairs have `tasks` · r columns, so that the model is
         made with that rank: the scale α / rank that Qwix and PEFT apply is then that
         of the whole.
@@ -209,8 +211,8 @@ def start_block(
       lora: the A's and B's of `tasks` · r columns, float32; B's are zero at first.
       opt_state: of `train_block(optimizer, r)`, in any wrapper, with a `Subspace` as
         for `start_task`.
-      inputs: of the finished task, as for `start_task`; None: nothing is protected, and
-        no subspace is needed (O-LoRA, with `orthogonality` in the loss).
+      inputs: of the finished task, as for `start_task`; None: nothing more is
+        protected, and no subspace is needed (O-LoRA, with `orthogonality` in the loss).
       key, threshold, init, pairs: as for `start_task`.
 
     Returns:
@@ -237,16 +239,20 @@ def start_block(
     found = halves(lora, pairs)
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
+    require_restartable(opt_state)
     held = _held(opt_state)
     block = _next_block(leaves, found, held)
-    if inputs is None:
-        here = Subspace((None,) * len(leaves), (None,) * len(leaves))
-    else:
+    if inputs is not None:
         bases_of(held_subspace(opt_state), lora, found)
         opt_state = protect_inputs(
             opt_state, inputs, threshold=threshold, moments="keep"
         )
+    if inputs is None and not find_nodes(opt_state, Subspace):
+        here = Subspace((None,) * len(leaves), (None,) * len(leaves))
+    else:
         here = bases_of(held_subspace(opt_state), lora, found)
+    if inputs is not None:
+        warn_of_gaps(here, inputs, lora)
     fresh = redrawn(key, leaves, found, here, init)
     new = list(leaves)
     for each in found:

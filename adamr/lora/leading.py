@@ -56,8 +56,9 @@ def _iterated(
 
 def floor_of(dtype: Any, rows: bool, squared: bool) -> float:
     """The share of the energy below which a direction is rounding noise."""
-    floor = ENERGY_FLOOR[str(dtype) if rows else "float32"]
-    return max(floor**2, 1e-12) if squared else floor
+    noise = ENERGY_FLOOR[str(dtype)]
+    floor = noise if rows else ENERGY_FLOOR["float32"]
+    return max(floor**2, noise) if squared else floor
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "squared"))
@@ -79,7 +80,8 @@ def leading(
     if squared:
         gram = matmul(gram, transpose(gram))
     if gram.shape[-1] > EXACT:
-        energy, vectors = _iterated(gram, columns, 2 * count + MORE)
+        width = min(2 * count + MORE, gram.shape[-1])
+        energy, vectors = _iterated(gram, columns, width)
     else:
         rest = residual_columns(columns, transpose(residual_columns(columns, gram)))
         energy, vectors = spectrum((rest + transpose(rest)) / 2)

@@ -73,7 +73,8 @@ def leading_on_host(
 ) -> tuple[Array]:
     """As `leading`, for each slice (*batch, …)."""
     *batch, fan_in, count = like.shape
-    blocks = _start(*batch, fan_in, 2 * count + MORE)
+    blocks = _start(*batch, fan_in, min(2 * count + MORE, fan_in))
+    columns, evidence = (np.asarray(x, np.float64) for x in (columns, evidence))
     found = np.empty(like.shape)
     for i in np.ndindex(*batch):
         known = in_use(columns[i])

@@ -225,7 +225,12 @@ def inflora(
     found = halves(lora, pairs)
     by_gram = isinstance(inputs, Covariance)
     if by_gram:
-        entries = list(inputs.moments)
+        entries, expected = list(inputs.moments), len(_tree.flatten(lora)[0])
+        if len(entries) != expected:
+            raise ValueError(
+                f"inputs is a Covariance of {len(entries)} parameter leaves, expected "
+                f"one of lora, {expected}: layer_inputs(forward, lora, x)."
+            )
     else:
         entries = _tree.flatten_like(inputs, "inputs", lora)
 

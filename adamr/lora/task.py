@@ -9,11 +9,12 @@ after one task, and little more is learned.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import ScheduleFreeState
 
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
@@ -22,14 +23,15 @@ from adamr.capture.axes import contracted_axes
 from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, Located, halves, located
 from adamr.lora.precision import require_wide
+from adamr.lora.room import warn_of_gaps
 from adamr.modifiers.penalty import Anchor
 from adamr.penalties.anchor import rewrite_anchors
 from adamr.penalties.si import SIState
 from adamr.state import held_subspace, protect_inputs, reset_moments
 from adamr.subspaces.axes import Axes
-from adamr.subspaces.subspace import Subspace, layout, rank
+from adamr.subspaces.subspace import Subspace
 
-__all__ = ["Room", "axes", "room", "start_task"]
+__all__ = ["axes", "start_task"]
 
 
 def axes(
@@ -113,6 +115,15 @@ def _empty_group(node: optax.MultiStepsState) -> optax.MultiStepsState:
     return node._replace(mini_step=mini_step, acc_grads=gradients)
 
 
+def require_restartable(opt_state: Any) -> None:
+    """Raises for a state that holds the old pairs themselves."""
+    if find_nodes(opt_state, ScheduleFreeState):
+        raise ValueError(
+            "opt_state is of optax.contrib.schedule_free, which steps from a copy of "
+            "the old pairs: they are drawn anew here. Use another optimizer."
+        )
+
+
 def restarted(opt_state: Any, lora: Any) -> Any:
     """Moments, groups of MultiSteps, and the path of SI, start anew at `lora`."""
     opt_state = map_nodes(_empty_group, opt_state, optax.MultiStepsState)
@@ -133,7 +144,13 @@ def _merged(base: Any, lora: Any, pairs: Sequence[Located], scaling: Any) -> Any
         w = kernels[each.kernel]
         change = scaling * each.meeting.product(leaves[each.a], leaves[each.b])
         wide = w.astype(jnp.promote_types(w.dtype, change.dtype))
-        kernels[each.kernel] = placed_like(w, wide + change)
+        kernels[each.kernel] = new = placed_like(w, wide + change)
+        finite = jnp.all(jnp.isfinite(new))
+        if not _tree.is_traced(finite) and not finite:
+            raise ValueError(
+                f"W + scaling · A·B has NaN or infinite entries at {each.pair.kernel!r}"
+                f" ({w.dtype}), expected a pair that training has left finite."
+            )
     return jax.tree.unflatten(treedef, kernels)
 
 
@@ -187,10 +204,14 @@ def start_task(
     of the old pairs. No other state that refers to the old A and B is changed.
 
     Args:
-      base: the frozen kernels, any floating dtype. The merge is rounded once: in
-        bfloat16 each entry by up to 2⁻⁸ of itself (0.4 %), which changes every
-        response a little, and loses what A·B adds below that. Where this is too much,
-        pass `lora.masters(base)` and cast inside the loss.
+      base: the frozen kernels, any floating dtype. The model uses a kernel with a pair
+        in one place, always with the pair: where it is used without it as well (an
+        embedding that is also the head), or one pair serves two kernels, the merge
+        changes what the model computes: leave such a pair out. The merge is rounded
+        once: in bfloat16 each entry by up to 2⁻⁸ of itself (0.4 %), which changes every
+        response a little, and loses what A·B adds below that. With
+        `lora.masters(base)`, cast inside the loss, this does not add up over tasks; it
+        does not occur where the layers compute in float32.
       lora: the A's and B's, float32 (`lora.masters`).
       opt_state: of an optimizer over `lora`, in any wrapper, that holds a `Subspace` of
         the A's and of no B.
@@ -215,7 +236,9 @@ def start_task(
     Raises:
       ValueError: as `find_pairs`, `get_subspace` and `grow_subspace` raise it; for
         kernels that are not floating (use `lora.start_block`), for pairs narrower than
-        float32, and for a subspace that protects a B or no A.
+        float32, for a subspace that protects a B or no A, for `schedule_free`, which
+        holds a copy of the pairs, and, outside jit, if A·B is not finite.
+    Warns, outside jit, of A's without inputs, and of those whose basis is full.
 
     >>> import optax
     >>> from adamr import adamr, empty_subspace, layer_inputs, project_out
@@ -247,12 +270,14 @@ def start_task(
     found = located(base, lora, pairs)
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
+    require_restartable(opt_state)
     _require_floating(base, found)
     # What does not fit is told before the long computation.
     bases_of(held_subspace(opt_state), lora, found)
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
     here = bases_of(held_subspace(opt_state), lora, found)
+    warn_of_gaps(here, inputs, lora)
     fresh = redrawn(key, leaves, [each.halves for each in found], here, init)
     new = [
         x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))
@@ -260,49 +285,3 @@ def start_task(
     ]
     lora = jax.tree.unflatten(_tree.flatten(lora)[1], new)
     return base, lora, restarted(opt_state, lora)
-
-
-class Room(NamedTuple):
-    """What is left of one A; int32, with the shape of stacked layers.
-
-    Attributes:
-      directions: n − rank(U), the dimensions in which A can still learn.
-      capacity: how many more directions U has room for.
-    """
-
-    directions: jax.Array
-    capacity: jax.Array
-
-
-def room(opt_state: Any, lora: Any) -> dict[str, Room]:
-    """How many directions are left for every A, by its name.
-
-    Args:
-      opt_state: as for `start_task`.
-      lora: the A's and B's, for the names.
-
-    Returns:
-      A `Room` for each protected A. Without directions A = 0 and the layer learns no
-      more; without capacity what comes next is not protected: a larger `max_rank`.
-
-    Raises:
-      ValueError: if the state holds no subspace, or one that does not fit `lora`.
-
-    >>> from adamr import empty_subspace, project_out, protect_inputs
-    >>> lora = {"w_lora_a": jnp.ones((4, 1)), "w_lora_b": jnp.zeros((1, 3))}
-    >>> s = empty_subspace(lora, max_rank=2, unprotected=["lora_b"])
-    >>> state = project_out(s).init(lora)
-    >>> state = protect_inputs(state, {"w_lora_a": jnp.eye(4)[:1], "w_lora_b": None})
-    >>> {name: [int(x) for x in left] for name, left in room(state, lora).items()}
-    {'w_lora_a': [3, 1]}
-    """
-    subspace = held_subspace(opt_state).at(lora, "the subspace in opt_state")
-    names, leaves = _tree.flatten_with_names(lora)
-    found = {}
-    for name, x, count, basis, weights in zip(
-        names, leaves, rank(subspace), *subspace, strict=True
-    ):
-        if not _tree.is_hole(x) and basis is not None:
-            how = layout(basis, weights)
-            found[name] = Room(how.fan_in - count, how.capacity - count)
-    return found

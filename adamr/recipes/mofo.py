@@ -34,7 +34,8 @@ def _count(share: float, n: int) -> jax.typing.ArrayLike:
     """max(1, ⌊share · n⌋), where share · n may have been rounded off a whole number."""
     if _tree.is_known(share):
         return max(1, math.floor(float(share) * n + 1e-3))
-    return jnp.maximum(1, jnp.floor(share * n + 1e-3)).astype(jnp.uint32)
+    wide = jnp.asarray(share, jnp.promote_types(jnp.result_type(share), jnp.float32))
+    return jnp.maximum(1, jnp.floor(wide * n + 1e-3)).astype(jnp.uint32)
 
 
 def among_largest(x: jax.Array, share: float, batch: Sequence[int] = ()) -> jax.Array:

@@ -233,6 +233,7 @@ def on_host(
     """
     if any(map(_tree.is_traced, arrays)):
         return function(*arrays, **options)
+    arrays = tuple(map(jnp.asarray, arrays))  # NumPy's, from a restored state
     host, whole = _host(), map(_gathered, arrays)
     if host is None:
         results = function(*whole, **options)

@@ -52,7 +52,8 @@ def entries(samples: Any, subspace: Subspace) -> tuple[list[str], list[Any], boo
     if by_gram and len(leaves) != expected:
         raise ValueError(
             f"samples is a Covariance of {len(leaves)} parameter leaves, expected "
-            f"{expected}: the subspace was made for other parameters."
+            f"{expected}: the subspace was made for other parameters than those that "
+            "layer_inputs got."
         )
     if len(leaves) != expected:
         raise ValueError(

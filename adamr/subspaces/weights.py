@@ -92,7 +92,7 @@ def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...])
 def _whole(share: Any, n: int) -> Any:
     """⌊share · n⌋; of a share as it is written, too: .29 * 100 is less than 29."""
     if _tree.is_traced(share):
-        return jnp.floor(n * share)
+        return jnp.floor(n * share * (1 + 4 * jnp.finfo(share.dtype).eps))
 
     def count(x):
         return max(math.floor(x * n), math.floor(Decimal(str(x)) * n))
@@ -131,6 +131,8 @@ def _sides(
             "are decomposed; in init, a function of the parameters gets them."
         )
     kernel = jnp.asarray(kernel)
+    if jnp.iscomplexobj(kernel):
+        raise TypeError(f"params is complex at {name}, expected a floating kernel.")
     fan_out = outputs(axes, kernel.ndim)
     if not fan_out:  # a vector has one side
         return None
@@ -197,7 +199,7 @@ def weight_subspaces(
       ValueError: for a share outside [0, 1] or above `room`, a tree of other leaves, a
         name in `unprotected` that matches no leaf, or, outside jit, a kernel that is
         not finite (inside, it is left unprotected).
-      TypeError: for a `ShapeDtypeStruct`.
+      TypeError: for a `ShapeDtypeStruct` or a complex kernel.
 
     >>> params = {"w": jnp.diag(jnp.array([3.0, 1.0, 2.0, 0.5]))}
     >>> inside, outside = weight_subspaces(params, {"w": Axes((0,))})

@@ -591,3 +591,48 @@ def test_coverage_says_why():
     assert leaf.protected == (1,) and leaf.batch == (0,) and leaf.capacity == 5
     with pytest.raises(ValueError, match="was made for 3 parameter leaves"):
         coverage(subspace, {"w": p["w"]})
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_few_rows_are_spread_over_those_that_count(jit):
+    """A mask that shows one position in 16 hides no whole task."""
+    x = normal(0, 16, 16, 3)
+    mask = jnp.zeros((16, 16), bool).at[:, 5].set(True)
+
+    def rows(most, mask):
+        read = lambda x, mask: layer_inputs(  # noqa: E731
+            lambda w, x: x @ w, jnp.ones((3, 2)), x, mask=mask, kind="rows",
+            max_rows=most,
+        )  # fmt: skip
+        return (jax.jit(read) if jit else read)(x, mask)
+
+    np.testing.assert_array_equal(rows(4, mask), x[jnp.array([0, 5, 10, 15]), 5])
+    np.testing.assert_array_equal(rows(1, mask), x[:1, 5])
+    found = rows(20, mask)  # all 16, and zeros
+    np.testing.assert_array_equal(found[:16], x[:, 5])
+    assert found.shape == (20, 3) and not jnp.any(found[16:])
+    every = rows(8, jnp.ones((16, 16), bool))
+    places = np.linspace(0, 255, 8).round().astype(int)
+    np.testing.assert_array_equal(every, x.reshape(-1, 3)[places])
+
+
+def test_few_rows_of_slices_that_are_used_one_by_one():
+    def forward(w, x):
+        for i in range(3):
+            x = x @ w[i]
+        return x
+
+    w, x = normal(0, 3, 4, 4), normal(1, 9, 4)
+    found = layer_inputs(forward, w, x, kind="rows", max_rows=4)
+    assert found.shape == (3, 4, 4) and jnp.all(jnp.any(found != 0, axis=-1))
+    np.testing.assert_array_equal(found[0], x[jnp.array([0, 3, 5, 8])])
+
+
+def test_a_model_in_training_mode_is_told():
+    def forward(w, x, key):
+        drop = jax.jit(lambda x: x * jax.random.bernoulli(key, 0.8, x.shape))
+        return drop(x) @ w
+
+    w, x = jnp.ones((3, 2)), normal(0, 4, 3)
+    with pytest.warns(UserWarning, match="draws random numbers .dropout"):
+        layer_inputs(forward, w, x, jax.random.key(1))

@@ -157,3 +157,17 @@ def test_o_lora_turns_new_columns_away_from_old_ones():
     for _ in range(30):
         lora, state = step(lora, state)
     assert room_of.orthogonality(lora, state) < 0.5 * start
+
+
+def test_a_boundary_without_inputs_keeps_what_is_protected():
+    forward, base, lora = quantized()
+    x = normal(2, 3, 9)
+    tx = optimizer(forward, base, lora, x, decaying)
+    inputs = adamr.layer_inputs(lambda p, x: forward(p, base, x), lora, x, kind="rows")
+    boundary = functools.partial(room_of.start_block, threshold=1.0)
+    lora, state = boundary(lora, tx.init(lora), inputs, jax.random.key(0))
+    lora = lora | {"w_lora_b": lora["w_lora_b"].at[:R].set(1.0)}
+    lora, state = boundary(lora, state, None, jax.random.key(1))
+    assert state.block == 1
+    assert jnp.any(lora["w_lora_a"][:, R : 2 * R])
+    assert jnp.max(jnp.abs(x @ lora["w_lora_a"][:, : 2 * R])) < 1e-5

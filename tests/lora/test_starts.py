@@ -1,5 +1,7 @@
 """A's from the new task's inputs (InfLoRA) or its gradient (KeepLoRA)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import adamr
 from adamr import lora as room_of
+from adamr.subspaces import columns
 from tests.lora.layers import S, largest, layer, normal, optimizer, trained
 from tests.references import lora as twin
 
@@ -190,3 +193,45 @@ def test_bad_input_is_named():
         room_of.inflora(lora, blocks, nothing)
     with pytest.raises(ValueError, match="finished blocks would be lost"):
         room_of.keeplora(base, lora, blocks, {"w": jnp.ones((8, 5))})
+
+
+def test_inputs_of_another_tree_are_refused():
+    forward, base, lora, x, tx, state = protecting("dense")
+    other = {"embed": jnp.ones((8, 2)), "u": jnp.ones((8, 2)), "v": jnp.ones((8, 2))}
+    gram = adamr.layer_inputs(lambda p, x: [x @ w for w in p.values()], other, x)
+    with pytest.raises(ValueError, match="Covariance of 3 parameter leaves, expected"):
+        room_of.inflora(lora, state, gram)
+
+
+def test_a_rank_of_more_than_half_the_fan_in_under_jit():
+    n, r = 260, 150
+    lora = {"w_lora_a": jnp.ones((n, r)), "w_lora_b": jnp.zeros((r, 2))}
+    subspace = adamr.empty_subspace(lora, unprotected=["lora_b"])
+    state = adamr.project_out(subspace).init(lora)
+    inputs = {"w_lora_a": normal(44, 400, n), "w_lora_b": None}
+    for start in (room_of.inflora, jax.jit(room_of.inflora)):
+        a = start(lora, state, inputs)["w_lora_a"]
+        np.testing.assert_allclose(a.T @ a, np.eye(r) / 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_more_columns_than_inputs_are_zero_under_jit(form):
+    lora = {"w_lora_a": jnp.ones((20, 6)), "w_lora_b": jnp.zeros((6, 2))}
+    subspace = adamr.empty_subspace(lora, unprotected=["lora_b"])
+    state = adamr.project_out(subspace).init(lora)
+    inputs = {"w_lora_a": normal(45, 3, 20), "w_lora_b": None}
+    start = functools.partial(room_of.inflora, form=form)
+    for run in (start, jax.jit(start)):
+        a = run(lora, state, inputs)["w_lora_a"]
+        assert jnp.sum(jnp.any(a != 0, axis=0)) == 3
+
+
+def test_bfloat16_evidence_where_jax_has_no_cpu(monkeypatch):
+    monkeypatch.setattr(columns, "_host", lambda: None)
+    forward, base, lora, x, tx, state = protecting("dense")
+    gradient = {"w": normal(32, 8, 5).astype(jnp.bfloat16)}
+    found = room_of.keeplora(base, lora, state, gradient)["w_lora_a"]
+    np.testing.assert_allclose(found.T @ found, np.eye(2), atol=1e-5)
+    rows = {"w_lora_a": normal(33, 6, 8).astype(jnp.bfloat16), "w_lora_b": None}
+    found = room_of.inflora(lora, state, rows)["w_lora_a"]
+    np.testing.assert_allclose(found.T @ found, np.eye(2) / 3, atol=1e-5)

@@ -574,3 +574,57 @@ def test_holes_are_left_out():
         for name, z in old.items():
             np.testing.assert_array_equal(z, new[name])
     assert held[0]["w_lora_a"] is None and held[1]["norm"] is None
+
+
+def ended(lora, base=None, state=None, x=None, **options):
+    """`start_task` of the dense layer with some arguments replaced."""
+    forward, usual, _, rows = layer("dense")
+    base, x = usual if base is None else base, rows if x is None else x
+    if state is None:
+        state = optimizer(forward, base, lora, x, **options).init(lora)
+    inputs = adamr.layer_inputs(forward, lora, usual, x, kind="rows")
+    return room_of.start_task(
+        base, lora, state, inputs, jax.random.key(5), threshold=1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("b", "dtype"), [(jnp.nan, jnp.float32), (1e6, jnp.float16), (1e39, jnp.float32)]
+)
+def test_a_merge_that_is_not_finite_is_refused(b, dtype):
+    _, base, lora, _ = layer("dense")
+    base = {"w": base["w"].astype(dtype)}
+    bad = lora | {"w_lora_b": lora["w_lora_b"].at[0, 0].set(b)}
+    with pytest.raises(ValueError, match="NaN or infinite entries at 'w'"):
+        ended(bad, base)
+
+
+def test_full_bases_and_missing_inputs_are_told():
+    forward, base, lora, x = layer("dense")
+    with pytest.warns(UserWarning, match="bases of .'w_lora_a'. are full"):
+        ended(lora, max_rank=2)
+    two = {"u": base["w"], "w": base["w"]}
+    pairs = {f"{n}_lora_{h}": lora[f"w_lora_{h}"] for n in "uw" for h in "ab"}
+
+    def both(p, base, x):
+        return sum(x @ base[n] + x @ p[f"{n}_lora_a"] @ p[f"{n}_lora_b"] for n in "uw")
+
+    state = optimizer(both, two, pairs, x).init(pairs)
+    inputs = adamr.layer_inputs(both, pairs, two, x, kind="rows")
+    inputs = inputs | {"u_lora_a": None}
+    with pytest.warns(UserWarning, match="inputs has None at .'u_lora_a'."):
+        room_of.start_task(two, pairs, state, inputs, jax.random.key(0))
+
+
+def test_adan_starts_anew_and_schedule_free_is_refused():
+    forward, base, lora, x = layer("dense")
+    subspace = adamr.empty_subspace(lora, axes=room_of.axes(forward, lora, base, x))
+    tx = optax.chain(adamr.project_out(subspace), optax.adan(0.1))
+    lora, state = trained(tx, forward, base, lora, tx.init(lora), x, 4)
+    _, new, state = ended(lora, base, state)
+    step, _ = tx.update(jax.tree.map(jnp.zeros_like, new), state, new)
+    assert not any(jnp.any(u) for u in jax.tree.leaves(step))
+    free = optax.contrib.schedule_free_adamw(0.1)
+    tx = optax.chain(adamr.project_out(subspace), free)
+    with pytest.raises(ValueError, match="a copy of the old pairs"):
+        ended(lora, base, tx.init(lora))

@@ -139,3 +139,10 @@ def test_bad_input_is_named():
     p = {"w": jnp.ones((4, 3))}
     with pytest.raises(ValueError, match="axes must be a tree like params"):
         adamr.mofo(0.1, axes={}).init(p)
+
+
+def test_a_traced_share_in_half_precision_does_not_overflow():
+    x = jnp.arange(700_000.0)
+    share = jnp.float16(0.25)
+    kept = jax.jit(among_largest)(x, share)
+    assert jnp.sum(kept) == 175_000

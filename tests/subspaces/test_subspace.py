@@ -465,3 +465,13 @@ def test_errors_name_the_argument_the_leaf_and_both_sides():
     other = adamr.empty_subspace({"w": jnp.zeros((5, 2)), "b": jnp.zeros(2)})
     fails("other has a basis", s, other, call=adamr.subspaces.merge_subspaces)
     fails("size must be", s, 0, call=adamr.subspaces.empty_sketch)
+
+
+def test_a_state_restored_as_numpy_arrays_grows_as_one_of_jax():
+    params = {"w": jnp.ones((4, 2))}
+    state = adamr.gpm(0.1, adamr.empty_subspace(params)).init(params)
+    inputs = {"w": jax.random.normal(jax.random.key(0), (3, 4))}
+    expected = adamr.protect_inputs(state, inputs)
+    found = adamr.protect_inputs(jax.tree.map(np.asarray, state), inputs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(isinstance(x, jax.Array) for x in adamr.get_subspace(found).bases)

@@ -250,3 +250,19 @@ def test_degenerate_layers_have_a_defined_budget():
         layer_budget([x], [np.ones((2, 4))])
     with pytest.raises(ValueError, match="least is 0.9 and target 0.8"):
         layer_budget([x], [x], least=0.9)
+
+
+@pytest.mark.parametrize("share", [0.29, 0.53, 0.59, 0.07])
+def test_a_traced_share_counts_as_the_same_number(share):
+    w, axes = jnp.diag(jnp.linspace(1.0, 2.0, 100)), adamr.Axes((0,))
+
+    def count(keep):
+        inside, _ = adamr.weight_subspaces(w, axes, keep=keep, room=0.6)
+        return rank(inside)[0]
+
+    assert jax.jit(count)(share) == count(share) == round(100 * share)
+
+
+def test_a_complex_kernel_is_refused():
+    with pytest.raises(TypeError, match="params is complex at "):
+        adamr.weight_subspaces(jnp.ones((3, 3), jnp.complex64), adamr.Axes((0,)))

@@ -1,0 +1,98 @@
+"""What is left to learn in, and what is left unprotected, of every A."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from adamr import _tree
+from adamr.state import held_subspace
+from adamr.subspaces.covariance import Covariance
+from adamr.subspaces.subspace import Subspace, layout, rank
+
+__all__ = ["Room", "room", "warn_of_gaps"]
+
+
+class Room(NamedTuple):
+    """What is left of one A; int32, with the shape of stacked layers.
+
+    Attributes:
+      directions: n − rank(U), the dimensions in which A can still learn.
+      capacity: how many more directions U has room for.
+    """
+
+    directions: jax.Array
+    capacity: jax.Array
+
+
+def room(opt_state: Any, lora: Any) -> dict[str, Room]:
+    """How many directions are left for every A, by its name.
+
+    Args:
+      opt_state: as for `start_task`.
+      lora: the A's and B's, for the names.
+
+    Returns:
+      A `Room` for each protected A. Without directions A = 0 and the layer learns no
+      more; without capacity what comes next is not protected: a larger `max_rank`.
+
+    Raises:
+      ValueError: if the state holds no subspace, or one that does not fit `lora`.
+
+    >>> from adamr import empty_subspace, project_out, protect_inputs
+    >>> lora = {"w_lora_a": jnp.ones((4, 1)), "w_lora_b": jnp.zeros((1, 3))}
+    >>> s = empty_subspace(lora, max_rank=2, unprotected=["lora_b"])
+    >>> state = project_out(s).init(lora)
+    >>> state = protect_inputs(state, {"w_lora_a": jnp.eye(4)[:1], "w_lora_b": None})
+    >>> {name: [int(x) for x in left] for name, left in room(state, lora).items()}
+    {'w_lora_a': [3, 1]}
+    """
+    subspace = held_subspace(opt_state).at(lora, "the subspace in opt_state")
+    names, leaves = _tree.flatten_with_names(lora)
+    found = {}
+    for name, x, count, basis, weights in zip(
+        names, leaves, rank(subspace), *subspace, strict=True
+    ):
+        if not _tree.is_hole(x) and basis is not None:
+            how = layout(basis, weights)
+            found[name] = Room(how.fan_in - count, how.capacity - count)
+    return found
+
+
+def warn_of_gaps(here: Subspace, inputs: Any, lora: Any) -> None:
+    """Warns, outside jit, of A's whose old inputs the next B may move.
+
+    Args:
+      here: the subspace at the leaves of `lora`, grown.
+      inputs: from which it was grown.
+      lora: for the names.
+    """
+    by_gram = isinstance(inputs, Covariance)
+    met = inputs.moments if by_gram else _tree.flatten_like(inputs, "inputs", lora)
+    names = _tree.flatten_with_names(lora)[0]
+    unmet, full = [], []
+    for name, x, count, basis, weights in zip(
+        names, met, rank(here), *here, strict=True
+    ):
+        if basis is None or weights is None:
+            continue
+        how = layout(basis, weights)
+        if _tree.is_hole(x):
+            unmet.append(name)
+        elif how.capacity < how.fan_in and not _tree.is_traced(count):
+            if np.any(np.asarray(count) >= how.capacity):
+                full.append(name)
+    if unmet:
+        warnings.warn(
+            f"inputs has None at {unmet}: what the finished task fed to these layers "
+            "is not protected. Collect them with layer_inputs(forward, lora, x).",
+            stacklevel=3,
+        )
+    if full:
+        warnings.warn(
+            f"the bases of {full} are full: inputs of later tasks are not protected "
+            "there, and of this one perhaps not all. Give empty_subspace a larger "
+            "max_rank, or the boundary a smaller threshold.",
+            stacklevel=3,
+        )
