@@ -110,6 +110,18 @@ def _osft(rate, _, learner, setting):
     return adamr.osft(rate, *sides)
 
 
+def _osft_elementwise(rate, _, learner, setting):
+    """As exact as `adamr.osft`, with v per entry: the step is projected, too."""
+    del setting
+    sides = [lambda p, i=i: task_ends.kernel_sides(learner, p)[i] for i in (0, 1)]
+    return optax.chain(
+        adamr.route_first_moment(optax.chain(*map(adamr.project_out, sides))),
+        adamr.faithful_second_moment(),
+        *map(adamr.protect_update, sides),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
 def _osft_hooked(rate, _, learner, setting):
     del setting
     hooks = [
@@ -207,6 +219,13 @@ METHODS: dict[str, Method] = {
     "osft": Method(
         f"OSFT, exact: the top {KEEP:.0%} of every kernel's singular directions kept",
         _osft,
+        trains="all",
+        end=task_ends.decompose,
+        learning_rate=1e-4,
+    ),
+    "osft_elementwise": Method(
+        "OSFT, exact, with v per entry and the step projected",
+        _osft_elementwise,
         trains="all",
         end=task_ends.decompose,
         learning_rate=1e-4,
