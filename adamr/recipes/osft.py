@@ -84,11 +84,11 @@ def osft(
     (form="paper": Uᵀ Δ V = 0.) Leaves without a basis get plain Adam.
 
     The price is that the entries of one matrix share their v, so Adam no longer evens
-    out rows or columns of different scale; it takes less state than Adam. On a small
-    transformer it learned as well as element-wise v (`python -m benchmarks.osft_leak`),
-    at three to ten times Adam's learning rate, since v sees the whole gradient and m
-    the free part. Element-wise v needs a projected step, which costs Adam's state and
-    one projection more:
+    out rows or columns of different scale; it takes less state than Adam. Sweep the
+    rate anew: on a small transformer the best one was larger than Adam's, since v sees
+    the whole gradient and m the free part, on a pretrained model it was not
+    (docs/evidence/pretrained.md). Element-wise v needs a projected step, which costs
+    Adam's state and one projection more:
 
         optax.chain(
             route_first_moment(optax.chain(project_out(inside), project_out(outside))),
