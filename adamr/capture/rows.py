@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from adamr.capture.dims import Atom, Dims, covers
 from adamr.sharding import einsum_sharding
@@ -211,6 +211,9 @@ def spread(rows: jax.Array, most: int) -> jax.Array:
     """
     if rows.shape[-2] <= most:
         return rows
+    where = jax.typeof(rows).sharding
+    if AxisType.Explicit in where.mesh.axis_types:  # a sort is not, along shards
+        rows = reshard(rows, NamedSharding(where.mesh, PartitionSpec()))
     counts = jnp.any(rows != 0, axis=-1)
     first = jnp.argsort(~counts, axis=-1, stable=True)
     last = jnp.sum(counts, axis=-1, dtype=jnp.int32, keepdims=True) - 1

@@ -268,3 +268,21 @@ def test_captured_rows_of_a_sharded_batch_stay_where_they_are():
     merged = adamr.subspaces.merge_covariance(parts)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_few_rows_of_a_sharded_batch(kind, jit):
+    w, x = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (16, 4, 3))
+
+    def rows(w, x):
+        forward = lambda w, x: jnp.einsum("bti,io->bto", x, w)  # noqa: E731
+        return adamr.layer_inputs(forward, w, x, kind="rows", max_rows=5)
+
+    near = rows(w, x)
+    mesh = jax.make_mesh((8,), ("data",), (kind,))
+    with jax.set_mesh(mesh):
+        far = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec()))
+        found = (jax.jit(rows) if jit else rows)(w, far)
+    np.testing.assert_array_equal(found, near)
