@@ -11,7 +11,7 @@ directions of each is protected.
     peft             PEFT's OSF: factors U, S, V of what may be learned, their gradients
                      projected by hooks, then AdamW with decay
     osft             `adamr.osft`: one v per matrix, decay projected
-    elementwise      v element-wise, step and decay projected on both sides
+    elementwise      the same with `share_v=False`: v per entry, step projected, too
 
     in, out          ‖UᵀD‖ / ‖D‖ and ‖D V‖ / ‖D‖ of the whole change D of the kernels
     leak             ‖D − (I − P) D (I − Q)‖ / ‖D‖
@@ -157,13 +157,8 @@ def methods(
         "osft": lambda rate: adamr.osft(
             rate, inside, outside, weight_decay=config.weight_decay
         ),
-        "elementwise": lambda rate: optax.chain(
-            adamr.route_first_moment(both),
-            adamr.faithful_second_moment(),
-            optax.add_decayed_weights(config.weight_decay),
-            adamr.protect_update(inside),
-            adamr.protect_update(outside),
-            optax.scale_by_learning_rate(rate),
+        "elementwise": lambda rate: adamr.osft(
+            rate, inside, outside, weight_decay=config.weight_decay, share_v=False
         ),
     }
     for name in config.methods:

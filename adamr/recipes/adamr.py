@@ -69,6 +69,16 @@ def project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
     return optax.stateless(project)
 
 
+def is_decaying(weight_decay: Any) -> bool:
+    """Whether there is decay; it may be a traced number, and no schedule."""
+    if callable(weight_decay):
+        raise TypeError(
+            "adamr: weight_decay must be a number, got a function; the learning rate, "
+            "which scales it, may be a schedule."
+        )
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
 def decay_outside(
     held: tuple[Protected, ...], weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
@@ -162,18 +172,13 @@ def adamr(
       verified here). Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
     require_modifier(modifier, "adamr")
-    if callable(weight_decay):
-        raise TypeError(
-            "adamr: weight_decay must be a number, got a function; the learning rate, "
-            "which scales it, may be a schedule."
-        )
+    decays = is_decaying(weight_decay)
     if strength is None:
         scale = optax.identity()
     elif isinstance(strength, optax.GradientTransformation):
         scale = strength
     else:
         scale = constant_scale(strength)
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
     def links(protection: Protection) -> optax.GradientTransformationExtraArgs:
         merge = faithful_second_moment(

@@ -19,17 +19,20 @@ OSFT's code hands projected gradients to AdamW, whose element-wise √v̂ puts a
 the step back into the protected directions (mini_trainer now projects its factors again
 after each step), and so does the decay of a dense kernel. With v shared along the
 fan-in Adam commutes with P, with v shared along the outputs with Q, and with both only
-if each matrix has one v: so it is in `osft`.
+if each matrix has one v. Else the step has to be projected as well. `osft` has both.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import optax
 
+from adamr._nodes import find_nodes
 from adamr.modifiers.projection import project_out
-from adamr.recipes.adamr import adamr
-from adamr.routing.carrier import plain_gradient
+from adamr.recipes.adamr import adamr, decay_outside, is_decaying
+from adamr.routing.carrier import plain_gradient, route_first_moment
+from adamr.routing.merge import faithful_second_moment
 from adamr.subspaces.columns import at_least_float32
 from adamr.subspaces.protected import SubspaceSource, require_source
 from adamr.subspaces.subspace import Subspace
@@ -59,6 +62,49 @@ def _project_block(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _off_the_step(held: Sequence[Subspace], form: str) -> optax.GradientTransformation:
+    """Projects the step off the sides that are held."""
+
+    def project(steps, params):
+        del params
+        wide = kept = block = jax.tree.map(at_least_float32, steps)
+        for each in held:
+            kept = each.project(kept)
+            block = optax.tree.sub(block, each.project(block))
+        kept = optax.tree.sub(wide, block) if form == "paper" else kept
+        return jax.tree.map(lambda x, step: x.astype(step.dtype), kept, steps)
+
+    return optax.stateless(project)
+
+
+def _with_v_per_entry(
+    learning_rate: optax.ScalarOrSchedule,
+    modifier: optax.GradientTransformation,
+    weight_decay: float,
+    mask: Any,
+    form: str,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on the projected gradient, its step and decay projected."""
+    decay = decay_outside((), weight_decay, mask)
+    decay = decay if is_decaying(weight_decay) else optax.identity()
+
+    def links(held: Sequence[Subspace]) -> optax.GradientTransformationExtraArgs:
+        return optax.chain(
+            route_first_moment(modifier),
+            faithful_second_moment(**options),
+            decay,
+            _off_the_step(held, form),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        tx = links(find_nodes(state[0], Subspace))
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(links(()).init, update_fn)
+
+
 def osft(
     learning_rate: optax.ScalarOrSchedule,
     inside: SubspaceSource,
@@ -73,30 +119,23 @@ def osft(
     weight_decay: float = 0.0,
     mask: Any = None,
     form: Literal["both_sides", "paper"] = "both_sides",
+    share_v: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonal Subspace Fine-Tuning, exact for the step itself under Adam.
 
-        m from (I − P) G (I − Q),  v = the mean of G² over the matrix
-        Δ = m̂ / (√v̂ + eps) + (I − P) (weight_decay · W) (I − Q)
+        m from (I − P) G (I − Q),  v from G²
+        Δ = (I − P) (m̂ / (√v̂ + eps) + weight_decay · W) (I − Q)
 
     Guarantee: Uᵀ Δ = 0 and Δ V = 0 for every protected kernel, to float32 rounding,
     weight decay included, so the protected singular triples of W stay what they are.
     (form="paper": Uᵀ Δ V = 0.) Leaves without a basis get plain Adam.
 
-    The price is that the entries of one matrix share their v, so Adam no longer evens
-    out rows or columns of different scale; it takes less state than Adam. Sweep the
-    rate anew: on a small transformer the best one was larger than Adam's, since v sees
-    the whole gradient and m the free part, on a pretrained model it was not
-    (docs/evidence/pretrained.md). Element-wise v needs a projected step, which costs
-    Adam's state and one projection more:
-
-        optax.chain(
-            route_first_moment(optax.chain(project_out(inside), project_out(outside))),
-            faithful_second_moment(),
-            protect_update(inside),
-            protect_update(outside),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    With `share_v`, v is one number per matrix, the mean of G² over it. Then the step
+    needs no projection of its own, and the state is smaller than Adam's. The price is
+    that Adam no longer evens out rows or columns of different scale. In pretrained
+    transformers a few inputs are a hundred times larger than the others, the step goes
+    mostly along those, and everything else that uses them changes. There use
+    `share_v=False`: it costs Adam's state and one projection more.
 
     Args:
       learning_rate: a number or a schedule.
@@ -105,6 +144,7 @@ def osft(
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask: as for `adamr`.
       form: which projection, see the module's docstring; "both_sides" is that of the
         authors' code and of OPLoRA.
+      share_v: one v per matrix, or one per entry and a projected step.
 
     Returns:
       An optimizer. At a boundary decompose the new weights, without recompiling:
@@ -139,15 +179,11 @@ def osft(
         modifier = _project_block(inside, outside)
     else:
         modifier = optax.chain(project_out(inside), project_out(outside))
-    return adamr(
-        learning_rate,
-        modifier,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        weight_decay=weight_decay,
-        mask=mask,
+    options: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    options |= dict(mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    if share_v:
+        decay: dict[str, Any] = dict(weight_decay=weight_decay, mask=mask)
+        return adamr(learning_rate, modifier, **options, **decay)
+    return _with_v_per_entry(
+        learning_rate, modifier, weight_decay, mask, form, **options
     )

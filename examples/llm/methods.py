@@ -104,22 +104,10 @@ def _o_lora(rate, _, learner, setting):
     return lora.train_block(optax.adam(rate), setting.rank)
 
 
-def _osft(rate, _, learner, setting):
+def _osft(rate, _, learner, setting, **options):
     del setting
     sides = [lambda p, i=i: task_ends.kernel_sides(learner, p)[i] for i in (0, 1)]
-    return adamr.osft(rate, *sides)
-
-
-def _osft_elementwise(rate, _, learner, setting):
-    """As exact as `adamr.osft`, with v per entry: the step is projected, too."""
-    del setting
-    sides = [lambda p, i=i: task_ends.kernel_sides(learner, p)[i] for i in (0, 1)]
-    return optax.chain(
-        adamr.route_first_moment(optax.chain(*map(adamr.project_out, sides))),
-        adamr.faithful_second_moment(),
-        *map(adamr.protect_update, sides),
-        optax.scale_by_learning_rate(rate),
-    )
+    return adamr.osft(rate, *sides, **options)
 
 
 def _osft_hooked(rate, _, learner, setting):
@@ -225,7 +213,7 @@ METHODS: dict[str, Method] = {
     ),
     "osft_elementwise": Method(
         "OSFT, exact, with v per entry and the step projected",
-        _osft_elementwise,
+        functools.partial(_osft, share_v=False),
         trains="all",
         end=task_ends.decompose,
         learning_rate=1e-4,

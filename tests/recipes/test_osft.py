@@ -55,12 +55,13 @@ def share(p, total, keep=0.5):
     return reference.protected_share(total["w"], *columns_of(p, keep))
 
 
+@pytest.mark.parametrize("share_v", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_osft_leaves_the_protected_directions_alone(decay):
+def test_osft_leaves_the_protected_directions_alone(decay, share_v):
     """Of every layout, on both sides: dense, convolution, stacked."""
     p, inside = params(), subspace()
     outside = output_side(inside)
-    tx = adamr.osft(RATE, inside, outside, weight_decay=decay)
+    tx = adamr.osft(RATE, inside, outside, weight_decay=decay, share_v=share_v)
     total, *_ = change(tx, p, [gradients(seed) for seed in range(5)])
     total = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), total)
     for side in (inside, outside):
@@ -68,10 +69,11 @@ def test_osft_leaves_the_protected_directions_alone(decay):
     assert all(jnp.linalg.norm(x) > RATE for x in jax.tree.leaves(total))
 
 
+@pytest.mark.parametrize("share_v", [True, False])
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
-def test_osft_keeps_the_leading_singular_triples(shape):
-    p = small(*shape)
-    tx = adamr.osft(1e-3, *weight_subspaces(p, AXES), weight_decay=0.1)
+def test_osft_keeps_the_leading_singular_triples(shape, share_v):
+    p, sides = small(*shape), weight_subspaces(small(*shape), AXES)
+    tx = adamr.osft(1e-3, *sides, weight_decay=0.1, share_v=share_v)
     _, end, _ = change(tx, p, uneven(p, 50))
     u, s, vt = np.linalg.svd(np.asarray(p["w"], np.float64))
     w, k = np.asarray(end["w"], np.float64), min(shape) // 2
@@ -80,17 +82,18 @@ def test_osft_keeps_the_leading_singular_triples(shape):
     assert np.linalg.norm(w - np.asarray(p["w"])) > 0.01
 
 
+@pytest.mark.parametrize("share_v", [True, False])
 @pytest.mark.parametrize("form", ["both_sides", "paper"])
-def test_osft_equals_its_float64_twin(form):
+def test_osft_equals_its_float64_twin(form, share_v):
     p, options = small(), dict(b1=0.8, b2=0.95)
     u, v = columns_of(p)
     gs = uneven(p, 8)
     twin = reference.trajectory(
         np.asarray(p["w"], np.float64),
         [np.asarray(g["w"], np.float64) for g in gs],
-        u, v, rate=RATE, decay=0.3, form=form, **options,
+        u, v, rate=RATE, decay=0.3, form=form, share_v=share_v, **options,
     )  # fmt: skip
-    sides = weight_subspaces(p, AXES)
+    sides, options = weight_subspaces(p, AXES), options | dict(share_v=share_v)
     tx = adamr.osft(RATE, *sides, weight_decay=0.3, form=form, **options)
     _, end, _ = change(tx, p, gs)
     np.testing.assert_allclose(end["w"], twin[-1], atol=2e-6)
@@ -184,15 +187,25 @@ def test_osft_that_protects_nothing_is_adam_with_one_v_per_matrix():
     np.testing.assert_allclose(step["b"], -RATE * jnp.sign(g["b"]), rtol=1e-5)
 
 
-def test_osft_that_protects_all_does_not_move():
+@pytest.mark.parametrize("form", ["both_sides", "paper"])
+def test_osft_that_protects_all_does_not_move(form):
     p = small(5, 5)
-    for form in ("both_sides", "paper"):
-        tx = adamr.osft(
-            RATE, *weight_subspaces(p, AXES, keep=1.0), form=form, weight_decay=0.1
-        )
+    sides, options = weight_subspaces(p, AXES, keep=1.0), dict(weight_decay=0.1)
+    for share_v, most in ((True, 0.0), (False, 1e-6)):
+        tx = adamr.osft(RATE, *sides, form=form, share_v=share_v, **options)
         total, *_ = change(tx, p, uneven(p, 3))
-        np.testing.assert_array_equal(total["w"], 0.0)
+        assert np.max(np.abs(total["w"])) <= most
         assert (total["b"] != 0).all()
+
+
+def test_v_per_entry_that_protects_nothing_is_adamw():
+    p = small()
+    sides, gs = weight_subspaces(p, AXES, keep=0.0), uneven(p, 4)
+    tx = adamr.osft(RATE, *sides, weight_decay=0.1, share_v=False)
+    found, *_ = change(tx, p, gs)
+    expected, *_ = change(optax.adamw(RATE, weight_decay=0.1), p, gs)
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_decay_of_osft_shrinks_what_is_free_and_nothing_else():
@@ -224,9 +237,11 @@ def test_no_step_of_osft_touches_the_common_block(seed, rows, columns, keep, for
 # Boundaries -----------------------------------------------------------------------
 
 
-def test_a_new_decomposition_neither_recompiles_nor_leaks():
+@pytest.mark.parametrize("share_v", [True, False])
+def test_a_new_decomposition_neither_recompiles_nor_leaks(share_v):
     p = small()
-    tx = adamr.osft(RATE, *weight_subspaces(p, AXES, keep=0.2, room=0.8))
+    sides = weight_subspaces(p, AXES, keep=0.2, room=0.8)
+    tx = adamr.osft(RATE, *sides, share_v=share_v)
     state, update = tx.init(p), jax.jit(tx.update)
     for task, keep in enumerate((0.2, 0.5, 0.8)):
         sides = weight_subspaces(p, AXES, keep=keep, room=0.8)
@@ -313,4 +328,7 @@ def test_errors_of_osft_and_of_its_boundary():
         adamr.osft(RATE, inside, outside).init({"w": jnp.ones((3, 3))})
     with pytest.raises(ValueError, match="weight_decay needs params"):
         tx = adamr.osft(RATE, inside, outside, weight_decay=0.1)
+        tx.update(p, tx.init(p))
+    with pytest.raises(ValueError, match="weight_decay needs params"):
+        tx = adamr.osft(RATE, inside, outside, weight_decay=0.1, share_v=False)
         tx.update(p, tx.init(p))

@@ -18,15 +18,33 @@ def project(g, u, v, form="both_sides"):
 
 
 def trajectory(
-    kernel, gradients, u, v, *, rate, b1, b2, eps=1e-8, decay=0.0, form="both_sides"
+    kernel,
+    gradients,
+    u,
+    v,
+    *,
+    rate,
+    b1,
+    b2,
+    eps=1e-8,
+    decay=0.0,
+    form="both_sides",
+    share_v=True,
 ):
-    """Kernels after each step of AdamW with one v, moment and decay projected."""
+    """Kernels after each step of AdamW: moment and decay projected, and one v; or, with
+    v per entry, the step projected and v at least the square of what m is fed."""
     m, second, path = np.zeros_like(kernel), 0.0, []
     for t, g in enumerate(gradients, start=1):
-        m = b1 * m + (1 - b1) * project(g, u, v, form)
-        second = b2 * second + (1 - b2) * np.mean(g**2)
+        fed = project(g, u, v, form)
+        m = b1 * m + (1 - b1) * fed
+        square = np.mean(g**2) if share_v else np.maximum(g**2, fed**2)
+        second = b2 * second + (1 - b2) * square
         step = m / (1 - b1**t) / (np.sqrt(second / (1 - b2**t)) + eps)
-        kernel = kernel - rate * (step + project(decay * kernel, u, v))
+        if share_v:
+            step = step + project(decay * kernel, u, v)
+        else:
+            step = project(step + decay * kernel, u, v, form)
+        kernel = kernel - rate * step
         path.append(kernel)
     return path
 
