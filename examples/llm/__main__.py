@@ -22,6 +22,7 @@ from examples.llm.stream import Position
 from examples.streams.domains import DataError
 
 Watch = Callable[[str, int], runs.Report]
+Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
@@ -100,44 +101,51 @@ def _show(config: Config, content: dict[str, Any], console: Console) -> None:
     console.print("written:", *written, sep="\n  ", highlight=False, soft_wrap=True)
 
 
+def _run(config: Config, console: Console, say: Say) -> None:
+    """Checks the options, learns, and shows what was finished, whatever ends it."""
+    choices = cli.candidates(config, METHODS, may_be_0=MAY_BE_0)
+    if config.dry_run:
+        name, (_, (coefficient, *_)) = next(iter(choices.items()))
+        dry_run.run(config, name, coefficient, say)
+        return
+    if config.cpu_devices is not None:
+        meshes.simulate(config.cpu_devices)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out: got {config.out}, expected a folder: {error}."
+        ) from error
+    loaded = load_all(config, say)
+    content = report.describe(cli.settings(config), loaded)
+    content |= {"tuning": {}, "methods": []}
+    try:
+        _learn_all(config, choices, loaded, console, content)
+    finally:
+        if content["methods"]:
+            _show(config, content, console)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for bad input, 130 after Ctrl-C, 143: SIGTERM."""
     config = tyro.cli(Config, prog="python -m examples.llm", args=args)
-    console, content, code = Console(), {"methods": []}, 0
+    console = Console()
     if not console.is_terminal:
         console.width = 120
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     try:
         with cli.terminable():
-            choices = cli.candidates(config, METHODS, may_be_0=MAY_BE_0)
-            if config.dry_run:
-                name, (_, (coefficient, *_)) = next(iter(choices.items()))
-                dry_run.run(config, name, coefficient, say)
-                return 0
-            if config.cpu_devices is not None:
-                meshes.simulate(config.cpu_devices)
-            try:
-                config.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(
-                    f"--out: got {config.out}, expected a folder: {error}."
-                ) from error
-            loaded = load_all(config, say)
-            content |= report.describe(cli.settings(config), loaded)
-            content["tuning"] = {}
-            _learn_all(config, choices, loaded, console, content)
+            _run(config, console, say)
     except (UsageError, DataError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        say("\nstopped; what was finished follows.")
-        code = 130
+        say("\nstopped; the same command continues from its last checkpoint.")
+        return 130
     except Stopped:
         say("\nsaved; the same command continues from here.")
-        code = 143
-    if content["methods"]:
-        _show(config, content, console)
-    return code
+        return 143
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Part(NamedTuple):
       task: its rows as text.
       train: as arrays.
       test: the rows that losses are of; for tuning, the validation rows.
-      prompts: rows whose answers are generated, from `test`; none of a plain text.
+      prompts: the first rows of `test`, to be answered; none where loss is the metric.
     """
 
     task: Task
@@ -83,7 +83,7 @@ def prepare(
         train, test = encoded(task, "train"), encoded(task, held_out)
         test = spread_rows(test, scored)
         rows = getattr(task, held_out)
-        kept = test.kept[:generated] if task.kind == "rows" else ()
+        kept = test.kept[:generated] if task.metric != "loss" else ()
         return Part(task, train, test, tuple(rows[i] for i in kept))
 
     return Stream(tuple(map(part, tasks.tasks)), part(tasks.general))

@@ -21,6 +21,13 @@ def _read_json(file: Path) -> Any:
         raise ModelError(f"{file}: found no valid JSON ({error}).") from error
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    found = _read_json(file)
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: found {found!r:.80}, expected a JSON object.")
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json; of a model for text and pictures, the part about text."""
     file = folder / "config.json"
@@ -30,15 +37,23 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: found {found}, expected a folder with config.json, "
             "tokenizer.json and *.safetensors."
         )
-    config = _read_json(file)
-    return config["text_config"] if config.get("model_type") == "gemma3" else config
+    config = _read_object(file)
+    if config.get("model_type") != "gemma3":
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ModelError(
+            f"{file}: found text_config = {text!r:.80}, expected an object with the "
+            "sizes of the part about text, as model_type is 'gemma3'."
+        )
+    return text
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """`eos_token_id` of config.json and of generation_config.json."""
     file = folder / "generation_config.json"
     ends = set()
-    for options in [config, _read_json(file) if file.is_file() else {}]:
+    for options in [config, _read_object(file) if file.is_file() else {}]:
         found = options.get("eos_token_id")
         ends |= set(found if isinstance(found, list) else [found])
     return tuple(sorted(ends - {None}))

@@ -20,6 +20,7 @@ __all__ = [
     "Content",
     "Row",
     "detect",
+    "left_out",
     "read_prose",
     "text_content",
 ]
@@ -241,6 +242,23 @@ def _task_folders(data: Path) -> list[Path]:
         for folder in inside + below
         if any((folder / name).is_file() for name in FILES)
     ]
+
+
+def left_out(data: Path) -> str | None:
+    """The folders in which no task was found, and what they hold, in one line."""
+    tasks = _task_folders(data)
+    groups = {folder.parent for folder in tasks}
+    inside = [p for p in visible(data.glob("*"), data) if p not in groups]
+    below = [p for p in visible(data.glob("*/*"), data) if p.parent in groups]
+    others = [p for p in inside + below if p.is_dir() and p not in tasks]
+    if not others:
+        return None
+    named = [f"{p.relative_to(data)} ({listing(p)})" for p in others[:8]]
+    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    return (
+        f"{data}: left out, for want of {', '.join(sorted(FILES))}: "
+        f"{', '.join(named)}{more}."
+    )
 
 
 def _by_name(

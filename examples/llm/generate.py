@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +12,48 @@ from flax import nnx
 from examples.llm.errors import ModelError
 from examples.llm.models import Model, Parts, merge
 
-__all__ = ["Answers", "generator", "line_feeds"]
+__all__ = ["generator", "line_feeds", "padded_length", "room"]
 
 PROMPT_STEP = 32  # prompts are padded to multiples, so few lengths are compiled
-
-
-class Answers(NamedTuple):
-    """What was generated.
-
-    Attributes:
-      tokens: for each prompt, up to its end token (left out) or including its first
-        token with a line feed.
-      cut: tokens at the front of prompts that the context had no room for.
-    """
-
-    tokens: list[list[int]]
-    cut: int
 
 
 def line_feeds(tokenizer: Any) -> tuple[int, ...]:
     """The tokens whose text has a line feed."""
     tokens = range(tokenizer.get_vocab_size())
     return tuple(t for t in tokens if "\n" in tokenizer.decode([t]))
+
+
+def room(model: Model, new_tokens: int) -> int:
+    """Tokens that a prompt may have; of a longer one the last so many are read.
+
+    Raises:
+      ModelError: unless `new_tokens` leave at least one.
+    """
+    if not 1 <= new_tokens < model.context:
+        raise ModelError(
+            f"new_tokens: got {new_tokens}, expected 1 to {model.context - 1}, fewer "
+            "than the context."
+        )
+    return model.context - new_tokens
+
+
+def padded_length(model: Model, longest: int, new_tokens: int) -> int:
+    """Tokens of each prompt with padding, where the longest has so many.
+
+    Raises:
+      ModelError: where local attention, which counts slots of the cache, would lose
+        sight of a prompt that padding sets apart from its answer.
+    """
+    width = -(-longest // PROMPT_STEP) * PROMPT_STEP
+    width = min(width, room(model, new_tokens))
+    window = getattr(model.config, "sliding_window_size", None)
+    if window is not None and width + new_tokens > window:
+        raise ModelError(
+            f"a prompt of {longest} tokens takes {width} with padding, its answer "
+            f"{new_tokens}, expected at most the model's local window of {window} in "
+            "all: take fewer new tokens (--new-tokens) or shorter rows (--context)."
+        )
+    return width
 
 
 def generator(
@@ -43,7 +63,7 @@ def generator(
     new_tokens: int,
     stops: Iterable[int] = (),
     batch: int = 8,
-) -> Callable[[nnx.State, nnx.State, Sequence[Sequence[int]]], Answers]:
+) -> Callable[[nnx.State, nnx.State, Sequence[Sequence[int]]], list[list[int]]]:
     """`generate(lora, base, prompts)`: the likeliest token, again and again.
 
     Args:
@@ -54,45 +74,36 @@ def generator(
       batch: prompts at a time; each distinct padded length is compiled once.
 
     Returns:
-      The function. Prompts are lists of at least one token, of any lengths. Of one that
-      does not fit into the context, the last tokens are taken.
+      The function. Prompts are lists of at least one token, of any lengths; see `room`
+      and `padded_length`. An answer is what comes before an end token, or ends with the
+      first of `stops`.
 
     Raises:
       ModelError: for counts that do not fit, and from the function for an empty prompt
         or tokens outside the vocabulary.
     """
-    if not 1 <= new_tokens < model.context:
-        raise ModelError(
-            f"new_tokens: got {new_tokens}, expected 1 to {model.context - 1}, fewer "
-            "than the context."
-        )
+    most = room(model, new_tokens)
     if batch < 1:
         raise ModelError(f"batch: got {batch}, expected at least 1.")
-    room = model.context - new_tokens
     ending = np.zeros(model.vocabulary, bool)
     ending[[*model.ends, *stops]] = True
     static = model._replace(module=None), parts._replace(lora=None, base=None)
     answer = jax.jit(functools.partial(_answer, *static, ending, new_tokens))
 
     def generate(lora, base, prompts):
-        kept = [_checked(prompt, model.vocabulary)[-room:] for prompt in prompts]
-        cut = sum(map(len, prompts)) - sum(map(len, kept))
+        kept = [_checked(prompt, model.vocabulary)[-most:] for prompt in prompts]
         answers = []
         for first in range(0, len(kept), batch):
             rows = kept[first : first + batch]
             rows += [[]] * (batch - len(rows))
-            longest = max(map(len, rows))
-            width = min(-(-longest // PROMPT_STEP) * PROMPT_STEP, room)
-            _check_window(model, width + new_tokens)
-            padded = np.zeros((batch, width), np.int32)
-            for row, prompt in zip(padded, rows, strict=True):
+            width = padded_length(model, max(map(len, rows)), new_tokens)
+            tokens = np.zeros((batch, width), np.int32)
+            for row, prompt in zip(tokens, rows, strict=True):
                 row[: len(prompt)] = prompt
             lengths = np.array([len(prompt) for prompt in rows], np.int32)
-            answers += np.asarray(answer(lora, base, padded, lengths)).tolist()
+            answers += np.asarray(answer(lora, base, tokens, lengths)).tolist()
         ends = set(model.ends)
-        return Answers(
-            [_until(tokens, ending, ends) for tokens in answers[: len(kept)]], cut
-        )
+        return [_until(tokens, ending, ends) for tokens in answers[: len(kept)]]
 
     return generate
 
@@ -170,16 +181,6 @@ def _checked(prompt: Sequence[int], vocabulary: int) -> list[int]:
             f"model's vocabulary of {vocabulary}."
         )
     return prompt
-
-
-def _check_window(model: Model, slots: int) -> None:
-    """Local attention counts slots of the cache, which padding sets apart."""
-    window = getattr(model.config, "sliding_window_size", None)
-    if window is not None and slots > window:
-        raise ModelError(
-            f"prompts: the longest with its answer takes {slots} tokens, expected at "
-            f"most the model's local window of {window}."
-        )
 
 
 def _until(tokens: list[int], ending: np.ndarray, ends: set[int]) -> list[int]:

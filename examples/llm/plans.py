@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from examples.harness import cli, meshes
 from examples.harness.example import UsageError
 from examples.llm import runs
-from examples.llm.answers import answerer
+from examples.llm.answers import answerer, check
 from examples.llm.data import Part, Stream, prepare
 from examples.llm.learner import Learner, full_learner, lora_learner
 from examples.llm.methods import METHODS
@@ -98,8 +98,28 @@ def _steps(config: Config, part: Part) -> int:
     return -(-part.task.epochs * len(part.train.tokens) // config.batch)
 
 
+def _check_answers(
+    config: Config, model: Model, encoder: Encoder, stream: Stream, say: Say
+) -> None:
+    """What cannot be generated or scored is found before anything is trained."""
+    answered = [part for part in stream.parts if part.prompts]
+    if answered and config.new_tokens >= model.context:
+        raise UsageError(
+            f"--new-tokens: got {config.new_tokens}, expected fewer than the "
+            f"{model.context} that {model.folder.name} was made for."
+        )
+    for part in answered:
+        if told := check(model, encoder, config.new_tokens, part):
+            say(told)
+
+
 def load_all(config: Config, say: Say) -> Loaded:
-    """Reads the tasks and the model, and says what a user should know of them."""
+    """Reads the tasks and the model, and says what a user should know of them.
+
+    Raises:
+      UsageError, DataError: for what could not be learned, answered or scored.
+    """
+    say = functools.cache(say)  # no line twice
     names = None if config.tasks is None else cli.listed(config.tasks)
     tasks = load_tasks(config.data, names)
     for note in tasks.notes:
@@ -112,13 +132,16 @@ def load_all(config: Config, say: Say) -> Loaded:
     sizes = {"context": _context(config, tasks, model), "scored": config.scored}
     first = tasks._replace(tasks=tasks.tasks[: runs.TUNING_TASKS])
     stream = prepare(tasks, encoder, generated=config.generated, say=say, **sizes)
+    _check_answers(config, model, encoder, stream, say)
+    told = {"say": say} if config.lr_grid else {}  # otherwise nothing is tuned
+    tuning = prepare(first, encoder, held_out="valid", **told, **sizes)
     return Loaded(
         model,
         encoder,
         tasks,
         sizes["context"],
         stream,
-        prepare(first, encoder, held_out="valid", **sizes),
+        tuning,
         tuple(_steps(config, part) for part in stream.parts),
     )
 

@@ -190,7 +190,7 @@ def load(data: Path | None, names: Sequence[str] | None = None) -> Tasks:
     layout, found, read = formats.detect(data)
     chosen = _choose(names, found, f"--data {data}")
     tasks = tuple(_task(name, read(name)) for name in chosen)
-    notes = [f"{data}: {layout}."]
+    notes = [f"{data}: {layout}.", *filter(None, [formats.left_out(data)])]
     for task in tasks:
         if task.kind == "rows" and task.name not in KNOWN:
             notes.append(

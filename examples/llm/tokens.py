@@ -2,6 +2,7 @@
 
     begin + prompt + answer + end, padded on the right
 
+An empty prompt without a begin is the end token: a text follows the end of another.
 Loss is taken on the answer and the end alone. A plain text is cut into windows, of
 which every token counts.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "bucket",
     "cuts",
     "encode",
+    "encode_prompts",
     "encode_rows",
     "encode_text",
     "encoder_for",
@@ -135,6 +137,12 @@ def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     return [one.ids for one in found]
 
 
+def encode_prompts(rows: Sequence[Row], encoder: Encoder) -> list[list[int]]:
+    """What comes before each answer, at least one token; also where it is generated."""
+    prompts = _ids(encoder, [row.prompt for row in rows])
+    return [[*encoder.begin, *prompt] or [encoder.end] for prompt in prompts]
+
+
 def encode_rows(rows: Sequence[Row], encoder: Encoder, length: int) -> Encoded:
     """Prompt, answer and end of every row in `length` tokens; the rest is cut.
 
@@ -150,13 +158,12 @@ def encode_rows(rows: Sequence[Row], encoder: Encoder, length: int) -> Encoded:
     """
     if length < 2:
         raise ValueError(f"length: got {length}, expected at least 2 tokens.")
-    prompts = _ids(encoder, [row.prompt for row in rows])
+    prompts = encode_prompts(rows, encoder)
     answers = _ids(encoder, [row.answer for row in rows])
     tokens = np.full((len(rows), length), encoder.end, np.int32)
     answer = np.zeros((len(rows), length), bool)
     whole = np.zeros(len(rows), np.int32)
     for index, (first, then) in enumerate(zip(prompts, answers, strict=True)):
-        first = [*encoder.begin, *first]
         ids = [*first, *then, encoder.end]
         whole[index] = len(ids)
         tokens[index, : len(ids)] = ids[:length]

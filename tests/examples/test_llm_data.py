@@ -153,6 +153,23 @@ def test_a_folder_without_a_split(tmp_path):
     assert tasks.load(tmp_path, ["a"]).tasks[0].name == "a"
 
 
+def test_folders_that_were_left_out_are_told(tmp_path):
+    write_trace(tmp_path, "a", "GROUP/b")
+    assert not any("left out" in note for note in tasks.load(tmp_path).notes)
+    write(tmp_path / "B" / "train.jsonl", "{}")
+    write(tmp_path / "GROUP" / "c" / "data.csv", "")
+    write(tmp_path / ".cache" / "x", "")
+    write(tmp_path / "a" / "README", "no task")
+    found = tasks.load(tmp_path)
+    assert [task.name for task in found.tasks] == ["a", "b"]
+    (told,) = (note for note in found.notes if "left out" in note)
+    assert told.endswith(": B (train.jsonl), GROUP/c (data.csv).")
+    for n in range(9):
+        (tmp_path / f"empty{n}").mkdir()
+    (told,) = (note for note in tasks.load(tmp_path).notes if "left out" in note)
+    assert "empty0 (nothing)" in told and told.endswith(" and 3 more.")
+
+
 def test_folders_that_are_no_data(tmp_path):
     with pytest.raises(DataError, match="--data.*missing.*expected a folder"):
         tasks.load(tmp_path / "missing")
@@ -260,6 +277,7 @@ def test_rows_are_prompt_answer_and_end():
     assert encoded.tokens.dtype == np.int32 and encoded.answer.dtype == bool
     for index, row in enumerate([long, Row("", "42")]):
         size = encoded.lengths[index]
+        assert encoded.tokens[index, 0] == ENCODER.end or row.prompt
         text = TOKENIZER.decode(encoded.tokens[index, : size - 1].tolist())
         assert text == row.prompt + row.answer
         answer = encoded.tokens[index, encoded.answer[index]]
@@ -269,6 +287,18 @@ def test_rows_are_prompt_answer_and_end():
         assert not encoded.answer[index, size:].any()
     assert (encoded.cut, encoded.shortened, encoded.dropped) == (0, 0, 0)
     assert tokens.cuts("a", encoded) is None
+
+
+def test_an_empty_prompt_begins_after_the_end_of_a_text():
+    empty, full = Row("", "42"), Row("6 x 7 is ", "42")
+    asked = tokens.encode_prompts([empty, full], ENCODER)
+    assert asked == [[ENCODER.end], TOKENIZER.encode(full.prompt).ids]
+    begun = ENCODER._replace(begin=(1,))
+    assert tokens.encode_prompts([empty], begun) == [[1]]
+    # So the whole answer is learned, its first token among the rest.
+    encoded = tokens.encode_rows([empty], ENCODER, 8)
+    predicted = encoded.tokens[0, 1:][encoded.answer[0, 1:]]
+    assert predicted.tolist() == [*TOKENIZER.encode("42").ids, ENCODER.end]
 
 
 def test_what_is_beyond_the_context_is_counted():
@@ -294,13 +324,17 @@ ANSWERS = TEXTS.filter(str.strip)
 ROWS = st.lists(st.builds(Row, TEXTS, ANSWERS), min_size=1, max_size=5)
 
 
+def prompt(row):
+    return TOKENIZER.encode(row.prompt).ids or [ENCODER.end]
+
+
 @given(ROWS, st.integers(2, 60))
 @settings(max_examples=60)
 def test_no_token_is_lost_uncounted(given_rows, length):
     try:
         encoded = tokens.encode_rows(given_rows, ENCODER, length)
     except DataError:
-        ids = [len(TOKENIZER.encode(row.prompt).ids) for row in given_rows]
+        ids = [len(prompt(row)) for row in given_rows]
         assert min(ids) >= length
         return
     assert encoded.lengths.sum() + encoded.cut == encoded.total
@@ -310,16 +344,14 @@ def test_no_token_is_lost_uncounted(given_rows, length):
     assert not encoded.answer[positions >= encoded.lengths[:, None]].any()
     for index, kept in enumerate(encoded.kept):
         row = given_rows[kept]
-        first, then = (TOKENIZER.encode(text).ids for text in row)
+        first, then = prompt(row), TOKENIZER.encode(row.answer).ids
         whole = [*first, *then, ENCODER.end]
         size = min(len(whole), length)
         assert encoded.tokens[index, :size].tolist() == whole[:size]
         counted = np.flatnonzero(encoded.answer[index])
         np.testing.assert_array_equal(counted, np.arange(len(first), size))
     assert encoded.shortened == sum(
-        len(TOKENIZER.encode(given_rows[k].prompt).ids)
-        + len(TOKENIZER.encode(given_rows[k].answer).ids)
-        + 1
+        len(prompt(given_rows[k])) + len(TOKENIZER.encode(given_rows[k].answer).ids) + 1
         > length
         for k in encoded.kept
     )

@@ -439,13 +439,13 @@ def test_generation_is_repeated_argmax(llm, tmp_path, name):
         model._replace(ends=()), parts, new_tokens=6, stops=[stop], batch=3
     )
     answers = generate(parts.lora, parts.base, prompts)
-    assert answers.tokens == [cut_at(tokens) for tokens in free]
+    assert answers == [cut_at(tokens) for tokens in free]
     assert answers.cut == 0
     # An end token itself is no part of the answer.
     generate = llm.generate.generator(
         model._replace(ends=(stop,)), parts, new_tokens=6, batch=3
     )
-    ended = generate(parts.lora, parts.base, prompts[2:3]).tokens
+    ended = generate(parts.lora, parts.base, prompts[2:3])
     assert ended == [free[2][: free[2].index(stop)]]
 
 
@@ -456,8 +456,8 @@ def test_generation_cuts_prompts_to_the_context(llm, tmp_path):
     generate = llm.generate.generator(model, parts, new_tokens=4, batch=2)
     long = list(range(3, 53))
     both = generate(parts.lora, parts.base, [long, long[-36:]])
-    assert both.tokens[0] == both.tokens[1]
-    assert both.cut == 14
+    assert both[0] == both[1]
+    assert llm.generate.room(model, 4) == 36
     with pytest.raises(ModelError, match="prompts: found .., expected at least one"):
         generate(parts.lora, parts.base, [[]])
     with pytest.raises(ModelError, match="below the model's vocabulary of 260"):
@@ -782,5 +782,5 @@ def test_smollm2_tokenizer_and_answers(llm, smollm2_model):
     generate = llm.generate.generator(model, parts, new_tokens=16, stops=stops, batch=2)
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     answers = generate(parts.lora, parts.base, ids)
-    texts = [tokenizer.decode(tokens) for tokens in answers.tokens]
+    texts = [tokenizer.decode(tokens) for tokens in answers]
     assert texts == [" Paris.\n", "The capital of Japan is Tokyo."]

@@ -128,10 +128,11 @@ def test_tunix_llama_adapted_by_qwix():
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")
-def test_int8_kernel_of_qwix_in_an_nnx_optimizer():
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_kernel_of_qwix_in_an_nnx_optimizer(kind):
     """The merge is refused by name; a block beside the kernel trains, and is kept."""
     qwix = pytest.importorskip("qwix")
-    rule = qwix.LoraRule(module_path=".*", rank=4, alpha=4.0, weight_qtype="int8")
+    rule = qwix.LoraRule(module_path=".*", rank=4, alpha=4.0, weight_qtype=kind)
     x, new = normal(0, 2, 8), normal(1, 4, 8)
     model = qwix.apply_lora_to_model(
         nnx.Linear(8, 5, rngs=nnx.Rngs(0)),
