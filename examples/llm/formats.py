@@ -256,7 +256,7 @@ def left_out(data: Path) -> str | None:
     named = [f"{p.relative_to(data)} ({listing(p)})" for p in others[:8]]
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     return (
-        f"{data}: left out, for want of {', '.join(sorted(FILES))}: "
+        f"{data}: left out, without any of {', '.join(sorted(FILES))}: "
         f"{', '.join(named)}{more}."
     )
 

@@ -78,7 +78,8 @@ class Config(cli.Common):
     scored: int = 48
     """Held-out rows of every task that losses are of."""
     generated: int = 16
-    """Held-out rows of every task that are answered and scored by its metric."""
+    """Held-out rows of every task that are answered and scored by its metric; 0:
+    none."""
     new_tokens: int = 48
     """Most tokens of a generated answer."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/llm")

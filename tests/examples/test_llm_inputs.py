@@ -120,7 +120,7 @@ def test_a_local_window_that_a_prompt_does_not_fit(data, tmp_path):
         head_dim=16, query_pre_attn_scalar=16,
     )  # fmt: skip
     expected = "wide, test, row 2: a prompt of 33 tokens takes 64 .* window of 40"
-    with pytest.raises(ModelError, match=expected):
+    with pytest.raises(DataError, match=expected):
         told(data, gemma)
     told(data, gemma, tasks="plain")
 

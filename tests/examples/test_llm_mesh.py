@@ -18,7 +18,9 @@ pytest.importorskip("qwix")
 import adamr  # noqa: E402
 from examples.harness import meshes  # noqa: E402
 from examples.llm import __main__ as command  # noqa: E402
-from examples.llm import dry_run, plans, stream, task_ends  # noqa: E402
+from examples.llm import answers, dry_run, plans, stream, task_ends  # noqa: E402
+from examples.llm.generate import generator  # noqa: E402
+from examples.llm.methods import METHODS  # noqa: E402
 from examples.llm.options import Config  # noqa: E402
 from examples.llm.tiny import write_tiny  # noqa: E402
 
@@ -58,27 +60,68 @@ def folders(tmp_path_factory):
     return {"data": data, "model": write_tiny(tmp_path_factory.mktemp("model"))}
 
 
-def learned(folders, method, mesh):
-    config = Config(**folders, **SIZES, mesh=mesh)
+def learned(folders, method, mesh, rate=1e-2, **options):
+    config = Config(**folders, **{**SIZES, **options}, mesh=mesh)
     loaded = plans.load_all(config, lambda _: None)
     plan = plans.planner(loaded, config)(method)
-    *_, (_, run, history) = stream.learn(plan, rate=1e-2, coefficient=0.5, seed=0)
+    *_, (_, run, history) = stream.learn(plan, rate=rate, coefficient=0.5, seed=0)
     return run, history
+
+
+def assert_same_losses(one, other):
+    for measured in ("train_loss", "general"):
+        np.testing.assert_allclose(other[measured], one[measured], rtol=1e-4)
+    matrices = [np.array(h["loss_matrix"], float) for h in (other, one)]
+    np.testing.assert_allclose(*matrices, rtol=1e-4)
 
 
 def test_losses_are_those_of_one_device(folders):
     _, one = learned(folders, "lora_complement", None)
     run, eight = learned(folders, "lora_complement", MESH)
-    for measured in ("train_loss", "general"):
-        np.testing.assert_allclose(eight[measured], one[measured], rtol=1e-4)
-    matrices = [np.array(h["loss_matrix"], float) for h in (eight, one)]
-    np.testing.assert_allclose(*matrices, rtol=1e-4)
+    assert_same_losses(one, eight)
     queries = [tree["layers"][0]["attn"]["q_proj"] for tree in (run.base, run.trained)]
     assert queries[0]["w"][...].sharding.spec == P("fsdp", "tp")
     assert queries[1]["w_lora_a"][...].sharding.spec == P("fsdp")
     assert queries[1]["w_lora_b"][...].sharding.spec == P(None, "tp")
     bases = jax.tree.leaves(adamr.get_subspace(run.opt_state).bases)
     assert {x.sharding.spec[0] for x in bases} == {"fsdp", ("tp", "fsdp")}
+
+
+ON_A_MESH = "adam,lora_restart,lora_complement,inflora,o_lora,er,osft".split(",")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ON_A_MESH)
+def test_methods_that_answer_on_a_mesh(folders, method, monkeypatch):
+    """As one device does: the losses, and the answers after each task."""
+    said = []
+
+    def recorded(*args, **kwargs):
+        generate = generator(*args, **kwargs)
+
+        def answer(*args):
+            found = generate(*args)
+            said[-1] += found
+            return found
+
+        return answer
+
+    monkeypatch.setattr(answers, "generator", recorded)
+    options = {
+        "rate": METHODS[method].learning_rate,
+        "generated": 2,
+        "new_tokens": 4,
+    }
+    found = []
+    for mesh in (None, MESH):
+        said.append([])
+        found.append(learned(folders, method, mesh, **options)[1])
+    assert_same_losses(*found)
+    for history in found:
+        answered = np.isfinite(np.array(history["score_matrix"], float))
+        np.testing.assert_array_equal(answered, np.tri(2, dtype=bool))
+    assert len(said[0]) == 2 * (1 + 2)  # of two tasks, of the first one twice
+    assert said[1] == said[0] and len({tuple(tokens) for tokens in said[0]}) > 1
 
 
 def test_each_program_is_compiled_once(folders):
