@@ -24,7 +24,11 @@ from examples.llm.methods import METHODS  # noqa: E402
 from examples.llm.options import Config  # noqa: E402
 from examples.llm.tiny import write_tiny  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    # A capacity of 16 is full after the first task.
+    pytest.mark.filterwarnings("ignore:the bases of .* are full:UserWarning"),
+]
 
 MESH = "data=2,fsdp=2,tensor=2"
 SIZES = {
