@@ -9,8 +9,8 @@ from adamr.lora.pairs import Pair as Pair
 from adamr.lora.pairs import find_pairs as find_pairs
 from adamr.lora.precision import cast_like as cast_like
 from adamr.lora.precision import masters as masters
-from adamr.lora.room import Room as Room
-from adamr.lora.room import room as room
+from adamr.lora.remaining import Room as Room
+from adamr.lora.remaining import room as room
 from adamr.lora.starts import hold as hold
 from adamr.lora.starts import inflora as inflora
 from adamr.lora.starts import keeplora as keeplora

@@ -21,7 +21,7 @@ from adamr._tree import placed_like
 from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, halves
 from adamr.lora.precision import require_wide
-from adamr.lora.room import warn_of_gaps
+from adamr.lora.remaining import warn_of_gaps
 from adamr.lora.task import bases_of, require_restartable, restarted
 from adamr.routing.carrier import plain_gradient
 from adamr.sharding import einsum_sharding

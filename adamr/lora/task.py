@@ -23,7 +23,7 @@ from adamr.capture.axes import contracted_axes
 from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, Located, halves, located
 from adamr.lora.precision import require_wide
-from adamr.lora.room import warn_of_gaps
+from adamr.lora.remaining import warn_of_gaps
 from adamr.modifiers.penalty import Anchor
 from adamr.penalties.anchor import rewrite_anchors
 from adamr.penalties.si import SIState

@@ -123,19 +123,19 @@ def osft(
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonal Subspace Fine-Tuning, exact for the step itself under Adam.
 
-        m from (I − P) G (I − Q),  v from G²
-        Δ = (I − P) (m̂ / (√v̂ + eps) + weight_decay · W) (I − Q)
+        m from (I − P) G (I − Q),  v = the mean of G² over the matrix
+        Δ = m̂ / (√v̂ + eps) + (I − P) (weight_decay · W) (I − Q)
 
     Guarantee: Uᵀ Δ = 0 and Δ V = 0 for every protected kernel, to float32 rounding,
     weight decay included, so the protected singular triples of W stay what they are.
     (form="paper": Uᵀ Δ V = 0.) Leaves without a basis get plain Adam.
 
-    With `share_v`, v is one number per matrix, the mean of G² over it. Then the step
-    needs no projection of its own, and the state is smaller than Adam's. The price is
-    that Adam no longer evens out rows or columns of different scale. In pretrained
-    transformers a few inputs are a hundred times larger than the others, the step goes
-    mostly along those, and everything else that uses them changes. There use
-    `share_v=False`: it costs Adam's state and one projection more.
+    With one v per matrix the step needs no projection of its own, and the state is
+    smaller than Adam's. The price is that Adam no longer evens out rows or columns of
+    different scale. In pretrained transformers a few inputs are a hundred times larger
+    than the others; the step goes mostly along those, and changes whatever else uses
+    them. `share_v=False` has Adam's v, per entry, and projects the step on both sides:
+    it costs Adam's state and one projection more.
 
     Args:
       learning_rate: a number or a schedule.

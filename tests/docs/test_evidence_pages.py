@@ -19,7 +19,7 @@ from benchmarks._pages.evidence import (
     cells,
     facts,
     pages,
-    pretrained,
+    pretrained_tables,
     results,
     tables,
 )
@@ -47,13 +47,22 @@ def test_the_guide_to_the_methods_has_the_headlines():
 
 def test_the_guide_to_pretrained_models_has_what_was_measured():
     guide = pages.PRETRAINED.read_text()
-    assert written(guide, "pairs", pretrained.for_readers()) == guide
-    (row,) = results.read("pretrained_instruct")["methods"]["adam"]["rows"]
+    assert written(guide, "pairs", pretrained_tables.for_readers()) == guide
+    rows = results.read("pretrained_instruct")["methods"]["adam"]["rows"]
     (line,) = (x for x in guide.splitlines() if x.startswith("| Adam on the pairs | 1"))
-    told = [float(x) for x in line.strip("| ").split(" | ")[1:]]
-    rise = row["general_loss_after"] - row["general_loss_before"]
-    wanted = [row["learned_loss"], row["final_loss"], row["forgetting"], rise]
-    assert told == pytest.approx([*wanted, row["kl"], row["metrics"]["OP"]], abs=6e-4)
+    told = [float(x.split(" ±")[0]) for x in line.strip("| ").split(" | ")[1:]]
+    wanted = [
+        [
+            row["learned_loss"],
+            row["final_loss"],
+            row["forgetting"],
+            row["general_loss_after"] - row["general_loss_before"],
+            row["kl"],
+            row["metrics"]["OP"],
+        ]
+        for row in rows
+    ]
+    assert told == pytest.approx(np.mean(wanted, axis=0), abs=6e-4)
 
 
 def test_a_method_that_is_not_best_is_not_called_so():

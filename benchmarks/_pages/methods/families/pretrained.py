@@ -47,10 +47,11 @@ PRETRAINED = Family(
             "The leading singular directions of every kernel, on the side of the "
             "inputs and on that of the outputs ([inside, "
             "outside](../glossary.md#inside-outside)), weight decay included. No data "
-            "of old tasks is needed. The price: the entries of a matrix share one v.",
+            "of old tasks is needed. The price: the entries of a matrix share one v; "
+            "or, with `share_v=False`, Adam's state and one projection more.",
             """
             sides = adamr.weight_subspaces(params, axes)
-            tx = adamr.osft(1e-3, *sides)
+            tx = adamr.osft(1e-3, *sides, share_v=False)
             state = tx.init(params)
             for task in tasks:
                 state, params = train(tx, state, params, task)
