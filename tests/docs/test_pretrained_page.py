@@ -13,7 +13,7 @@ import adamr
 from adamr import lora
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
-MERGED, BESIDE, ALL_WEIGHTS = re.findall(
+MERGED, BESIDE, ALL_WEIGHTS, NO_DATA = re.findall(
     r"```python\n(.*?)```", PAGE.read_text(), flags=re.S
 )
 N, R, SCALING = 24, 2, 2.0
@@ -132,6 +132,34 @@ def test_blocks_beside_an_int8_base_keep_old_answers():
     assert all(x < 0.8 * y for x, y in zip(learned, untrained, strict=True))
 
 
+def test_all_weights_keep_old_answers():
+    (params, _), general, tasks = model(R), rows(1, 3), two_tasks()
+
+    def whole(params, x):
+        return jax.nn.relu(x @ params["in/w"]) @ params["out/w"]
+
+    def loss(params, batch):
+        return jnp.mean(jnp.square(whole(params, batch[0]) - batch[1]))
+
+    before = whole(params, general)
+    untrained = [loss(params, task.batches[0]) for task in tasks]
+    code = ALL_WEIGHTS.replace("threshold=0.9", "threshold=1.0").replace("1e-4", "1e-2")
+    code = code.replace(
+        "    opt_state = end_task(opt_state, task",
+        "    learned.append(loss(params, task.batches[0]))\n"
+        "    opt_state = end_task(opt_state, task",
+    )
+    names = {"adamr": adamr, "jax": jax, "optax": optax, "general": general}
+    names |= {"params": params, "tasks": tasks, "loss": jax.jit(loss)}
+    names |= {"forward": whole, "learned": []}
+    exec(code, names)
+    params, learned = names["params"], names["learned"]
+    np.testing.assert_allclose(whole(params, general), before, atol=2e-4)
+    at_the_end = [loss(params, task.batches[0]) for task in tasks]
+    np.testing.assert_allclose(at_the_end, learned, rtol=1e-3)
+    assert all(x < 0.8 * y for x, y in zip(learned, untrained, strict=True))
+
+
 def test_osft_leaves_the_top_singular_directions_alone():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(N, 16)), jnp.float32)}
@@ -145,7 +173,7 @@ def test_osft_leaves_the_top_singular_directions_alone():
     names = {"adamr": adamr, "jax": jax, "optax": optax, "general": inputs}
     names |= {"params": params, "tasks": tasks, "loss": jax.jit(loss)}
     names["forward"] = lambda params, x: x @ params["w"]
-    exec(ALL_WEIGHTS.replace("1e-4", "1e-2"), names)
+    exec(NO_DATA.replace("1e-4", "1e-2"), names)
     moved = np.asarray(names["params"]["w"] - params["w"])
     inside, outside = names["inside"], names["outside"]
     u, v = inside.bases[0][:, 0], outside.bases[0][0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._pages.evidence.results import read
-from benchmarks._pretrained.found import NAMES, by_final, values
+from benchmarks._pretrained.found import NAMES, by_final, rows_of, values
 from benchmarks.boundary import INSIDE, KEYS, WIDTH, layer_shapes
 
 __all__ = ["FACTS"]
@@ -25,8 +25,21 @@ def _mean(stream: str, method: str, key: str) -> float:
     return float(np.mean(values(_read(stream), method, key)))
 
 
-def number(stream: str, method: str, key: str) -> str:
-    return f"{_mean(stream, method, key) + 0.0:.3f}"
+def number(stream: str, method: str, key: str, digits: str = "3") -> str:
+    return f"{_mean(stream, method, key) + 0.0:.{digits}f}"
+
+
+def rise(stream: str, method: str, task: str) -> str:
+    """How far the loss of one task has risen since it was learned."""
+    at = _read(stream)["settings"]["tasks"].split(",").index(task)
+    matrices = [row["loss_matrix"] for row in rows_of(_read(stream), method)]
+    return f"{np.mean([m[-1][at] - m[at][at] for m in matrices]):.3f}"
+
+
+def full(stream: str, method: str, fan_in: str) -> str:
+    """The share of kernels' inputs, in percent, that is protected at the end."""
+    rows = rows_of(_read(stream), method)
+    return f"{100 * np.mean([row['protected'][-1][fan_in][0] for row in rows]):.0f} %"
 
 
 def steps(stream: str) -> str:
@@ -86,6 +99,8 @@ def below(stream: str, key: str, method: str, rival: str) -> str:
 
 FACTS = {
     "llm": number,
+    "llm_full": full,
+    "llm_rise": rise,
     "llm_least": least,
     "llm_below": below,
     "llm_steps": steps,
