@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from examples.llm.task_folders import CL_BENCHMARK, FILES, SPLITS, TRACE, task_folders
 from examples.streams import domains, installed
 from examples.streams.domains import DataError, Domain
 from examples.streams.files import listing, visible
@@ -20,18 +21,13 @@ __all__ = [
     "Content",
     "Row",
     "detect",
-    "left_out",
     "read_prose",
     "text_content",
 ]
 
-TRACE = "TRACE folders"
-CL_BENCHMARK = "CL_Benchmark folders"
 INSTRUCTIONS = "Natural Instructions files"
 TEXT = "plain text"
 
-SPLITS = {TRACE: ("train", "eval", "test"), CL_BENCHMARK: ("train", "dev", "test")}
-FILES = {f"{split}.json" for splits in SPLITS.values() for split in splits}
 TENTHS = (8, 1, 1)  # of a file without splits: to train, to tune, to test
 
 VALID_SHARE = 0.1  # of a text's training part
@@ -233,34 +229,6 @@ def _read_text(data: Path, name: str) -> Content:
     return text_content(domain)
 
 
-def _task_folders(data: Path) -> list[Path]:
-    """Folders with a split, directly in `data` or one level below."""
-    inside = [p for p in visible(data.glob("*"), data) if p.is_dir()]
-    below = [p for p in visible(data.glob("*/*"), data) if p.is_dir()]
-    return [
-        folder
-        for folder in inside + below
-        if any((folder / name).is_file() for name in FILES)
-    ]
-
-
-def left_out(data: Path) -> str | None:
-    """The folders in which no task was found, and what they hold, in one line."""
-    tasks = _task_folders(data)
-    groups = {folder.parent for folder in tasks}
-    inside = [p for p in visible(data.glob("*"), data) if p not in groups]
-    below = [p for p in visible(data.glob("*/*"), data) if p.parent in groups]
-    others = [p for p in inside + below if p.is_dir() and p not in tasks]
-    if not others:
-        return None
-    named = [f"{p.relative_to(data)} ({listing(p)})" for p in others[:8]]
-    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-    return (
-        f"{data}: left out, without any of {', '.join(sorted(FILES))}: "
-        f"{', '.join(named)}{more}."
-    )
-
-
 def _by_name(
     data: Path, paths: list[Path], name: Callable[[Path], str]
 ) -> dict[str, Path]:
@@ -284,7 +252,7 @@ def detect(data: Path) -> tuple[str, list[str], Callable[[str], Content]]:
             f"--data: {data} has {listing(data)}, which is one task, expected the "
             f"folder that holds it: --data {data.parent} --tasks {data.name}."
         )
-    if folders := _task_folders(data):
+    if folders := task_folders(data):
         others = ("dev.json", "labels.json")
         cl = any((folder / name).is_file() for folder in folders for name in others)
         layout = CL_BENCHMARK if cl else TRACE

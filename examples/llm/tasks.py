@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from examples.llm import formats
+from examples.llm import formats, task_folders
 from examples.llm.formats import Content, Row
 from examples.streams import installed
 from examples.streams.domains import DataError
@@ -190,7 +190,7 @@ def load(data: Path | None, names: Sequence[str] | None = None) -> Tasks:
     layout, found, read = formats.detect(data)
     chosen = _choose(names, found, f"--data {data}")
     tasks = tuple(_task(name, read(name)) for name in chosen)
-    notes = [f"{data}: {layout}.", *filter(None, [formats.left_out(data)])]
+    notes = [f"{data}: {layout}.", *filter(None, [task_folders.left_out(data)])]
     for task in tasks:
         if task.kind == "rows" and task.name not in KNOWN:
             notes.append(

@@ -590,6 +590,8 @@ FREE = ["exact_match", "accuracy", "rouge_l", "edit_similarity", "code_similarit
 @given(answer=LINES.filter(str.strip), prediction=LINES, prompt=LINES)
 @settings(max_examples=40)
 def test_scores_are_bounded_and_1_where_equal(metric, answer, prediction, prompt):
+    if metric == "sari":  # of a word that the prompt has twice it wants one deleted
+        prompt = "".join(dict.fromkeys(prompt))
     found = one(metric, answer, prediction, prompt)
     assert all(0 <= value <= 1 + 1e-12 for value in found.values()), found
     same = one(metric, answer, f" {answer}\n", prompt)
