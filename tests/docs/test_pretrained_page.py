@@ -143,7 +143,7 @@ def test_all_weights_keep_old_answers():
 
     before = whole(params, general)
     untrained = [loss(params, task.batches[0]) for task in tasks]
-    code = ALL_WEIGHTS.replace("threshold=0.9", "threshold=1.0").replace("1e-4", "1e-2")
+    code = ALL_WEIGHTS.replace("threshold=0.9", "threshold=1.0").replace("3e-4", "1e-2")
     code = code.replace(
         "    opt_state = end_task(opt_state, task",
         "    learned.append(loss(params, task.batches[0]))\n"
