@@ -140,8 +140,8 @@ OSFT = {
     "adamw": "AdamW, nothing protected",
     "hooked": "projected gradients, then AdamW",
     "peft": "PEFT: factors, their gradients projected, then AdamW",
-    "osft": "`adamr.osft`",
-    "elementwise": "v element-wise, step and decay projected",
+    "osft": "`adamr.osft`, one v per kernel",
+    "elementwise": "`adamr.osft` with `share_v=False`",
 }
 
 
