@@ -212,7 +212,7 @@ def spread(rows: jax.Array, most: int) -> jax.Array:
     if rows.shape[-2] <= most:
         return rows
     where = jax.typeof(rows).sharding
-    if AxisType.Explicit in where.mesh.axis_types:  # a sort is not, along shards
+    if AxisType.Explicit in where.mesh.axis_types:  # what is sharded is not sorted
         rows = reshard(rows, NamedSharding(where.mesh, PartitionSpec()))
     counts = jnp.any(rows != 0, axis=-1)
     first = jnp.argsort(~counts, axis=-1, stable=True)

@@ -247,12 +247,11 @@ def start_block(
         opt_state = protect_inputs(
             opt_state, inputs, threshold=threshold, moments="keep"
         )
-    if inputs is None and not find_nodes(opt_state, Subspace):
-        here = Subspace((None,) * len(leaves), (None,) * len(leaves))
-    else:
+        warn_of_gaps(opt_state, inputs, lora)
+    if find_nodes(opt_state, Subspace):
         here = bases_of(held_subspace(opt_state), lora, found)
-    if inputs is not None:
-        warn_of_gaps(here, inputs, lora)
+    else:
+        here = Subspace((None,) * len(leaves), (None,) * len(leaves))
     fresh = redrawn(key, leaves, found, here, init)
     new = list(leaves)
     for each in found:

@@ -9,7 +9,7 @@ import numpy as np
 from adamr import _tree
 from adamr.state import held_subspace
 from adamr.subspaces.covariance import Covariance
-from adamr.subspaces.subspace import Subspace, layout, rank
+from adamr.subspaces.subspace import layout, rank
 
 __all__ = ["Room", "room", "warn_of_gaps"]
 
@@ -60,29 +60,26 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
     return found
 
 
-def warn_of_gaps(here: Subspace, inputs: Any, lora: Any) -> None:
+def warn_of_gaps(opt_state: Any, inputs: Any, lora: Any) -> None:
     """Warns, outside jit, of A's whose old inputs the next B may move.
 
     Args:
-      here: the subspace at the leaves of `lora`, grown.
+      opt_state: with the subspace of the A's, grown.
       inputs: from which it was grown.
       lora: for the names.
     """
     by_gram = isinstance(inputs, Covariance)
-    met = inputs.moments if by_gram else _tree.flatten_like(inputs, "inputs", lora)
-    names = _tree.flatten_with_names(lora)[0]
-    unmet, full = [], []
-    for name, x, count, basis, weights in zip(
-        names, met, rank(here), *here, strict=True
-    ):
-        if basis is None or weights is None:
-            continue
-        how = layout(basis, weights)
-        if _tree.is_hole(x):
-            unmet.append(name)
-        elif how.capacity < how.fan_in and not _tree.is_traced(count):
-            if np.any(np.asarray(count) >= how.capacity):
-                full.append(name)
+    entries = inputs.moments if by_gram else _tree.flatten_like(inputs, "inputs", lora)
+    met = dict(zip(_tree.flatten_with_names(lora)[0], entries, strict=True))
+    left = room(opt_state, lora)
+    unmet = [name for name in left if _tree.is_hole(met[name])]
+    full = [
+        name
+        for name, (directions, capacity) in left.items()
+        if name not in unmet
+        and not _tree.is_traced(capacity)
+        and np.any((np.asarray(directions) > 0) & (np.asarray(capacity) <= 0))
+    ]
     if unmet:
         warnings.warn(
             f"inputs has None at {unmet}: what the finished task fed to these layers "

@@ -276,8 +276,8 @@ def start_task(
     bases_of(held_subspace(opt_state), lora, found)
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
+    warn_of_gaps(opt_state, inputs, lora)
     here = bases_of(held_subspace(opt_state), lora, found)
-    warn_of_gaps(here, inputs, lora)
     fresh = redrawn(key, leaves, [each.halves for each in found], here, init)
     new = [
         x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))

@@ -1,5 +1,6 @@
 """The alias `adamr`: decoupled routing with safe defaults."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -69,16 +70,6 @@ def project_off(held: tuple[Protected, ...]) -> optax.GradientTransformation:
     return optax.stateless(project)
 
 
-def is_decaying(weight_decay: Any) -> bool:
-    """Whether there is decay; it may be a traced number, and no schedule."""
-    if callable(weight_decay):
-        raise TypeError(
-            "adamr: weight_decay must be a number, got a function; the learning rate, "
-            "which scales it, may be a schedule."
-        )
-    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
-
-
 def decay_outside(
     held: tuple[Protected, ...], weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
@@ -95,6 +86,55 @@ def decay_outside(
         return optax.tree.add(steps, decayed)
 
     return optax.stateless(add)
+
+
+def protected_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    modifier: optax.GradientTransformation,
+    protection: Callable[[Any], Protection],
+    weight_decay: Any,
+    mask: Any,
+    strength: Any = None,
+    off: Callable[[tuple[Any, ...]], optax.GradientTransformation] = project_off,
+    **moments: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`adamr` with another `protection_of` and another `project_off`."""
+    require_modifier(modifier, "adamr")
+    if callable(weight_decay):
+        raise TypeError(
+            "adamr: weight_decay must be a number, got a function; the learning rate, "
+            "which scales it, may be a schedule."
+        )
+    if strength is None:
+        scale = optax.identity()
+    elif isinstance(strength, optax.GradientTransformation):
+        scale = strength
+    else:
+        scale = constant_scale(strength)
+    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+    def links(found: Protection) -> optax.GradientTransformationExtraArgs:
+        merge = faithful_second_moment(share=found.share, guard=found.guard, **moments)
+        decay = decay_outside(found.decay, weight_decay, mask)
+        return optax.chain(
+            route_with_strength(modifier, scale),
+            merge,
+            decay if decays else optax.identity(),
+            off(found.step),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def init_fn(params):
+        _tree.require_arrays(params, "adamr")
+        state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
+        return links(protection(state)).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        routed, *_ = state
+        tx = links(protection(routed.route.modifier))
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def adamr(
@@ -171,43 +211,17 @@ def adamr(
       Learning, arXiv:2604.22407 (withdrawn for its experiments; the mechanism is
       verified here). Saha, Garg, Roy, Gradient Projection Memory, arXiv:2103.09762.
     """
-    require_modifier(modifier, "adamr")
-    decays = is_decaying(weight_decay)
-    if strength is None:
-        scale = optax.identity()
-    elif isinstance(strength, optax.GradientTransformation):
-        scale = strength
-    else:
-        scale = constant_scale(strength)
-
-    def links(protection: Protection) -> optax.GradientTransformationExtraArgs:
-        merge = faithful_second_moment(
-            b1,
-            b2,
-            eps,
-            eps_root,
-            share=protection.share,
-            guard=protection.guard,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
-        )
-        decay = decay_outside(protection.decay, weight_decay, mask)
-        return optax.chain(
-            route_with_strength(modifier, scale),
-            merge,
-            decay if decays else optax.identity(),
-            project_off(protection.step),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    def init_fn(params):
-        _tree.require_arrays(params, "adamr")
-        state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
-        return links(protection_of(state)).init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        routed, *_ = state
-        tx = links(protection_of(routed.route.modifier))
-        return tx.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return protected_adam(
+        learning_rate,
+        modifier,
+        protection_of,
+        weight_decay,
+        mask,
+        strength,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    )

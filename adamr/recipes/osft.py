@@ -22,7 +22,8 @@ fan-in Adam commutes with P, with v shared along the outputs with Q, and with bo
 if each matrix has one v. Else the step has to be projected as well. `osft` has both.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,9 +31,13 @@ import optax
 
 from adamr._nodes import find_nodes
 from adamr.modifiers.projection import project_out
-from adamr.recipes.adamr import adamr, decay_outside, is_decaying
-from adamr.routing.carrier import plain_gradient, route_first_moment
-from adamr.routing.merge import faithful_second_moment
+from adamr.recipes.adamr import (
+    Protection,
+    project_off,
+    protected_adam,
+    protection_of,
+)
+from adamr.routing.carrier import plain_gradient
 from adamr.subspaces.columns import at_least_float32
 from adamr.subspaces.protected import SubspaceSource, require_source
 from adamr.subspaces.subspace import Subspace
@@ -40,26 +45,40 @@ from adamr.subspaces.subspace import Subspace
 __all__ = ["osft"]
 
 
+def _outside_block(tree: Any, sides: Sequence[Callable[[Any], optax.Updates]]) -> Any:
+    """X − P X Q, where each of `sides` removes what lies in P or in Q."""
+    wide = block = jax.tree.map(at_least_float32, tree)
+    for side in sides:
+        block = optax.tree.sub(block, side(block))
+    kept = optax.tree.sub(wide, block)
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), kept, tree)
+
+
 def _project_block(
     inside: SubspaceSource, outside: SubspaceSource
 ) -> optax.GradientTransformationExtraArgs:
     """G − P G Q: the part that lies in both sides is removed."""
-    sides = project_out(inside), project_out(outside)
+    links = project_out(inside), project_out(outside)
 
     def init_fn(params):
-        return tuple(side.init(params) for side in sides)
+        return tuple(link.init(params) for link in links)
 
     def update_fn(updates, state, params=None, **extra_args):
         updates = plain_gradient(updates, "osft", params)
         del extra_args
-        wide = jax.tree.map(at_least_float32, updates)
-        block = wide
-        for side, held in zip(sides, state, strict=True):
-            block = optax.tree.sub(block, side.update(block, held, params)[0])
-        kept = optax.tree.sub(wide, block)
-        return jax.tree.map(lambda x, g: x.astype(g.dtype), kept, updates), state
+        sides = [
+            lambda x, link=link, held=held: link.update(x, held, params)[0]
+            for link, held in zip(links, state, strict=True)
+        ]
+        return _outside_block(updates, sides), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _v_per_entry(modifier_state: Any) -> Protection:
+    """v per entry; the step is projected, with the decay in it."""
+    held = tuple(find_nodes(modifier_state, Subspace))
+    return Protection(share=None, guard=True, decay=(), step=held)
 
 
 def _off_the_step(held: Sequence[Subspace], form: str) -> optax.GradientTransformation:
@@ -67,42 +86,14 @@ def _off_the_step(held: Sequence[Subspace], form: str) -> optax.GradientTransfor
 
     def project(steps, params):
         del params
-        wide = kept = block = jax.tree.map(at_least_float32, steps)
+        if form == "paper":
+            return _outside_block(steps, [each.project for each in held])
+        kept = jax.tree.map(at_least_float32, steps)
         for each in held:
             kept = each.project(kept)
-            block = optax.tree.sub(block, each.project(block))
-        kept = optax.tree.sub(wide, block) if form == "paper" else kept
         return jax.tree.map(lambda x, step: x.astype(step.dtype), kept, steps)
 
     return optax.stateless(project)
-
-
-def _with_v_per_entry(
-    learning_rate: optax.ScalarOrSchedule,
-    modifier: optax.GradientTransformation,
-    weight_decay: float,
-    mask: Any,
-    form: str,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """AdamW on the projected gradient, its step and decay projected."""
-    decay = decay_outside((), weight_decay, mask)
-    decay = decay if is_decaying(weight_decay) else optax.identity()
-
-    def links(held: Sequence[Subspace]) -> optax.GradientTransformationExtraArgs:
-        return optax.chain(
-            route_first_moment(modifier),
-            faithful_second_moment(**options),
-            decay,
-            _off_the_step(held, form),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    def update_fn(updates, state, params=None, **extra_args):
-        tx = links(find_nodes(state[0], Subspace))
-        return tx.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(links(()).init, update_fn)
 
 
 def osft(
@@ -179,11 +170,17 @@ def osft(
         modifier = _project_block(inside, outside)
     else:
         modifier = optax.chain(project_out(inside), project_out(outside))
-    options: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    options |= dict(mu_dtype=mu_dtype, nu_dtype=nu_dtype)
-    if share_v:
-        decay: dict[str, Any] = dict(weight_decay=weight_decay, mask=mask)
-        return adamr(learning_rate, modifier, **options, **decay)
-    return _with_v_per_entry(
-        learning_rate, modifier, weight_decay, mask, form, **options
+    return protected_adam(
+        learning_rate,
+        modifier,
+        protection_of if share_v else _v_per_entry,
+        weight_decay,
+        mask,
+        off=project_off if share_v else functools.partial(_off_the_step, form=form),
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
     )
