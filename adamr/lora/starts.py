@@ -25,7 +25,12 @@ from adamr.modifiers.penalty import Anchor
 from adamr.routing.carrier import plain_gradient
 from adamr.state import held_subspace
 from adamr.subspaces.columns import on_host, to_columns, to_storage
-from adamr.subspaces.covariance import Covariance, check_moment, require_finite
+from adamr.subspaces.covariance import (
+    Covariance,
+    check_leaves,
+    check_moment,
+    require_finite,
+)
 from adamr.subspaces.grow import gradient_rows, sample_rows
 
 __all__ = ["hold", "inflora", "keeplora", "train_b"]
@@ -225,12 +230,8 @@ def inflora(
     found = halves(lora, pairs)
     by_gram = isinstance(inputs, Covariance)
     if by_gram:
-        entries, expected = list(inputs.moments), len(_tree.flatten(lora)[0])
-        if len(entries) != expected:
-            raise ValueError(
-                f"inputs is a Covariance of {len(entries)} parameter leaves, expected "
-                f"one of lora, {expected}: layer_inputs(forward, lora, x)."
-            )
+        check_leaves("inputs", inputs, len(_tree.flatten(lora)[0]))
+        entries = list(inputs.moments)
     else:
         entries = _tree.flatten_like(inputs, "inputs", lora)
 

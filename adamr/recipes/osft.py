@@ -123,10 +123,9 @@ def osft(
 
     With one v per matrix the step needs no projection of its own, and the state is
     smaller than Adam's. The price is that Adam no longer evens out rows or columns of
-    different scale. In pretrained transformers a few inputs are a hundred times larger
-    than the others; the step goes mostly along those, and changes whatever else uses
-    them. `share_v=False` has Adam's v, per entry, and projects the step on both sides:
-    it costs Adam's state and one projection more.
+    different scale, and in a pretrained model that was much worse
+    (docs/evidence/pretrained.md). `share_v=False` has Adam's v, per entry, and projects
+    the step on both sides: it costs Adam's state and one projection more.
 
     Args:
       learning_rate: a number or a schedule.

@@ -96,6 +96,17 @@ def mean_moment(total: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Arra
     return total / number[..., None, None], count
 
 
+def check_leaves(argument: str, covariance: Covariance, expected: int) -> None:
+    """Raises unless the covariance has so many leaves."""
+    count = len(covariance.moments)
+    if count != expected:
+        raise ValueError(
+            f"{argument} is a Covariance of {count} parameter leaves, expected "
+            f"{expected}: the subspace was made for other parameters than those that "
+            "layer_inputs got."
+        )
+
+
 def check_moment(
     moment: jax.Array, where: str, basis: jax.Array, weights: jax.Array
 ) -> None:

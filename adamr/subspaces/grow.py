@@ -14,6 +14,7 @@ from adamr import _tree
 from adamr.subspaces.columns import matmul, normalized_samples, transpose
 from adamr.subspaces.covariance import (
     Covariance,
+    check_leaves,
     check_moment,
     checked_rows,
     require_finite,
@@ -49,12 +50,8 @@ def entries(samples: Any, subspace: Subspace) -> tuple[list[str], list[Any], boo
     by_gram = isinstance(samples, Covariance)
     names, leaves = _tree.flatten_with_names(samples.moments if by_gram else samples)
     expected = len(subspace.bases)
-    if by_gram and len(leaves) != expected:
-        raise ValueError(
-            f"samples is a Covariance of {len(leaves)} parameter leaves, expected "
-            f"{expected}: the subspace was made for other parameters than those that "
-            "layer_inputs got."
-        )
+    if by_gram:
+        check_leaves("samples", samples, expected)
     if len(leaves) != expected:
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf, as "

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from examples.harness.statistics import interval, paired
 
 __all__ = [
@@ -9,7 +11,9 @@ __all__ = [
     "NAMES",
     "REFERENCE",
     "by_final",
+    "common_seeds",
     "differences",
+    "ends",
     "rows_of",
     "value",
     "values",
@@ -86,6 +90,20 @@ def by_final(result: dict[str, Any]) -> list[str]:
     return sorted(known, key=final)
 
 
+def ends(result: dict[str, Any], method: str) -> list[tuple[float, float]]:
+    """Of every task the loss when it was learned and at the end, means over seeds."""
+    found = [np.array(row["loss_matrix"], float) for row in rows_of(result, method)]
+    matrix = np.mean(found, axis=0)
+    return list(zip(np.diag(matrix), matrix[-1], strict=True))
+
+
+def common_seeds(result: dict[str, Any], method: str, rival: str) -> list[int]:
+    own, other = (
+        {row["seed"] for row in rows_of(result, name)} for name in (method, rival)
+    )
+    return sorted(own & other)
+
+
 def differences(
     result: dict[str, Any], method: str, rival: str, key: str
 ) -> tuple[float, float]:
@@ -94,6 +112,6 @@ def differences(
         {row["seed"]: value(row, key) for row in rows_of(result, name)}
         for name in (method, rival)
     )
-    seeds = sorted(own.keys() & other.keys())
+    seeds = common_seeds(result, method, rival)
     found = paired([own[s] for s in seeds], [other[s] for s in seeds])
     return found["difference"], found["half_width"]

@@ -32,6 +32,7 @@ __all__ = [
     "chosen",
     "listed",
     "main",
+    "make_folder",
     "settings",
     "terminable",
 ]
@@ -242,6 +243,14 @@ def _learn_all(
             write(config.out / "results.json", content)
 
 
+def make_folder(out: Path) -> None:
+    """The folder for results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: got {out}, expected a folder: {error}.") from error
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises `Stopped`, unless a run holds it back until it has saved."""
@@ -292,12 +301,7 @@ def main(
                     f"--steps: got {example.steps}, expected a multiple of the "
                     f"{config.evaluations} evaluations."
                 )
-            try:
-                config.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(
-                    f"--out: got {config.out}, expected a folder: {error}."
-                ) from error
+            make_folder(config.out)
             _learn_all(config, choices, example, console, rows)
     except (UsageError, DataError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -110,12 +110,7 @@ def _run(config: Config, console: Console, say: Say) -> None:
         return
     if config.cpu_devices is not None:
         meshes.simulate(config.cpu_devices)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out: got {config.out}, expected a folder: {error}."
-        ) from error
+    cli.make_folder(config.out)
     loaded = load_all(config, say)
     content = report.describe(cli.settings(config), loaded)
     content |= {"tuning": {}, "methods": []}

@@ -135,6 +135,45 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert half == pytest.approx(12.706 * (0.005 / 2) ** 0.5, rel=1e-4)
 
 
+def test_tables_of_streams_levers_differences_and_costs(monkeypatch):
+    """What pages show of results that are still made."""
+    pytest.importorskip("scipy")
+    from benchmarks._pages.evidence import pretrained_tables as tables
+
+    def rows(final, seconds, seeds=2):
+        return [
+            {
+                "seed": seed,
+                "learned_loss": final - 0.1,
+                "final_loss": final + 0.01 * seed,
+                "forgetting": 0.1,
+                "general_loss_before": 4.0,
+                "general_loss_after": 4.25,
+                "kl": 0.5,
+                "protected": [{"8": [0.25, 0.5]}],
+                "cores": 1,
+                "seconds_per_step": seconds,
+                "peak_memory": 2e9,
+            }
+            for seed in range(seeds)
+        ]
+
+    found = {
+        "lora_complement": rows(1.0, 2.0),
+        "adam": rows(1.5, 1.0),
+        "threshold-0.8": rows(1.2, 2.0, seeds=1),
+    }
+    result = {"methods": {name: {"rows": own} for name, own in found.items()}}
+    monkeypatch.setattr(tables, "_read", lambda stream: result)
+    lever = "| threshold 0.8 instead of 0.9 | 1.100 | 1.200 | 0.100 | 0.250 | 0.500 |"
+    assert f"{lever} 25 % |" in tables.levers("instruct")
+    both = tables.streams("instruct", "instruct-reversed")
+    assert "| Adam on the pairs | 1.400 → 1.505, +0.250 | 1.400 → 1.505, +0.25" in both
+    minus = "| six instruction tasks | 2 | **-0.500 ±0.000** | **-0.500 ±0.000** | +0"
+    assert minus in tables.paired("adam", "instruct")
+    assert "| **protected pairs** | 2.00 | 2.00 | 2.0 |" in tables.costs("instruct")
+
+
 def test_every_lever_has_a_name_for_readers():
     assert set(found.LEVER_NAMES) == set(LEVERS)
     assert set(METHODS) < set(found.NAMES)

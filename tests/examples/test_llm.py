@@ -6,7 +6,6 @@ Needs the extra `llm`, which CI's environment does not have.
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,10 @@ from examples.llm.methods import METHODS  # noqa: E402
 from examples.llm.options import Config  # noqa: E402
 from examples.llm.tiny import write_tiny  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.usefixtures("rank_promotion"),
+]
 
 SMALL = {
     "steps": 2,
@@ -32,12 +34,6 @@ SMALL = {
     "memory": 2,
     "generated": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def rows(word: str, count: int) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ Needs the extra `llm`, which CI's environment does not have.
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,10 @@ from examples.llm.options import Config  # noqa: E402
 from examples.llm.tiny import write_tiny  # noqa: E402
 from examples.streams.domains import DataError  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.usefixtures("rank_promotion"),
+]
 
 SIZES = {
     "steps": 1,
@@ -32,12 +34,6 @@ SIZES = {
     "generated": 4,
     "new_tokens": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from examples.llm.tiny import write_tiny  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.usefixtures("rank_promotion"),
     # A capacity of 16 is full after the first task.
     pytest.mark.filterwarnings("ignore:the bases of .* are full:UserWarning"),
 ]
@@ -41,12 +42,6 @@ SIZES = {
     "generated": 0,
     "capacity": 16,
 }
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from benchmarks._pages.evidence.results import read
 from benchmarks._pages.tables import table
 from benchmarks._pretrained.found import (
@@ -11,7 +9,9 @@ from benchmarks._pretrained.found import (
     NAMES,
     REFERENCE,
     by_final,
+    common_seeds,
     differences,
+    ends,
     rows_of,
     value,
     values,
@@ -54,8 +54,11 @@ def _told(stream: str, method: str, key: str, digits: int = 3) -> str:
     found = values(_read(stream), method, key)
     if any(x is None for x in found):
         return ""
-    mean, half = interval(found)
-    return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
+    return _within(*interval(found), digits)
+
+
+def _within(mean: float, half: float, digits: int = 3, sign: str = "") -> str:
+    return f"{mean:{sign}.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
 
 
 def _rate(stream: str, method: str) -> str:
@@ -74,7 +77,7 @@ def for_readers() -> str:
     whole = [[SHORT[name], *_line(stream, name)] for name in shown]
     tasks = _read(stream)["settings"]["tasks"].split(",")
     each = [
-        [SHORT[name], *(f"{a:.3f} → {b:.3f}" for a, b in _ends(stream, name))]
+        [SHORT[name], *(f"{a:.3f} → {b:.3f}" for a, b in ends(_read(stream), name))]
         for name in shown
     ]
     return "\n\n".join(
@@ -84,13 +87,6 @@ def for_readers() -> str:
             table(["method", *tasks], each),
         )
     )
-
-
-def _ends(stream: str, method: str) -> list[tuple[float, float]]:
-    """Of every task the loss when it was learned and at the end, means over seeds."""
-    found = [np.array(row["loss_matrix"], float) for row in _rows(stream, method)]
-    matrix = np.mean(found, axis=0)
-    return list(zip(np.diag(matrix), matrix[-1], strict=True))
 
 
 def methods(stream: str) -> str:
@@ -205,12 +201,11 @@ def paired(rival: str, *names: str) -> str:
     lines = []
     for stream in names:
         result = _read(stream)
-        seeds = {row["seed"] for row in rows_of(result, rival)}
-        seeds &= {row["seed"] for row in rows_of(result, REFERENCE)}
+        seeds = common_seeds(result, REFERENCE, rival)
         told = []
         for key in list(COLUMNS.values())[:-1]:
             mean, half = differences(result, REFERENCE, rival, key)
-            said = f"{mean:+.3f}" + (f" ±{half:.3f}" if half == half else "")
+            said = _within(mean, half, sign="+")
             told.append(f"**{said}**" if abs(mean) > half else said)
         lines.append([TITLES[stream], str(len(seeds)), *told])
     return table(["stream", "seeds", *list(COLUMNS)[:-1]], lines)
