@@ -40,6 +40,7 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
     Raises:
       ValueError: if the state holds no subspace, or one that does not fit `lora`.
 
+    >>> import jax.numpy as jnp
     >>> from adamr import empty_subspace, project_out, protect_inputs
     >>> lora = {"w_lora_a": jnp.ones((4, 1)), "w_lora_b": jnp.zeros((1, 3))}
     >>> s = empty_subspace(lora, max_rank=2, unprotected=["lora_b"])
