@@ -46,12 +46,9 @@ NAMES = {
 REFERENCE = "lora_complement"  # the method that the guide recommends
 LEVER_NAMES = {
     "threshold-0.8": "threshold 0.8 instead of 0.9",
-    "threshold-0.95": "threshold 0.95",
-    "threshold-0.97": "threshold 0.97",
     "threshold-0.99": "threshold 0.99",
-    "capacity-256": "capacity 256 instead of 512",
-    "captured-16": "inputs of 16 rows instead of 64",
-    "captured-192": "inputs of 192 rows",
+    "capacity-128": "capacity 128 instead of 512",
+    "captured-192": "inputs of 192 rows instead of 64",
     "general-0": "general text not protected",
     "not-normalized": "inputs at their own lengths",
     "first-token-masked": "the same, the first token left out",

@@ -72,11 +72,8 @@ class Grid(NamedTuple):
 # Each setting of the protected pairs alone, the others as they are by default.
 LEVERS = {
     "threshold-0.8": Arm("lora_complement", {"threshold": 0.8}, {}),
-    "threshold-0.95": Arm("lora_complement", {"threshold": 0.95}, {}),
-    "threshold-0.97": Arm("lora_complement", {"threshold": 0.97}, {}),
     "threshold-0.99": Arm("lora_complement", {"threshold": 0.99}, {}),
-    "capacity-256": Arm("lora_complement", {"capacity": 256}, {}),
-    "captured-16": Arm("lora_complement", {"captured": 16}, {}),
+    "capacity-128": Arm("lora_complement", {"capacity": 128}, {}),
     "captured-192": Arm("lora_complement", {"captured": 192}, {}),
     "general-0": Arm("lora_complement", {"general": 0}, {}),
     "not-normalized": Arm("lora_complement", {}, {"normalize": False}),

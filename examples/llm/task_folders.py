@@ -25,16 +25,21 @@ def task_folders(data: Path) -> list[Path]:
     ]
 
 
-def _may_be_a_task(folder: Path) -> bool:
-    """Empty, or with data; not licences."""
-    if not folder.is_dir():
-        return False
-    kinds = {p.suffix for p in folder.glob("*")}
+def _may_be_a_task(path: Path) -> bool:
+    """A folder that is empty or has data, or a file of data; not licences."""
+    if path.is_file():
+        return path.suffix in DATA - {""}
+    kinds = {p.suffix for p in path.glob("*")}
     return not kinds or not kinds.isdisjoint(DATA)
 
 
+def _told(path: Path, data: Path) -> str:
+    name = str(path.relative_to(data))
+    return f"{name} ({listing(path)})" if path.is_dir() else name
+
+
 def left_out(data: Path) -> str | None:
-    """The folders in which no task was found, and what they hold, in one line."""
+    """Files and folders that might have been meant as a task, in one line."""
     tasks = task_folders(data)
     groups = {folder.parent for folder in tasks}
     inside = [p for p in visible(data.glob("*"), data) if p not in groups]
@@ -42,9 +47,9 @@ def left_out(data: Path) -> str | None:
     others = [p for p in inside + below if p not in tasks and _may_be_a_task(p)]
     if not others:
         return None
-    named = [f"{p.relative_to(data)} ({listing(p)})" for p in others[:8]]
+    named = [_told(p, data) for p in others[:8]]
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     return (
-        f"{data}: left out, without any of {', '.join(sorted(FILES))}: "
-        f"{', '.join(named)}{more}."
+        f"{data}: left out, as a task is a folder with one of "
+        f"{', '.join(sorted(FILES))}: {', '.join(named)}{more}."
     )

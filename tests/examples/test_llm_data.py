@@ -153,21 +153,23 @@ def test_a_folder_without_a_split(tmp_path):
     assert tasks.load(tmp_path, ["a"]).tasks[0].name == "a"
 
 
-def test_folders_that_were_left_out_are_told(tmp_path):
+def test_what_was_left_out_is_told(tmp_path):
     write_trace(tmp_path, "a", "GROUP/b")
     assert not any("left out" in note for note in tasks.load(tmp_path).notes)
     write(tmp_path / "B" / "train.jsonl", "{}")
     write(tmp_path / "GROUP" / "c" / "data.csv", "")
     write(tmp_path / ".cache" / "x", "")
     write(tmp_path / "a" / "README", "no task")
+    write(tmp_path / "LICENSE.txt", "no data")
+    write(tmp_path / "rows.json", "[]")
     found = tasks.load(tmp_path)
     assert [task.name for task in found.tasks] == ["a", "b"]
     (told,) = (note for note in found.notes if "left out" in note)
-    assert told.endswith(": B (train.jsonl), GROUP/c (data.csv).")
+    assert told.endswith(": B (train.jsonl), rows.json, GROUP/c (data.csv).")
     for n in range(9):
         (tmp_path / f"empty{n}").mkdir()
     (told,) = (note for note in tasks.load(tmp_path).notes if "left out" in note)
-    assert "empty0 (nothing)" in told and told.endswith(" and 3 more.")
+    assert "empty0 (nothing)" in told and told.endswith(" and 4 more.")
 
 
 def test_folders_that_are_no_data(tmp_path):
