@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adamr import _tree
 from adamr._nodes import find_nodes
@@ -22,7 +21,6 @@ from adamr.lora.pairs import Halves, halves, located
 from adamr.lora.precision import require_wide
 from adamr.lora.task import bases_of
 from adamr.modifiers.penalty import Anchor
-from adamr.routing.carrier import plain_gradient
 from adamr.state import held_subspace
 from adamr.subspaces.columns import on_host, to_columns, to_storage
 from adamr.subspaces.covariance import (
@@ -33,73 +31,10 @@ from adamr.subspaces.covariance import (
 )
 from adamr.subspaces.grow import gradient_rows, sample_rows
 
-__all__ = ["hold", "inflora", "keeplora", "train_b"]
+__all__ = ["inflora", "keeplora"]
 
 # (number of the pair, basis, weights) -> rows (*batch, count, n) or (*batch, n, n)
 Evidence = Callable[[int, jax.Array, jax.Array], jax.Array]
-
-
-def hold(
-    optimizer: optax.GradientTransformation, held: Callable[[Any], Sequence[bool]]
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that leaves whole leaves as they are; see `train_b`.
-
-    Args:
-      optimizer: any.
-      held: `tree -> bool per position` of a gradient: True where a leaf stands still.
-
-    Returns:
-      An optimizer with the state of `optimizer`.
-
-    >>> tx = hold(optax.sgd(1.0), lambda tree: [True, False])
-    >>> g = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    >>> tx.update(g, tx.init(g))[0]
-    {'a': Array([0.], dtype=float32), 'b': Array([-1.], dtype=float32)}
-    """
-    inner = optax.with_extra_args_support(optimizer)
-
-    def kept(tree):
-        def leaf(x, still):
-            return jnp.zeros_like(x) if still else x
-
-        return _tree.map_positions(leaf, tree, held(tree))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        updates = kept(plain_gradient(updates, "train_b", params))
-        steps, state = inner.update(updates, state, params, **extra_args)
-        return kept(steps), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def train_b(
-    optimizer: optax.GradientTransformation, *, pairs: Sequence[Any] | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that trains the B's and leaves every A as it is, to the bit.
-
-    Args:
-      optimizer: a whole one over the tree of the pairs, with the `Subspace` of the A's
-        that `start_task` grows: `adamr(rate, project_out(subspace))`.
-      pairs: as for `find_pairs`.
-
-    Returns:
-      An optimizer with the state of `optimizer`.
-
-    Raises:
-      ValueError: at update, for leaves in no pair.
-
-    >>> lora = {"w_lora_a": jnp.ones((3, 1)), "w_lora_b": jnp.ones((1, 2))}
-    >>> tx = train_b(optax.adamw(0.1))
-    >>> step, _ = tx.update(lora, tx.init(lora), lora)
-    >>> f"{step['w_lora_a'].sum():.2f}, {step['w_lora_b'].sum():.2f}"
-    '0.00, -0.20'
-    """
-
-    def held(tree):
-        still = {each.a for each in halves(tree, pairs)}
-        return [i in still for i in range(len(_tree.flatten(tree)[0]))]
-
-    return hold(optimizer, held)
 
 
 def _same(x: jax.Array, y: jax.Array) -> bool:
