@@ -7,6 +7,7 @@ every rate that is tried and every seed, and a second process continues from the
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import adamr
 from adamr.state import held_subspace
 from adamr.subspaces.subspace import layout, rank
 from benchmarks._pretrained import change, lines
-from benchmarks._pretrained.streams import arms, config, grid
+from benchmarks._pretrained.streams import Arm, arms, config, grid
 from examples.harness.report import commit, write
 from examples.llm import measures, plans, stream
 from examples.llm.data import spread_rows
@@ -165,6 +166,7 @@ def _learned(
     where |= change.share_of_singular(pretrained, after, cache)
     row = {
         "seed": seed,
+        "commit": commit(),
         **_numbers(history),
         "change": where,
         "protected": None if rooms[0] is None else rooms,
@@ -199,11 +201,23 @@ def _numbers(history: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+SHARED = ("dtype", "steps", "batch", "scored", "lora_rank", "threshold", "capacity")
+SHARED = (*SHARED, "captured", "general", "memory")
+
+
 def _about(loaded: Loaded, told: Config) -> dict[str, Any]:
     """What results must have in common to stand in one table."""
-    known = plans.identity(loaded, told, "")
-    shared = {key: known[key] for key in ("dtype", "context", "scored", "tasks")}
-    return {"model": loaded.model.folder.name, **shared}
+    rows = hashlib.sha256()
+    for part in (*loaded.stream.parts, loaded.stream.general):
+        for array in (*part.train[:2], *part.test[:2]):  # tokens, what is an answer
+            rows.update(repr((array.dtype.str, array.shape)).encode())
+            rows.update(array.tobytes())
+    return {
+        "model": loaded.model.folder.name,
+        "context": loaded.context,
+        "rows": rows.hexdigest(),
+        **{key: getattr(told, key) for key in SHARED},
+    }
 
 
 def _require(found: dict[str, Any], about: dict[str, Any], where: str) -> None:
@@ -230,9 +244,10 @@ def _fit(loaded: Loaded) -> dict[str, dict[str, Any]]:
 def main(job: Job, out: Path) -> None:
     arm = arms()[job.arm]
     model = Path(job.model) if job.model else None
-    told = config(job.stream, arm, Path(job.data), model)
+    data = Path(job.data)
+    told = config(job.stream, arm, data, model)
     loaded = plans.load_all(told, lambda line: None)  # `_fit` tells what was cut
-    about = _about(loaded, told)
+    about = _about(loaded, config(job.stream, Arm(arm.method, {}, {}), data, model))
     if job.about is not None:
         _require(job.about, about, "--out")
     plan_of = plans.planner(loaded, told)
@@ -250,7 +265,6 @@ def main(job: Job, out: Path) -> None:
     def keep() -> None:
         write(out, result)
 
-    result["commit"] = commit()
     if result["tuning"] is None and job.rate is None:
         sweep = result["sweep"]
         result["tuning"] = _tuned(plan(tuning=True), arm.method, sweep, keep)

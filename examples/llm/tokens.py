@@ -137,13 +137,19 @@ def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     return [one.ids for one in found]
 
 
+def _prompts(rows: Sequence[Row], encoder: Encoder) -> list[list[int]]:
+    prompts = _ids(encoder, [row.prompt for row in rows])
+    return [[*encoder.begin, *prompt] for prompt in prompts]
+
+
 def encode_prompts(rows: Sequence[Row], encoder: Encoder) -> list[list[int]]:
     """What comes before each answer, at least one token; also where it is generated."""
-    prompts = _ids(encoder, [row.prompt for row in rows])
-    return [[*encoder.begin, *prompt] or [encoder.end] for prompt in prompts]
+    return [prompt or [encoder.end] for prompt in _prompts(rows, encoder)]
 
 
-def encode_rows(rows: Sequence[Row], encoder: Encoder, length: int) -> Encoded:
+def encode_rows(
+    rows: Sequence[Row], encoder: Encoder, length: int, *, asked: bool = True
+) -> Encoded:
     """Prompt, answer and end of every row in `length` tokens; the rest is cut.
 
     Prompt and answer are encoded apart, as they are when the answer is generated.
@@ -152,13 +158,15 @@ def encode_rows(rows: Sequence[Row], encoder: Encoder, length: int) -> Encoded:
       rows: of which `kept` names those that are in the result.
       encoder: from `encoder_for`.
       length: tokens of a row, at least 2.
+      asked: whether answers may be generated, which takes a token before them; else the
+        first token of a row without a prompt is read, and not predicted.
 
     Raises:
       DataError: if nothing of any answer is left.
     """
     if length < 2:
         raise ValueError(f"length: got {length}, expected at least 2 tokens.")
-    prompts = encode_prompts(rows, encoder)
+    prompts = (encode_prompts if asked else _prompts)(rows, encoder)
     answers = _ids(encoder, [row.answer for row in rows])
     tokens = np.full((len(rows), length), encoder.end, np.int32)
     answer = np.zeros((len(rows), length), bool)
@@ -243,7 +251,7 @@ def encode(task: Task, part: str, encoder: Encoder, length: int) -> Encoded:
     try:
         if task.kind == "text":
             return encode_text("\n\n".join(r.answer for r in rows), encoder, length)
-        return encode_rows(rows, encoder, length)
+        return encode_rows(rows, encoder, length, asked=task.metric != "loss")
     except DataError as error:
         raise DataError(f"{task.name}, {part}: {error}") from error
 

@@ -303,6 +303,17 @@ def test_an_empty_prompt_begins_after_the_end_of_a_text():
     assert predicted.tolist() == [*TOKENIZER.encode("42").ids, ENCODER.end]
 
 
+def test_text_without_a_prompt_begins_with_its_own_first_token():
+    """Rows that are never generated, as general text: nothing that it lacks is read."""
+    rows = (Row("", "42 43"),)
+    known = tasks.Task("General", rows, rows, rows, "loss", "", "rows")
+    encoded = tokens.encode(known, "test", ENCODER, 16)
+    ids = TOKENIZER.encode("42 43").ids
+    assert encoded.tokens[0, : len(ids)].tolist() == ids
+    asked = tokens.encode(known._replace(metric="exact_match"), "test", ENCODER, 16)
+    assert asked.tokens[0, : len(ids) + 1].tolist() == [ENCODER.end, *ids]
+
+
 def test_what_is_beyond_the_context_is_counted():
     ids = [len(TOKENIZER.encode(row).ids) for row in ("QWXKVJ", "xyz")]
     assert ids == [6, 3]
