@@ -47,11 +47,11 @@ REFERENCE = "lora_complement"  # the method that the guide recommends
 LEVER_NAMES = {
     "threshold-0.8": "threshold 0.8 instead of 0.9",
     "threshold-0.99": "threshold 0.99",
-    "capacity-128": "capacity 128 instead of 512",
+    "capacity-128": "capacity 128 instead of the whole fan-in",
     "captured-192": "inputs of 192 rows instead of 64",
     "general-0": "general text not protected",
     "not-normalized": "inputs at their own lengths",
-    "first-token-masked": "the same, the first token left out",
+    "first-token-masked": "at their own lengths, the first token left out",
 }
 
 

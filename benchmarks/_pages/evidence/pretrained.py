@@ -59,13 +59,33 @@ def smallest(stream: str) -> str:
     return _at_the_edge(stream, min)
 
 
+def _tunings(stream: str) -> dict[str, dict[str, Any]]:
+    """How each method was tuned, by its name for readers."""
+    held = _read(stream)["methods"]
+    return {
+        NAMES[name]: held[name]["tuning"]
+        for name in by_final(_read(stream))
+        if name in held
+    }
+
+
 def _at_the_edge(stream: str, edge: Callable) -> str:
     """The methods for which the rate at this end of the grid was best."""
+    found = [
+        name
+        for name, tuning in _tunings(stream).items()
+        if tuning["rate"] == edge(rate for rate, *_ in tuning["sweep"])
+    ]
+    return "; ".join(found) or "none"
+
+
+def number_at_edge(stream: str) -> str:
+    """The methods for which an end of the grid of their other number was best."""
     found = []
-    for name in by_final(_read(stream)):
-        tuning = _read(stream)["methods"].get(name, {}).get("tuning", {})
-        if tuning and tuning["rate"] == edge(rate for rate, *_ in tuning["sweep"]):
-            found.append(NAMES[name])
+    for name, tuning in _tunings(stream).items():
+        tried = sorted({number for _, number, _ in tuning["sweep"]})
+        if len(tried) > 1 and tuning["coefficient"] in (tried[0], tried[-1]):
+            found.append(name)
     return "; ".join(found) or "none"
 
 
@@ -107,5 +127,6 @@ FACTS = {
     "llm_count": count,
     "llm_largest": largest,
     "llm_smallest": smallest,
+    "llm_number_at_edge": number_at_edge,
     "llm_blind": blind,
 }

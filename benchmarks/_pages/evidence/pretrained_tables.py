@@ -106,7 +106,7 @@ def change(stream: str) -> str:
         for name in by_final(_read(stream))
         if name != "lines"
     ]
-    heads = ["method", "old answers moved", "along old inputs",
+    heads = ["method", "old outputs moved", "along old inputs",
              "along singular directions, inputs", "outputs"]  # fmt: skip
     return table(heads, lines)
 
