@@ -35,8 +35,9 @@ TITLES = {
 TUNED_ON = {"instruct-reversed": "instruct"}  # the same tasks
 ROWS = {"steps": 30, "batch": 6, "context": 80, "generated": 16, "new_tokens": 32}
 
-# Beside each method's own learning rate, a third and three times of it.
-STEP = 10**0.5
+# Rates that all methods try, on low-rank pairs and on all weights.
+OF_PAIRS = (3e-4, 1e-3, 3e-3)
+OF_ALL = (3e-5, 1e-4, 3e-4)
 # Beside the number that a method has by default.
 COEFFICIENTS = {
     "er": (1 / 6, 1 / 25),
@@ -93,8 +94,7 @@ def arms() -> dict[str, Arm]:
 
 
 def grid(name: str, method: Method) -> Grid:
-    own = method.learning_rate
-    rates = tuple(float(f"{own * STEP**i:.1g}") for i in (-1, 0, 1))
+    rates = OF_ALL if method.trains == "all" else OF_PAIRS
     default = 0.0 if method.coefficient is None else method.coefficient.value
     return Grid(rates, (default, *COEFFICIENTS.get(name, ())))
 

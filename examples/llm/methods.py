@@ -144,12 +144,14 @@ METHODS: dict[str, Method] = {
         protects_general=True,
         start=task_ends.choose_a,
         end=task_ends.start_task,
+        learning_rate=3e-3,
     ),
     "lora_random": Method(
         "pairs merged; A random outside old inputs, projected; B free",
         _gpm_of_a,
         protects_general=True,
         end=task_ends.start_task,
+        learning_rate=3e-3,
     ),
     "inflora": Method(
         "InfLoRA: A fixed, from the new task's inputs outside old ones, B free",
@@ -157,6 +159,7 @@ METHODS: dict[str, Method] = {
         protects_general=True,
         start=task_ends.choose_a,
         end=task_ends.start_task,
+        learning_rate=3e-3,
     ),
     "keeplora": Method(
         "KeepLoRA: A fixed, from the new task's gradient outside old inputs, B free",

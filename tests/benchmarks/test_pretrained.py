@@ -53,12 +53,15 @@ def test_shares_along_singular_directions(tmp_path):
     assert shares == pytest.approx({"along_inside": 0.0, "along_outside": 1.0})
 
 
-def test_every_method_has_three_rates_around_its_own():
+def test_every_method_has_three_rates_and_its_own_is_one_of_them():
     for name, method in METHODS.items():
         rates, coefficients = grid(name, method)
-        assert len(set(rates)) == 3
+        assert len(set(rates)) == 3 and method.learning_rate in rates
         assert (len(coefficients) > 1) <= (method.coefficient is not None)
     assert grid("adam", METHODS["adam"]).rates == (3e-4, 1e-3, 3e-3)
+    assert grid("lora_complement", METHODS["lora_complement"]).rates == (
+        grid("adam", METHODS["adam"]).rates
+    )
 
 
 def test_levers_change_one_setting_each():
@@ -153,6 +156,7 @@ def test_tables_of_streams_levers_differences_and_costs(monkeypatch):
                 "protected": [{"8": [0.25, 0.5]}],
                 "cores": 1,
                 "seconds_per_step": seconds,
+                "boundary_seconds": [4.0, 1.0, 6.0, 1.0] if final == 1.0 else [],
                 "peak_memory": 2e9,
             }
             for seed in range(seeds)
@@ -171,7 +175,7 @@ def test_tables_of_streams_levers_differences_and_costs(monkeypatch):
     assert "| Adam on the pairs | 1.400 → 1.505, +0.250 | 1.400 → 1.505, +0.25" in both
     minus = "| six instruction tasks | 2 | **-0.500 ±0.000** | **-0.500 ±0.000** | +0"
     assert minus in tables.paired("adam", "instruct")
-    assert "| **protected pairs** | 2.00 | 2.00 | 2.0 |" in tables.costs("instruct")
+    assert "| **protected pairs** | 2.00 | 2.00 | 6 | 2.0 |" in tables.costs("instruct")
 
 
 def test_every_lever_has_a_name_for_readers():

@@ -1,6 +1,10 @@
 """Tables of the pages on pretrained models, from `pretrained_<stream>.json`."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from benchmarks._pages.evidence.results import read
 from benchmarks._pages.tables import table
@@ -18,6 +22,7 @@ from benchmarks._pretrained.found import (
 )
 from benchmarks._pretrained.streams import TITLES
 from examples.harness.statistics import interval
+from examples.llm.methods import METHODS
 
 __all__ = ["TABLES", "for_readers"]
 
@@ -212,26 +217,46 @@ def paired(rival: str, *names: str) -> str:
 
 
 def costs(*names: str) -> str:
-    """Seconds a step and peak memory, of the runs that had one core for themselves."""
-    found: dict[str, dict[str, Any]] = {}
-    for stream in names:
-        for method in NAMES:
-            alone = [r for r in _rows(stream, method) if r.get("cores") == 1]
-            if alone:
-                found.setdefault(method, alone[-1])
-    step = found["adam"]["seconds_per_step"]
+    """Seconds and peak memory, of the runs that had one core for themselves."""
+    alone = {
+        method: [r for n in names for r in _rows(n, method) if r.get("cores") == 1]
+        for method in NAMES
+    }
+    found = {
+        method: [
+            _median(rows, lambda row: row["seconds_per_step"]),
+            _median(rows, functools.partial(_at_a_boundary, method)),
+            _median(rows, lambda row: row["peak_memory"] / 1e9),
+        ]
+        for method, rows in alone.items()
+        if rows
+    }
     lines = [
         [
-            _name(name),
-            f"{row['seconds_per_step']:.2f}",
-            f"{row['seconds_per_step'] / step:.2f}",
-            f"{row['peak_memory'] / 1e9:.1f}",
+            _name(method),
+            f"{step:.2f}",
+            f"{step / found['adam'][0]:.2f}",
+            f"{boundary:.0f}" if boundary else "",
+            f"{peak:.1f}",
         ]
-        for name, row in sorted(
-            found.items(), key=lambda item: item[1]["seconds_per_step"]
-        )
+        for method, (step, boundary, peak) in sorted(found.items(), key=lambda x: x[1])
     ]
-    return table(["method", "seconds a step", "ratio to Adam", "GB at the peak"], lines)
+    heads = ["seconds a step", "ratio to Adam", "seconds a boundary", "GB at the peak"]
+    return table(["method", *heads], lines)
+
+
+def _median(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
+    return float(np.median([of(row) for row in rows]))
+
+
+def _at_a_boundary(method: str, row: dict[str, Any]) -> float:
+    """The median over tasks, with what some methods do before a task begins."""
+    seconds = row["boundary_seconds"]
+    if not seconds:
+        return 0.0
+    if METHODS[method].start is None:
+        return float(np.median(seconds))
+    return float(np.median(seconds[::2]) + np.median(seconds[1::2]))
 
 
 TABLES = {
