@@ -39,12 +39,10 @@ def draw(path: Path, results: Mapping[str, dict[str, Any]]) -> None:
             axes.plot([learned, end], [y, y], color=colour, linewidth=1.2)
             axes.plot(learned, y, "o", color=colour, markerfacecolor="white")
             axes.errorbar(end, y, xerr=np.nan_to_num(half), fmt="o", color=colour)
-        axes.axvline(
-            interval(values(result, methods[0], "final_loss"))[0],
-            color="0.8", linewidth=1, zorder=0,
-        )  # fmt: skip
+        lowest, _ = interval(values(result, by_final(result)[0], "final_loss"))
+        axes.axvline(lowest, color="0.8", linewidth=1, zorder=0)
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("nats per answer token", fontsize=8)
+        axes.set_xlabel("nats per token", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)

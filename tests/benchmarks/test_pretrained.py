@@ -157,7 +157,7 @@ def test_tables_of_streams_levers_differences_and_costs(monkeypatch):
                 "cores": 1,
                 "seconds_per_step": seconds,
                 "boundary_seconds": [4.0, 1.0, 6.0, 1.0] if final == 1.0 else [],
-                "peak_memory": 2e9,
+                "peak_memory": None if seed else 2e9,
             }
             for seed in range(seeds)
         ]

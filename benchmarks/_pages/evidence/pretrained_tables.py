@@ -207,6 +207,8 @@ def paired(rival: str, *names: str) -> str:
     for stream in names:
         result = _read(stream)
         seeds = common_seeds(result, REFERENCE, rival)
+        if not seeds:
+            continue
         told = []
         for key in list(COLUMNS.values())[:-1]:
             mean, half = differences(result, REFERENCE, rival, key)
@@ -226,7 +228,7 @@ def costs(*names: str) -> str:
         method: [
             _median(rows, lambda row: row["seconds_per_step"]),
             _median(rows, functools.partial(_at_a_boundary, method)),
-            _median(rows, lambda row: row["peak_memory"] / 1e9),
+            _median(rows, lambda row: (row["peak_memory"] or np.nan) / 1e9),
         ]
         for method, rows in alone.items()
         if rows
@@ -246,7 +248,7 @@ def costs(*names: str) -> str:
 
 
 def _median(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
-    return float(np.median([of(row) for row in rows]))
+    return float(np.nanmedian([of(row) for row in rows]))
 
 
 def _at_a_boundary(method: str, row: dict[str, Any]) -> float:
