@@ -88,6 +88,47 @@ def decay_outside(
     return optax.stateless(add)
 
 
+def decays(recipe: str, weight_decay: Any) -> bool:
+    """Whether there is weight decay; a traced or injected one may be.
+
+    Raises:
+      TypeError: for a function, with the recipe's name.
+    """
+    if callable(weight_decay):
+        raise TypeError(
+            f"{recipe}: weight_decay must be a number, got a function; the learning "
+            "rate, which scales it, may be a schedule."
+        )
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
+def by_modifier(
+    recipe: str,
+    modifier: optax.GradientTransformation,
+    links: Callable[[Any], optax.GradientTransformationExtraArgs],
+    held: Callable[[Any], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A chain that the modifier's state decides, made anew in every update.
+
+    Args:
+      recipe: its name, for errors.
+      modifier: part of the chain's first link.
+      links: the modifier's state -> the chain.
+      held: the first link's state -> the modifier's.
+    """
+
+    def init_fn(params):
+        _tree.require_arrays(params, recipe)
+        state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
+        return links(state).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        first, *_ = state
+        return links(held(first)).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def protected_adam(
     learning_rate: optax.ScalarOrSchedule,
     modifier: optax.GradientTransformation,
@@ -100,41 +141,27 @@ def protected_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """`adamr` with another `protection_of` and another `project_off`."""
     require_modifier(modifier, "adamr")
-    if callable(weight_decay):
-        raise TypeError(
-            "adamr: weight_decay must be a number, got a function; the learning rate, "
-            "which scales it, may be a schedule."
-        )
+    decaying = decays("adamr", weight_decay)
     if strength is None:
         scale = optax.identity()
     elif isinstance(strength, optax.GradientTransformation):
         scale = strength
     else:
         scale = constant_scale(strength)
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
-    def links(found: Protection) -> optax.GradientTransformationExtraArgs:
+    def links(modifier_state: Any) -> optax.GradientTransformationExtraArgs:
+        found = protection(modifier_state)
         merge = faithful_second_moment(share=found.share, guard=found.guard, **moments)
         decay = decay_outside(found.decay, weight_decay, mask)
         return optax.chain(
             route_with_strength(modifier, scale),
             merge,
-            decay if decays else optax.identity(),
+            decay if decaying else optax.identity(),
             off(found.step),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    def init_fn(params):
-        _tree.require_arrays(params, "adamr")
-        state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
-        return links(protection(state)).init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        routed, *_ = state
-        tx = links(protection(routed.route.modifier))
-        return tx.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return by_modifier("adamr", modifier, links, lambda first: first.route.modifier)
 
 
 def adamr(

@@ -17,7 +17,13 @@ import numpy as np
 import optax
 
 from adamr import _tree
-from adamr.recipes.adamr import Protection, decay_outside, project_off, protection_of
+from adamr.recipes.adamr import (
+    by_modifier,
+    decay_outside,
+    decays,
+    project_off,
+    protection_of,
+)
 from adamr.recipes.orthogonal import QUINTIC, Momentum, momentum_or_moments
 from adamr.routing.carrier import require_modifier, route_first_moment
 from adamr.routing.merge import MomentOptions
@@ -189,15 +195,11 @@ def muon(
     """
     require_modifier(modifier, "muon")
     _check_coefficients(ns_coeffs)
-    if callable(weight_decay):
-        raise TypeError(
-            "muon: weight_decay must be a number, got a function; the learning rate, "
-            "which scales it, may be a schedule."
-        )
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    decaying = decays("muon", weight_decay)
     momentum = Momentum(beta, ns_coeffs, ns_steps, nesterov, eps)
 
-    def links(protection: Protection) -> optax.GradientTransformationExtraArgs:
+    def links(modifier_state: Any) -> optax.GradientTransformationExtraArgs:
+        protection = protection_of(modifier_state)
         subspaces = protection.share or ()
         moments = MomentOptions(
             b1,
@@ -214,18 +216,8 @@ def muon(
             route_first_moment(modifier),
             momentum_or_moments(momentum, moments, axes, subspaces),
             _project_steps(held, protection.step, axes, subspaces),
-            decay_outside(held, weight_decay, mask) if decays else optax.identity(),
+            decay_outside(held, weight_decay, mask) if decaying else optax.identity(),
             _rates(learning_rate, adam_learning_rate, axes, subspaces),
         )
 
-    def init_fn(params):
-        _tree.require_arrays(params, "muon")
-        state = jax.eval_shape(optax.with_extra_args_support(modifier).init, params)
-        return links(protection_of(state)).init(params)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        route, *_ = state
-        tx = links(protection_of(route.modifier))
-        return tx.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return by_modifier("muon", modifier, links, lambda first: first.modifier)

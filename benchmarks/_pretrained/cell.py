@@ -201,8 +201,10 @@ def _numbers(history: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-SHARED = ("dtype", "steps", "batch", "scored", "lora_rank", "threshold", "capacity")
-SHARED = (*SHARED, "captured", "general", "memory")
+SHARED = (
+    "dtype", "steps", "batch", "scored", "lora_rank", "threshold", "capacity",
+    "captured", "general", "memory",
+)  # fmt: skip
 
 
 def _about(loaded: Loaded, told: Config) -> dict[str, Any]:
@@ -215,6 +217,7 @@ def _about(loaded: Loaded, told: Config) -> dict[str, Any]:
     return {
         "model": loaded.model.folder.name,
         "context": loaded.context,
+        "tasks": plans.identity(loaded, told, "")["tasks"],
         "rows": rows.hexdigest(),
         **{key: getattr(told, key) for key in SHARED},
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks._pages.evidence.cells import as_csv, as_html, cells
 from benchmarks._pages.evidence.facts import fact
-from benchmarks._pages.evidence.pretrained_tables import for_readers
+from benchmarks._pages.evidence.pretrained_tables import for_readers, rates
 from benchmarks._pages.evidence.results import ROOT
 from benchmarks._pages.evidence.tables import TABLES, headlines
 from benchmarks._pages.tables import written
@@ -67,5 +67,6 @@ def files() -> dict[Path, str]:
     made[FOLDER / "cells.csv"] = as_csv(lines)
     made[FOLDER / "cells.html"] = as_html(lines)
     made[GUIDE] = written(GUIDE.read_text(), "headlines", headlines())
-    made[PRETRAINED] = written(PRETRAINED.read_text(), "pairs", for_readers())
+    guide = written(PRETRAINED.read_text(), "pairs", for_readers())
+    made[PRETRAINED] = written(guide, "rates", rates())
     return made

@@ -20,11 +20,11 @@ from benchmarks._pretrained.found import (
     value,
     values,
 )
-from benchmarks._pretrained.streams import TITLES
+from benchmarks._pretrained.streams import OF_PAIRS, TITLES
 from examples.harness.statistics import interval
 from examples.llm.methods import METHODS
 
-__all__ = ["TABLES", "for_readers"]
+__all__ = ["TABLES", "for_readers", "rates"]
 
 SHORT = {
     "adam": "Adam on the pairs",
@@ -92,6 +92,24 @@ def for_readers() -> str:
             table(["method", *tasks], each),
         )
     )
+
+
+def rates() -> str:
+    """The losses from which the rate was chosen, by stream and method."""
+    tuned = {"instruct": "six tasks", "installed": "installed text"}
+    pairs = {REFERENCE: "chosen A", "lora_random": "random A"}
+    sweeps = {
+        f"{title}, {a}": {
+            rate: f"{loss:.3f}"
+            for rate, _, loss in _read(stream)["methods"][name]["tuning"]["sweep"]
+        }
+        for stream, title in tuned.items()
+        for name, a in pairs.items()
+    }
+    lines = [
+        [f"{rate:g}", *(sweep[rate] for sweep in sweeps.values())] for rate in OF_PAIRS
+    ]
+    return table(["rate", *sweeps], lines)
 
 
 def methods(stream: str) -> str:
