@@ -129,6 +129,15 @@ def _subspace(state: Any) -> Any:
     return jax.tree.map(lambda i: leaves[int(i)], found)
 
 
+def _bases(state: Any) -> list[adamr.Subspace]:
+    """All of them: OSFT has two, one for each side of a kernel."""
+
+    def is_basis(x: Any) -> bool:
+        return isinstance(x, adamr.Subspace)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(x)]
+
+
 class _Target(NamedTuple):
     """What is compiled: shapes with placements."""
 
@@ -167,7 +176,7 @@ def _target(config: Config, name: str, coefficient: float) -> _Target:
 
 def _held(target: _Target) -> Part:
     run = target.run
-    bases = meshes.bytes_per_device(_subspace(run.opt_state))
+    bases = meshes.bytes_per_device(_bases(run.opt_state))
     found = {
         "frozen base": meshes.bytes_per_device(run.base),
         "trained": meshes.bytes_per_device(run.trained),
@@ -236,17 +245,21 @@ def compile_all(config: Config, name: str, coefficient: float) -> Iterator[Part]
     target = _target(config, name, coefficient)
     yield _held(target)
     yield _step(target, coefficient)
-    end = getattr(target.method.end, "func", target.method.end)
+    start, end = target.method.start, target.method.end
+    end = getattr(end, "func", end)
     if end in (task_ends.start_task, task_ends.grow):
         part, inputs = _capture(target, portion(target.learner.model.mesh))
         yield part
         if end is task_ends.start_task:
             yield _merge(target, inputs)
             end = None
-        if target.method.start is task_ends.choose_a:
+        if start is task_ends.choose_a:
             yield _choice(target, inputs)
-    if end is not None:
-        yield Part(f"{end.__name__} between tasks is not one program", {}, 0.0)
+            start = None
+    for function in (start, end):
+        if function is not None:
+            name = f"{function.__name__} between tasks is not one program"
+            yield Part(name, {}, 0.0)
 
 
 def run(config: Config, name: str, coefficient: float, say: Callable) -> None:

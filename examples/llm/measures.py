@@ -109,14 +109,17 @@ def of_losses(matrix: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def peak_memory() -> dict[str, int | None]:
+def peak_memory(before: dict[str, int | None] | None = None) -> dict[str, int | None]:
     """Bytes at the peak of this process so far.
 
     resident: of main memory; device: of the fullest local accelerator, None where JAX
-    does not say, as on a CPU.
+    does not say, as on a CPU. At least `before`, of a process that was continued.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    return {"resident": resident, "device": max(peaks, default=None)}
+    found = {"resident": [resident], "device": peaks}
+    for name, known in (before or {}).items():
+        found[name] += [] if known is None else [known]
+    return {name: max(all_of, default=None) for name, all_of in found.items()}

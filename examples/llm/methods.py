@@ -72,9 +72,12 @@ def _of_all(learner: Learner, setting: Setting):
 
     def room(trained):
         axes = adamr.contracted_axes(*learner.traced())
-        quiet = adamr.capture.unread_leaves(axes)
         return adamr.empty_subspace(
-            trained, axes=axes, max_rank=setting.capacity, unprotected=tuple(quiet)
+            trained,
+            axes=axes,
+            max_rank=setting.capacity,
+            unprotected=task_ends.not_kernels(trained, axes),
+            max_fan_in=None,
         )
 
     return room

@@ -27,7 +27,8 @@ DEFINITIONS = {
     "score_matrix": "R[i][j]: the metric of task j on generated answers after task i",
     "OP": "mean over j of R[T-1][j]",
     "BWT": "mean over j < T-1 of R[T-1][j] - R[j][j]; BWT/T divides by T",
-    "peak_memory": "bytes, of the process so far: methods that ran before count",
+    "peak_memory": "bytes when the last task ended, of the processes that learned it; "
+    "what they did before counts",
     "null": "not measured, or not a finite number: the run diverged",
 }
 
@@ -62,7 +63,6 @@ def row(
         "general_loss_after": history["general"][-1],
         "seconds": seconds,
         "seconds_per_step": float(np.median(steps)) if steps else None,
-        "peak_memory": measures.peak_memory(),
         **history,
     }
 

@@ -38,7 +38,8 @@ def frequencies(
       n / 2 numbers.
 
     Raises:
-      ModelError: for a kind of scaling that is not known here.
+      ModelError: for a kind of scaling that is not known here, or one without its
+        numbers.
 
     References:
       Su et al., RoFormer, arXiv:2104.09864. Chen et al., Extending Context Window of
@@ -54,12 +55,22 @@ def frequencies(
         )
     if kind == "default":
         return tuple(plain.tolist())
+    factor = _number(scaling, "factor")
     if kind == "linear":
-        return tuple((plain / scaling["factor"]).tolist())
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return tuple(((share + (1 - share) / scaling["factor"]) * plain).tolist())
+        return tuple((plain / factor).tolist())
+    low, high = (_number(scaling, f"{x}_freq_factor") for x in ("low", "high"))
+    length = _number(scaling, "original_max_position_embeddings")
+    share = np.clip((length * plain / (2 * math.pi) - low) / (high - low), 0, 1)
+    return tuple(((share + (1 - share) / factor) * plain).tolist())
+
+
+def _number(scaling: Mapping[str, Any], name: str) -> float:
+    if not isinstance(scaling.get(name), int | float):
+        raise ModelError(
+            f"config.json: rope_scaling has {name} {scaling.get(name)!r}, expected a "
+            "number."
+        )
+    return scaling[name]
 
 
 def _rotate(

@@ -6,6 +6,8 @@ never stopped.
 
 import contextlib
 import datetime
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 
 from adamr import checkpoint
 from examples.harness.example import UsageError
+from examples.harness.report import write
 from examples.harness.resume import Stopped
 from examples.llm import measures, stream
 from examples.llm.stream import History, Plan, Position
@@ -43,6 +46,18 @@ def _position(number: int, steps: Sequence[int]) -> Position:
         number -= steps[task] + 1
         task += 1
     return Position(task, number)
+
+
+def _config(
+    plan: Plan, identity: dict[str, Any], rate: float, coefficient: float, seed: int
+) -> dict[str, Any]:
+    """All that a run depends on, and what it measures."""
+    return {
+        **identity, "rate": rate, "coefficient": coefficient, "seed": seed,
+        **plan.setting._asdict(), **plan.sizes._asdict(),
+        "steps": list(plan.sizes.steps),
+        "measured": sorted(stream.empty_history(0)),
+    }  # fmt: skip
 
 
 def learn(
@@ -74,10 +89,7 @@ def learn(
       Stopped: after SIGTERM.
     """
     began, steps = time.perf_counter(), plan.sizes.steps
-    config = {
-        **identity, "rate": rate, "coefficient": coefficient, "seed": seed,
-        **plan.setting._asdict(), **plan.sizes._asdict(), "steps": list(steps),
-    }  # fmt: skip
+    config = _config(plan, identity, rate, coefficient, seed)
     end = total_steps(steps)
     with contextlib.ExitStack() as stack:
         try:
@@ -116,6 +128,17 @@ def learn(
     return history, seconds
 
 
+def _measured(path: Path, config: dict[str, Any]) -> History:
+    """By a finished run of which nothing else was kept."""
+    found, config = json.loads(path.read_text()), json.loads(json.dumps(config))
+    changed = [name for name in config if found["run"].get(name) != config[name]]
+    if changed:
+        raise UsageError(
+            f"{path} is of a run with another {', '.join(changed)}: give another --out."
+        )
+    return found["history"]
+
+
 def tune(
     folder: Path,
     plan: Plan,
@@ -127,14 +150,22 @@ def tune(
 ) -> dict[str, Any]:
     """The final loss of every rate on the first tasks' validation rows, and the best.
 
-    Nothing of later tasks, no test row and no seed of a result is seen.
+    Nothing of later tasks, no test row and no seed of a result is seen. Of a rate that
+    was tried, what was measured is kept, and no checkpoint: each has a whole model.
     """
     losses = []
     for rate in rates:
-        history, _ = learn(
-            folder / f"rate-{rate:g}", plan, rate=rate, coefficient=coefficient,
-            seed=TUNING_SEED, report=report(f"rate {rate:g}"), **options,
-        )  # fmt: skip
+        run = folder / f"rate-{rate:g}"
+        numbers = {"rate": rate, "coefficient": coefficient, "seed": TUNING_SEED}
+        config = _config(plan, options["identity"], **numbers)
+        kept, watch = folder / f"{run.name}.json", report(f"rate {rate:g}")
+        if kept.exists():
+            history = _measured(kept, config)
+            watch(_position(total_steps(plan.sizes.steps), plan.sizes.steps), history)
+        else:
+            history, _ = learn(run, plan, report=watch, **numbers, **options)
+            write(kept, {"run": config, "history": history})
+            shutil.rmtree(run)
         numbers = measures.of_losses(np.array(history["loss_matrix"], float))
         losses.append(numbers["final_loss"])
     usable = np.where(np.isfinite(losses), losses, np.inf)

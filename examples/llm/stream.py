@@ -12,6 +12,7 @@ import optax
 
 from examples.llm import measures
 from examples.llm.data import Part, Stream, spread_rows
+from examples.llm.errors import ModelError
 from examples.llm.learner import Learner, logits_on, mean_loss
 from examples.llm.memory import give_back
 from examples.llm.methods import Method
@@ -71,6 +72,7 @@ def empty_history(tasks: int) -> History:
         "train_loss": [[] for _ in range(tasks)],
         "step_seconds": [],
         "boundary_seconds": [],
+        "peak_memory": {},
     }
 
 
@@ -147,6 +149,11 @@ def base_logits(learner: Learner, general: Encoded) -> tuple[Any, ...]:
     """Tokens and answers of a few rows, and the logits of the pretrained model."""
     tokens, answer = take(general, np.arange(min(KL_ROWS, len(general.tokens))))
     found = logits_on(learner, learner.trained, learner.base, tokens)
+    if np.isnan(found).any():
+        raise ModelError(
+            f"{learner.model.folder}: the model predicts NaN on general text, expected "
+            "numbers: are its weights complete?"
+        )
     return tokens, answer, np.asarray(found)
 
 
@@ -194,6 +201,12 @@ def _measure(plan: Plan, run: Run, task: int, history: History) -> None:
     history["general"].append(mean_loss(plan.learner, *at, general))
 
 
+def _diverged(run: Run, history: History) -> bool:
+    general = np.array(history["general"][-1:], float)
+    numbers = general, *jax.tree.leaves(run.trained)
+    return not all(bool(jnp.isfinite(x).all()) for x in numbers)
+
+
 def _between(
     plan: Plan,
     function: Callable[..., Run],
@@ -203,7 +216,12 @@ def _between(
     history: History,
     count: int | None = None,
 ) -> Run:
-    """What a method does between two tasks, with some rows of one, timed."""
+    """What a method does between two tasks, with some rows of one, timed.
+
+    A run that has diverged stays as it is: nothing can be read off it.
+    """
+    if _diverged(run, history):
+        return run
     began = time.perf_counter()
     give_back()
     rows = spread_rows(part.train, plan.setting.captured if count is None else count)
@@ -295,4 +313,5 @@ def learn(
         elif method.end is not None:
             draw = jax.random.fold_in(key, 2 * task + 2)
             run = _between(plan, method.end, run, part, draw, history)
+        history["peak_memory"] = measures.peak_memory(history["peak_memory"])
         yield Position(task, steps + 1), run, history

@@ -32,12 +32,14 @@ __all__ = [
     "grow",
     "grow_and_consolidate_si",
     "merge_and_redraw",
+    "not_kernels",
     "start_block",
     "start_task",
 ]
 
 GRADIENT_ROWS = 16  # rows of a new task whose gradient KeepLoRA looks at
 FISHER_ROWS = 32  # rows from which a Fisher information is estimated
+EMBEDDING = "embedder/"  # in all models of Tunix
 KEEP = 0.5  # share of a kernel's singular directions that OSFT protects
 
 
@@ -177,8 +179,20 @@ def decompose(learner, setting, run, rows, key):
 def kernel_sides(learner: Learner, params: Any) -> tuple[adamr.Subspace, ...]:
     """OSFT's protected directions of every kernel: on its fan-in, on its outputs."""
     axes = adamr.contracted_axes(*learner.traced())
-    others = tuple(adamr.capture.unread_leaves(axes))  # norms and tied embeddings
+    others = not_kernels(params, axes)
     return adamr.weight_subspaces(params, axes, keep=KEEP, unprotected=others)
+
+
+def not_kernels(params: Any, axes: Any) -> tuple[str, ...]:
+    """Names of leaves that no method protects: norms, biases and the embedding.
+
+    An embedding that is not also the head has one input per word. To protect the words
+    of an old task would be to freeze their rows.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
+    embedding = [name for name in names if name.startswith(EMBEDDING)]
+    return (*adamr.capture.unread_leaves(axes), *embedding)
 
 
 def consolidate(learner, setting, run, rows, key):

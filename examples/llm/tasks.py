@@ -113,8 +113,11 @@ class Tasks(NamedTuple):
 
 
 def one_line(task: Task) -> bool:
-    """Whether no training answer has a line feed: then a generated one ends there."""
-    return not any("\n" in row.answer.strip() for row in task.train)
+    """Whether no training answer has a line feed: then a generated one ends there.
+
+    One at its end does not count; after one at its beginning the answer would be empty.
+    """
+    return not any("\n" in row.answer.rstrip() for row in task.train)
 
 
 def _choose(names: Sequence[str] | None, found: Sequence[str], where: str) -> list[str]:

@@ -6,15 +6,20 @@ Needs the extra `llm`, which CI's environment does not have.
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+
+import adamr
+from adamr._nodes import find_nodes
+from adamr.subspaces.axes import MAX_FAN_IN
 
 pytest.importorskip("tunix")
 pytest.importorskip("qwix")
 
 from examples.harness.resume import Stopped  # noqa: E402
 from examples.llm import __main__ as command  # noqa: E402
-from examples.llm import plans, runs  # noqa: E402
+from examples.llm import measures, plans, runs  # noqa: E402
 from examples.llm.methods import METHODS  # noqa: E402
 from examples.llm.options import Config  # noqa: E402
 from examples.llm.tiny import write_tiny  # noqa: E402
@@ -165,6 +170,19 @@ def test_the_rate_is_chosen_on_validation_rows(data, model, tmp_path):
     assert found["methods"][0]["learning_rate"] == best["learning_rate"]
 
 
+def test_of_a_rate_that_was_tried_no_model_is_kept(data, model, tmp_path, capsys):
+    options = {"method": "adam", "lr_grid": "1e-9,3e-2", "seeds": 1}
+    found = []
+    for _ in range(2):
+        assert run(data, model, tmp_path, **options) == 0
+        found.append(json.loads((tmp_path / "results.json").read_text())["tuning"])
+    assert found[0] == found[1]
+    kept = {path.name for path in (tmp_path / "checkpoints/adam/tuning").iterdir()}
+    assert kept == {"rate-1e-09.json", "rate-0.03.json"}
+    assert run(data, model, tmp_path, **options | {"batch": 3}) == 2
+    assert "with another batch: give another --out" in capsys.readouterr().err
+
+
 def test_epochs_are_those_of_trace(data, model, tmp_path, capsys):
     trace = tmp_path / "trace"
     for name, source in (("FOMC", "upper"), ("C-STANCE", "lower")):
@@ -192,6 +210,53 @@ def test_replay_before_a_task_is_finished_changes_nothing(data, model):
         steps = runs.stream.learn(plan, rate=1e-2, coefficient=0.5, seed=0)
         losses.append([next(steps)[2]["train_loss"][0] for _ in range(3)][-1])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora_complement", "gpm_full"])
+def test_a_run_that_diverges_is_told_and_the_next_one_begins(
+    data, model, tmp_path, method
+):
+    options = {"method": f"{method},adam", "lr_grid": "1e25,1e-3", "steps": 3}
+    for _ in range(2):  # the second command reads what the first one finished
+        assert run(data, model, tmp_path, **options) == 0
+        found = json.loads((tmp_path / "results.json").read_text())
+        diverged, usable = found["tuning"][method]["candidates"]
+        assert diverged["final_loss"] is None and usable["final_loss"] > 0
+        assert found["tuning"][method]["best"] == usable
+        assert [np.isfinite(row["final_loss"]) for row in found["methods"]] == [1, 1]
+    options = {"method": method, "learning_rate": 1e25, "steps": 3}
+    assert run(data, model, tmp_path / "alone", **options) == 0
+    (row,) = json.loads((tmp_path / "alone" / "results.json").read_text())["methods"]
+    assert row["final_loss"] is None and row["forgetting"] is None
+
+
+def test_the_peak_of_a_finished_run_is_kept(data, model, tmp_path, monkeypatch):
+    peaks = []
+    for resident in (7, 5):
+        known = {"resident": resident, "device": None}
+        monkeypatch.setattr(measures, "peak_memory", lambda before, x=known: x)
+        assert run(data, model, tmp_path, method="adam", steps=1) == 0
+        (row,) = json.loads((tmp_path / "results.json").read_text())["methods"]
+        peaks.append(row["peak_memory"]["resident"])
+    assert peaks == [7, 7]
+
+
+def test_an_embedding_of_its_own_is_not_protected(data, tmp_path, recwarn):
+    """One with more words than a basis may have inputs, as Llama's."""
+    model = write_tiny(
+        tmp_path / "model", tie_word_embeddings=False, vocab_size=MAX_FAN_IN + 1
+    )
+    protected = []
+    for method in ("gpm_full", "osft"):
+        _, _, plan = planned(data, model, method)
+        (*_, (_, end, _)) = runs.stream.learn(plan, rate=1e-4, coefficient=0.0, seed=0)
+        for node in find_nodes(end.opt_state, adamr.Subspace):
+            tree = jax.tree.unflatten(jax.tree.structure(end.trained), node.weights)
+            protected.append((tree["embedder"], tree["lm_head"]))
+    assert protected
+    for embedding, head in protected:
+        assert jax.tree.leaves(embedding) == [] and len(jax.tree.leaves(head)) == 1
+    assert not [str(w.message) for w in recwarn if "unprotected" in str(w.message)]
 
 
 @pytest.mark.slow

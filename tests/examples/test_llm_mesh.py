@@ -16,6 +16,7 @@ pytest.importorskip("tunix")
 pytest.importorskip("qwix")
 
 import adamr  # noqa: E402
+from adamr._nodes import find_nodes  # noqa: E402
 from examples.harness import meshes  # noqa: E402
 from examples.llm import __main__ as command  # noqa: E402
 from examples.llm import answers, dry_run, plans, stream, task_ends  # noqa: E402
@@ -153,6 +154,10 @@ def test_a_dry_run_tells_the_bytes_of_a_run(folders, tmp_path, capsys):
     # Token ids and the mask of a fourth of the rows.
     assert held["batch"] == 40 * (4 + 1)
     assert len(parts) == 5 and all(part.bytes["temporary"] > 0 for part in parts[1:])
+    both = next(dry_run.compile_all(shapes, "osft", 0.0)).bytes["bases U"]
+    plan = plans.planner(loaded, config)("osft")
+    sides = find_nodes(stream.start(plan, 1e-3, 0.0).opt_state, adamr.Subspace)
+    assert len(sides) == 2 and both == meshes.bytes_per_device(sides)
     flags = ["--dry-run", "--model", str(tmp_path), "--mesh", MESH, "--batch", "4"]
     assert command.main([*flags, "--context", "40", "--method", "adam"]) == 0
     out = capsys.readouterr().out

@@ -111,6 +111,10 @@ def test_scaled_frequencies():
     assert plain[2] / 8 < scaled[2] < plain[2]
     with pytest.raises(ModelError, match="rope_scaling is of the type 'yarn'"):
         frequencies(16, 1e4, {"rope_type": "yarn", "factor": 4})
+    with pytest.raises(ModelError, match="rope_scaling has factor None"):
+        frequencies(16, 1e4, {"rope_type": "linear"})
+    with pytest.raises(ModelError, match="has low_freq_factor '1', expected a number"):
+        frequencies(16, 1e4, LLAMA3 | {"low_freq_factor": "1"})
 
 
 @needs_tunix
