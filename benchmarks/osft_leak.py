@@ -10,8 +10,8 @@ directions of each is protected.
     hooked           the gradient projected on both sides, then AdamW with decay
     peft             PEFT's OSF: factors U, S, V of what may be learned, their gradients
                      projected by hooks, then AdamW with decay
-    osft             `adamr.osft`: one v per matrix, decay projected
-    elementwise      the same with `share_v=False`: v per entry, step projected, too
+    osft             `adamr.osft`: v per entry, the step and its decay projected
+    shared_v         the same with `share_v=True`: one v per matrix
 
     in, out          ‖UᵀD‖ / ‖D‖ and ‖D V‖ / ‖D‖ of the whole change D of the kernels
     leak             ‖D − (I − P) D (I − Q)‖ / ‖D‖
@@ -67,7 +67,7 @@ class Config:
     """Tokens of a window."""
     lr_grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     weight_decay: float = 0.01
-    methods: tuple[str, ...] = ("adamw", "hooked", "peft", "osft", "elementwise")
+    methods: tuple[str, ...] = ("adamw", "hooked", "peft", "osft", "shared_v")
     seed: int = 0
     out: Path = Path("benchmarks/results/osft_leak.json")
 
@@ -157,8 +157,8 @@ def methods(
         "osft": lambda rate: adamr.osft(
             rate, inside, outside, weight_decay=config.weight_decay
         ),
-        "elementwise": lambda rate: adamr.osft(
-            rate, inside, outside, weight_decay=config.weight_decay, share_v=False
+        "shared_v": lambda rate: adamr.osft(
+            rate, inside, outside, weight_decay=config.weight_decay, share_v=True
         ),
     }
     for name in config.methods:

@@ -15,6 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from adamr import _tree
 from adamr.lora.shapes import Factors, Meeting, factors, meeting
 
@@ -190,7 +192,8 @@ def _place_of(pair: Pair, places: Sequence[str], base: dict[str, int]) -> str:
     for name in places:
         if name in base:
             return name
-    parts = [name for name in base if name.startswith(tuple(f"{p}/" for p in places))]
+    starts = tuple(f"{place}{by}" for place in places for by in "/.")
+    parts = [name for name in base if name.startswith(starts)]
     if parts:
         raise ValueError(
             f"base has the kernel of {pair.a!r} in parts {parts}, as a quantized one: "
@@ -203,6 +206,16 @@ def _place_of(pair: Pair, places: Sequence[str], base: dict[str, int]) -> str:
     )
 
 
+def _require_floating(name: str, dtype: jnp.dtype) -> None:
+    """Before shapes are compared: a packed kernel has another one."""
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise ValueError(
+            f"base has {dtype} at {name!r}, which cannot take A·B, expected a floating "
+            "kernel of 16 bits or more. lora.start_block keeps finished pairs beside "
+            "such a kernel."
+        )
+
+
 def located(base: Any, lora: Any, pairs: Sequence[Any] | None = None) -> list[Located]:
     """The pairs of `lora` with their kernels in `base`; all shapes are checked."""
     there, named = _pairs(lora, pairs)
@@ -212,6 +225,7 @@ def located(base: Any, lora: Any, pairs: Sequence[Any] | None = None) -> list[Lo
     for pair, places in named:
         pair = pair._replace(kernel=_place_of(pair, places, kernels))
         at, i, j = kernels[pair.kernel], there[pair.a], there[pair.b]
+        _require_floating(pair.kernel, base_leaves[at].dtype)
         kernel, a, b = base_leaves[at].shape, leaves[i].shape, leaves[j].shape
         how = meeting(tuple(kernel), tuple(a), tuple(b), pair.out_first)
         if how is None:

@@ -126,8 +126,9 @@ def inflora(
     `train_b(adamr(rate, project_out(subspace)))`.
 
     Without `train_b`, A trains as well and its gradient is projected. Old responses
-    stay in place, and a task is learned faster than from the random A of `start_task`,
-    little of which meets the new inputs; `python -m examples.llm` recommends it.
+    stay in place. Little of the random A of `start_task` meets the new inputs: where
+    the learning rate is small, a task is learned faster from this one. At the best rate
+    they are level (docs/pretrained.md).
 
     Of a fan-in above 256 the vectors come from a block iteration and hold nearly all of
     the energy that the leading eigenvectors do.

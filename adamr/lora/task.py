@@ -154,18 +154,6 @@ def _merged(base: Any, lora: Any, pairs: Sequence[Located], scaling: Any) -> Any
     return jax.tree.unflatten(treedef, kernels)
 
 
-def _require_floating(base: Any, pairs: Sequence[Located]) -> None:
-    kernels = _tree.flatten(base)[0]
-    for each in pairs:
-        dtype = kernels[each.kernel].dtype
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-            raise ValueError(
-                f"base has {dtype} at {each.pair.kernel!r}, which cannot take A·B, "
-                "expected a floating kernel of 16 bits or more. lora.start_block keeps "
-                "finished pairs beside such a kernel."
-            )
-
-
 def start_task(
     base: Any,
     lora: Any,
@@ -185,9 +173,10 @@ def start_task(
         A <- (I − UUᵀ) A₀                       columns as long as those of A₀ from init
         B <- 0,  moments <- 0
 
-    Guarantee: from here on the model's response to inputs in span U does not move, to
-    float32 rounding (relative change at most 1e-5), whatever B does, in each layer for
-    as long as the layer's own inputs stay in span U. It needs float32 pairs, full
+    Guarantee: from here on the model's response to inputs x in span U does not move,
+    whatever B does, in each layer for as long as the layer's own inputs stay in span U.
+    Float32 rounding leaves |xA| of about 1e-6 ‖x‖ ‖A‖, which B multiplies: with weights
+    as training makes them at most 1e-5 of a response. It needs float32 pairs, full
     weights λ, and an optimizer whose step keeps A in the complement:
     `adamr(rate, project_out(subspace))`, `gpm` or `gpm_si` over the tree of the pairs,
     with `subspace = empty_subspace(lora, axes=lora.axes(forward, lora, x))`. There v is
@@ -271,7 +260,6 @@ def start_task(
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
     require_restartable(opt_state)
-    _require_floating(base, found)
     # What does not fit is told before the long computation.
     bases_of(held_subspace(opt_state), lora, found)
     base = _merged(base, lora, found, scaling)

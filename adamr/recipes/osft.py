@@ -6,9 +6,10 @@
 Several projections of the gradient G go by the name:
 
     form            G̃                    who                         kept of W
-    "both_sides"    (I − P) G (I − Q)    OPLoRA, on its update;      U_kᵀ W and W V_k
-                                         mini_trainer and PEFT's
+    "oplora"        (I − P) G (I − Q)    OPLoRA, on its update       U_kᵀ W and W V_k
+    "code"          the same             mini_trainer and PEFT's     the same
                                          OSF, through the factors
+    "both_sides"    the same             the default
     "paper"         G − P G Q            the equation of the paper   U_kᵀ W V_k alone
 
 The factors that mini_trainer and PEFT train, each with its gradient projected, reach
@@ -24,7 +25,7 @@ if each matrix has one v. Else the step has to be projected as well. `osft` has 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import optax
@@ -43,6 +44,8 @@ from adamr.subspaces.protected import SubspaceSource, require_source
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["osft"]
+
+Form = Literal["both_sides", "code", "oplora", "paper"]
 
 
 def _outside_block(tree: Any, sides: Sequence[Callable[[Any], optax.Updates]]) -> Any:
@@ -109,32 +112,31 @@ def osft(
     nu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: float = 0.0,
     mask: Any = None,
-    form: Literal["both_sides", "paper"] = "both_sides",
-    share_v: bool = True,
+    form: Form = "both_sides",
+    share_v: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonal Subspace Fine-Tuning, exact for the step itself under Adam.
 
-        m from (I − P) G (I − Q),  v = the mean of G² over the matrix
-        Δ = m̂ / (√v̂ + eps) + (I − P) (weight_decay · W) (I − Q)
+        G̃ = (I − P) G (I − Q),  m from G̃,  v from max(G², G̃²) per entry
+        Δ = (I − P) [m̂ / (√v̂ + eps) + weight_decay · W] (I − Q)
 
     Guarantee: Uᵀ Δ = 0 and Δ V = 0 for every protected kernel, to float32 rounding,
     weight decay included, so the protected singular triples of W stay what they are.
     (form="paper": Uᵀ Δ V = 0.) Leaves without a basis get plain Adam.
 
-    With one v per matrix the step needs no projection of its own, and the state is
-    smaller than Adam's. The price is that Adam no longer evens out rows or columns of
-    different scale, and in a pretrained model that was much worse
-    (docs/evidence/pretrained.md). `share_v=False` has Adam's v, per entry, and projects
-    the step on both sides: it costs Adam's state and one projection more.
+    With `share_v`, v is the mean of G² over the matrix. Then the step needs no
+    projection of its own, and the moments take half the memory. The price is that Adam
+    no longer evens out rows or columns of different scale, and in a pretrained model
+    that was much worse (docs/evidence/pretrained.md).
 
     Args:
       learning_rate: a number or a schedule.
       inside, outside: from `weight_subspaces`; or functions of the parameters that
         make them in `init`, such as `lambda p: weight_subspaces(p, axes)[0]`.
       b1, b2, eps, eps_root, mu_dtype, nu_dtype, weight_decay, mask: as for `adamr`.
-      form: which projection, see the module's docstring; "both_sides" is that of the
-        authors' code and of OPLoRA.
-      share_v: one v per matrix, or one per entry and a projected step.
+      form: which projection, see the module's docstring: "both_sides", which is also
+        called "code" and "oplora", or "paper".
+      share_v: one v per matrix in place of one per entry and a projected step.
 
     Returns:
       An optimizer. At a boundary decompose the new weights, without recompiling:
@@ -163,8 +165,9 @@ def osft(
     """
     for side in (inside, outside):
         require_source(side, "osft", Subspace)
-    if form not in ("both_sides", "paper"):
-        raise ValueError(f"form is {form!r}, expected 'both_sides' or 'paper'.")
+    if form not in get_args(Form):
+        expected = ", ".join(map(repr, get_args(Form)))
+        raise ValueError(f"form is {form!r}, expected one of {expected}.")
     if form == "paper":
         modifier = _project_block(inside, outside)
     else:

@@ -38,8 +38,8 @@ NAMES = {
     "adam_full": "Adam on all weights",
     "gpm_full": "GPM on all kernels",
     "gpm_si_full": "GPM and SI on all weights",
-    "osft": "OSFT, exact, one v per kernel",
-    "osft_elementwise": "OSFT, exact, one v per entry",
+    "osft": "OSFT, exact",
+    "osft_shared_v": "OSFT, exact, one v per kernel",
     "osft_hooked": "OSFT by projected gradients, AdamW",
     "mofo": "MoFO on all weights",
 }

@@ -1,5 +1,6 @@
 """Memory of fine-tuning Llama 2, from shapes: by method, and at a task boundary."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -91,8 +92,9 @@ def _protected(params: Any, capacity: int | None) -> optax.GradientTransformatio
     return adamr.gpm(RATE, subspace)
 
 
-def _osft(params: Any) -> optax.GradientTransformation:
-    return adamr.osft(RATE, *adamr.weight_subspaces(params, _axes, keep=KEEP))
+def _osft(params: Any, share_v: bool) -> optax.GradientTransformation:
+    sides = adamr.weight_subspaces(params, _axes, keep=KEEP)
+    return adamr.osft(RATE, *sides, share_v=share_v)
 
 
 def _methods(size: Size):
@@ -108,7 +110,11 @@ def _methods(size: Size):
         )  # fmt: skip
     yield "all parameters, `optax.adam`", {}, whole, lambda p: optax.adam(RATE)
     yield "`gpm`, capacity 1024", {}, whole, lambda p: _protected(p, 1024)
-    yield f"`osft`, keep {KEEP:g}", {}, whole, _osft
+    for share_v, label in ((False, ""), (True, ", `share_v=True`")):
+        yield (
+            f"`osft`, keep {KEEP:g}{label}", {}, whole,
+            functools.partial(_osft, share_v=share_v),
+        )  # fmt: skip
 
 
 def finetuning() -> str:

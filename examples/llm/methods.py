@@ -217,9 +217,9 @@ METHODS: dict[str, Method] = {
         end=task_ends.decompose,
         learning_rate=1e-4,
     ),
-    "osft_elementwise": Method(
-        "OSFT, exact, with v per entry and the step projected",
-        functools.partial(_osft, share_v=False),
+    "osft_shared_v": Method(
+        "OSFT, exact, with one v per kernel",
+        functools.partial(_osft, share_v=True),
         trains="all",
         end=task_ends.decompose,
         learning_rate=1e-4,

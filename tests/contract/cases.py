@@ -328,14 +328,14 @@ CASES = [
         ),
     ),
     Case(
-        "osft_v_per_entry",
+        "osft_shared_v",
         lambda s: (
             lambda learning_rate=0.1, weight_decay=0.1: adamr.osft(
                 learning_rate,
                 s,
                 output_side(s),
                 weight_decay=weight_decay,
-                share_v=False,
+                share_v=True,
             )
         ),
     ),
@@ -645,6 +645,6 @@ COMPOSED = frozenset(
     faithful_rmsprop faithful_adagrad faithful_yogi faithful_shared_amsgrad
     adamr_elementwise gpm gpm_si adam_nscl ogd gem agem p_mgem gem_exact_by_leaf
     l2_sp_additive l2_sp ewc online_ewc mas er mudman hft adamp fopng_as_published
-    osft_paper osft_v_per_entry
+    osft_paper osft_shared_v
     """.split()
 )

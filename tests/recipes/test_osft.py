@@ -99,6 +99,16 @@ def test_osft_equals_its_float64_twin(form, share_v):
     np.testing.assert_allclose(end["w"], twin[-1], atol=2e-6)
 
 
+@pytest.mark.parametrize("form", ["code", "oplora"])
+def test_the_code_and_oplora_project_on_both_sides(form):
+    p = small()
+    sides, gs = weight_subspaces(p, AXES), uneven(p, 3)
+    found = change(adamr.osft(RATE, *sides, form=form), p, gs)[0]
+    np.testing.assert_array_equal(
+        found["w"], change(adamr.osft(RATE, *sides), p, gs)[0]["w"]
+    )
+
+
 def test_osft_of_the_paper_protects_the_block_of_both_sides_alone():
     p = small()
     u, v = columns_of(p)
@@ -177,7 +187,7 @@ def test_v_shared_along_one_side_commutes_with_that_side_alone(share_v):
 
 def test_osft_that_protects_nothing_is_adam_with_one_v_per_matrix():
     p = small()
-    tx = adamr.osft(RATE, *weight_subspaces(p, AXES, keep=0.0))
+    tx = adamr.osft(RATE, *weight_subspaces(p, AXES, keep=0.0), share_v=True)
     state = tx.init(p)
     assert [v.shape for v in optax.tree.get(state, "nu")] == [(3,), (1, 1)]
     g = uneven(p, 1)[0]
@@ -201,7 +211,7 @@ def test_osft_that_protects_all_does_not_move(form):
 def test_v_per_entry_that_protects_nothing_is_adamw():
     p = small()
     sides, gs = weight_subspaces(p, AXES, keep=0.0), uneven(p, 4)
-    tx = adamr.osft(RATE, *sides, weight_decay=0.1, share_v=False)
+    tx = adamr.osft(RATE, *sides, weight_decay=0.1)
     found, *_ = change(tx, p, gs)
     expected, *_ = change(optax.adamw(RATE, weight_decay=0.1), p, gs)
     for a, b in zip(found.values(), expected.values(), strict=True):
@@ -263,7 +273,8 @@ def test_a_new_decomposition_neither_recompiles_nor_leaks(share_v):
 def test_moments_at_a_new_decomposition(moments):
     """What the old momentum would still do along the new directions."""
     p = small()
-    tx = adamr.osft(RATE, *weight_subspaces(p, AXES, keep=0.2, room=0.8))
+    sides = weight_subspaces(p, AXES, keep=0.2, room=0.8)
+    tx = adamr.osft(RATE, *sides, share_v=True)  # else the step itself is projected
     *_, state = change(tx, p, uneven(p, 4))
     sides = weight_subspaces(p, AXES, keep=0.8, room=0.8)
     state = adamr.set_subspace(state, sides, moments=moments)
@@ -309,8 +320,8 @@ def test_osft_of_functions_that_decompose_in_init():
 def test_errors_of_osft_and_of_its_boundary():
     p = small()
     inside, outside = weight_subspaces(p, AXES)
-    with pytest.raises(ValueError, match="form is 'code', expected 'both_sides' or"):
-        adamr.osft(RATE, inside, outside, form="code")
+    with pytest.raises(ValueError, match="form is 'svd', expected one of 'both_sides'"):
+        adamr.osft(RATE, inside, outside, form="svd")
     with pytest.raises(TypeError, match="osft: subspace must be a Subspace, got tuple"):
         adamr.osft(RATE, (inside, outside), outside)
     state = adamr.osft(RATE, inside, outside).init(p)
@@ -330,5 +341,5 @@ def test_errors_of_osft_and_of_its_boundary():
         tx = adamr.osft(RATE, inside, outside, weight_decay=0.1)
         tx.update(p, tx.init(p))
     with pytest.raises(ValueError, match="weight_decay needs params"):
-        tx = adamr.osft(RATE, inside, outside, weight_decay=0.1, share_v=False)
+        tx = adamr.osft(RATE, inside, outside, weight_decay=0.1, share_v=True)
         tx.update(p, tx.init(p))

@@ -29,7 +29,7 @@ def trajectory(
     eps=1e-8,
     decay=0.0,
     form="both_sides",
-    share_v=True,
+    share_v=False,
 ):
     """Kernels after each step of AdamW: moment and decay projected, and one v; or, with
     v per entry, the step projected and v at least the square of what m is fed."""

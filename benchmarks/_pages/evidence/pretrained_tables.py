@@ -159,8 +159,8 @@ OSFT = {
     "adamw": "AdamW, nothing protected",
     "hooked": "projected gradients, then AdamW",
     "peft": "PEFT: factors, their gradients projected, then AdamW",
-    "osft": "`adamr.osft`, one v per kernel",
-    "elementwise": "`adamr.osft` with `share_v=False`",
+    "shared_v": "`adamr.osft` with `share_v=True`",
+    "osft": "`adamr.osft`",
 }
 
 

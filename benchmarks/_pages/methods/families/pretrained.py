@@ -47,11 +47,11 @@ PRETRAINED = Family(
             "The leading singular directions of every kernel, on the side of the "
             "inputs and on that of the outputs ([inside, "
             "outside](../glossary.md#inside-outside)), weight decay included. No data "
-            "of old tasks is needed. The price: the entries of a matrix share one v; "
-            "or, with `share_v=False`, Adam's state and one projection more.",
+            "of old tasks is needed. The price: one projection more, of the step, and "
+            "bases on both sides.",
             """
             sides = adamr.weight_subspaces(params, axes)
-            tx = adamr.osft(1e-3, *sides, share_v=False)
+            tx = adamr.osft(1e-3, *sides)
             state = tx.init(params)
             for task in tasks:
                 state, params = train(tx, state, params, task)
@@ -118,8 +118,9 @@ PRETRAINED = Family(
             "InfLoRA",
             "Takes A from the new task's inputs outside the old ones'.",
             "What `start_task` keeps; it is called after it. The new A spans what the "
-            "new task uses most and old tasks do not use, so a task is learned faster "
-            "than from a random A. The authors train B alone (`lora.train_b`).",
+            "new task uses most and old tasks do not use. Where the learning rate is "
+            "small, a task is learned faster than from a random A. The authors train B "
+            "alone (`lora.train_b`).",
             """
             from adamr import lora
 
