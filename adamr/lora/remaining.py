@@ -62,7 +62,7 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
 
 
 def warn_of_gaps(opt_state: Any, inputs: Any, lora: Any) -> None:
-    """Warns, outside jit, of A's whose old inputs the next B may move.
+    """Warns, outside jit, of A's whose old inputs the next B may move, or that are 0.
 
     Args:
       opt_state: with the subspace of the A's, grown.
@@ -74,13 +74,13 @@ def warn_of_gaps(opt_state: Any, inputs: Any, lora: Any) -> None:
     met = dict(zip(_tree.flatten_with_names(lora)[0], entries, strict=True))
     left = room(opt_state, lora)
     unmet = [name for name in left if _tree.is_hole(met[name])]
-    full = [
-        name
-        for name, (directions, capacity) in left.items()
-        if name not in unmet
-        and not _tree.is_traced(capacity)
-        and np.any((np.asarray(directions) > 0) & (np.asarray(capacity) <= 0))
-    ]
+    known = {
+        name: (np.asarray(each.directions), np.asarray(each.capacity))
+        for name, each in left.items()
+        if name not in unmet and not _tree.is_traced(each.capacity)
+    }
+    full = [name for name, (n, most) in known.items() if np.any((n > 0) & (most <= 0))]
+    closed = [name for name, (n, _) in known.items() if np.any(n <= 0)]
     if unmet:
         warnings.warn(
             f"inputs has None at {unmet}: what the finished task fed to these layers "
@@ -92,5 +92,11 @@ def warn_of_gaps(opt_state: Any, inputs: Any, lora: Any) -> None:
             f"the bases of {full} are full: inputs of later tasks are not protected "
             "there, and of this one perhaps not all. Give empty_subspace a larger "
             "max_rank, or the boundary a smaller threshold.",
+            stacklevel=3,
+        )
+    if closed:
+        warnings.warn(
+            f"all inputs of {closed} are protected: A is zero there, and these layers "
+            "learn no more. Protect less, with a smaller threshold.",
             stacklevel=3,
         )

@@ -227,7 +227,8 @@ def start_task(
         kernels that are not floating (use `lora.start_block`), for pairs narrower than
         float32, for a subspace that protects a B or no A, for `schedule_free`, which
         holds a copy of the pairs, and, outside jit, if A·B is not finite.
-    Warns, outside jit, of A's without inputs, and of those whose basis is full.
+    Warns, outside jit, of A's without inputs, of those whose basis is full, and of
+    those that are zero.
 
     >>> import optax
     >>> from adamr import adamr, empty_subspace, layer_inputs, project_out

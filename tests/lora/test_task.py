@@ -353,9 +353,10 @@ def test_a_full_basis_gives_zeros_and_room_says_so():
     forward, base, lora, x = layer("dense")
     state = optimizer(forward, base, lora, x).init(lora)
     inputs = {"w_lora_a": jnp.eye(8), "w_lora_b": None}
-    base, lora, state = room_of.start_task(
-        base, lora, state, inputs, jax.random.key(0), threshold=1.0
-    )
+    with pytest.warns(UserWarning, match="all inputs of .'w_lora_a'. are protected"):
+        base, lora, state = room_of.start_task(
+            base, lora, state, inputs, jax.random.key(0), threshold=1.0
+        )
     assert not jnp.any(lora["w_lora_a"])
     assert room_of.room(state, lora)["w_lora_a"] == (0, 0)
 

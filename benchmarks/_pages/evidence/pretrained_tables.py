@@ -125,7 +125,13 @@ def change(stream: str) -> str:
     """Where the change of the weights went."""
     keys = ("moved", "along_inputs", "along_inside", "along_outside")
     lines = [
-        [_name(name), *(_told(stream, name, f"change.{key}", 2) for key in keys)]
+        [
+            _name(name),
+            *(
+                _told(stream, name, f"change.{key}", 3 if key == "moved" else 2)
+                for key in keys
+            ),
+        ]
         for name in by_final(_read(stream))
         if name != "lines"
     ]
@@ -137,7 +143,7 @@ def change(stream: str) -> str:
 def room(stream: str) -> str:
     """How full the inputs of the kernels are after each task."""
     by_task = _rows(stream, REFERENCE)[0]["protected"][:-1]  # the last ends nothing
-    heads = ["fan-in", *(f"task {i + 1}" for i in range(len(by_task)))]
+    heads = ["fan-in", *(f"after task {i + 1}" for i in range(len(by_task)))]
     lines = [
         [n, *(f"{100 * task[n][0]:.0f} %" for task in by_task)] for n in by_task[0]
     ]
@@ -180,7 +186,7 @@ def osft() -> str:
 
 def levers(stream: str) -> str:
     """The reference, and it with one setting changed, at the same rate."""
-    shown = {REFERENCE: "as on this page", **LEVER_NAMES}
+    shown = {REFERENCE: "as on this page, seed 0", **LEVER_NAMES}
     lines = []
     for name in shown:
         for row in _rows(stream, name)[:1]:
@@ -261,7 +267,12 @@ def costs(*names: str) -> str:
         ]
         for method, (step, boundary, peak) in sorted(found.items(), key=lambda x: x[1])
     ]
-    heads = ["seconds a step", "ratio to Adam", "seconds a boundary", "GB at the peak"]
+    heads = [
+        "seconds a step",
+        "ratio to Adam on the pairs",
+        "seconds a boundary",
+        "GB at the peak",
+    ]
     return table(["method", *heads], lines)
 
 
