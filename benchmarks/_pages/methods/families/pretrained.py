@@ -81,7 +81,7 @@ PRETRAINED = Family(
             a_only = lora.axes(adapted, pairs, base, old.x)
             tx = adamr.gpm(1e-3, adamr.empty_subspace(pairs, axes=a_only))
             state = tx.init(pairs)  # ... train on old, then:
-            inputs = adamr.layer_inputs(adapted, pairs, base, old.x)
+            inputs = adamr.layer_inputs(adapted, pairs, base, old.x[:4])
             base, pairs, state = lora.start_task(base, pairs, state, inputs, key)
             left = lora.room(state, pairs)  # directions, by layer
             """,
@@ -107,7 +107,7 @@ PRETRAINED = Family(
             gpm = adamr.gpm(1e-3, adamr.empty_subspace(pairs, axes=a_only))
             tx = lora.train_block(gpm, rank=2)  # pairs with 4 columns: two tasks
             state = tx.init(pairs)  # ... train on old, then:
-            inputs = adamr.layer_inputs(adapted, pairs, base, old.x)
+            inputs = adamr.layer_inputs(adapted, pairs, base, old.x[:4])
             pairs, state = lora.start_block(pairs, state, inputs, key)
             """,
             lambda: blocks(adamr.gpm(RATE, subspace())),
@@ -127,7 +127,7 @@ PRETRAINED = Family(
             a_only = lora.axes(adapted, pairs, base, old.x)
             tx = adamr.gpm(1e-3, adamr.empty_subspace(pairs, axes=a_only))
             state = tx.init(pairs)  # ... train on old, then:
-            inputs = adamr.layer_inputs(adapted, pairs, base, old.x)
+            inputs = adamr.layer_inputs(adapted, pairs, base, old.x[:4])
             base, pairs, state = lora.start_task(base, pairs, state, inputs, key)
             inputs = adamr.layer_inputs(adapted, pairs, base, new.x)
             pairs = lora.inflora(pairs, state, inputs)
@@ -150,7 +150,7 @@ PRETRAINED = Family(
             a_only = lora.axes(adapted, pairs, base, old.x)
             tx = adamr.gpm(1e-3, adamr.empty_subspace(pairs, axes=a_only))
             state = tx.init(pairs)  # ... train on old, then:
-            inputs = adamr.layer_inputs(adapted, pairs, base, old.x)
+            inputs = adamr.layer_inputs(adapted, pairs, base, old.x[:4])
             base, pairs, state = lora.start_task(base, pairs, state, inputs, key)
             of_base = jax.grad(lambda base: jnp.sum(adapted(pairs, base, new.x) ** 2))
             pairs = lora.keeplora(base, pairs, state, of_base(base))
