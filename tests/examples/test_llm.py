@@ -1,6 +1,6 @@
 """The command: tiny models learn real formats, resume, and refuse what cannot be used.
 
-Needs the extra `llm`, which CI's environment does not have.
+Needs the extra `llm`.
 """
 
 import json

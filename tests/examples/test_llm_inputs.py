@@ -1,6 +1,6 @@
 """examples.llm: what cannot be learned, answered or scored is told before training.
 
-Needs the extra `llm`, which CI's environment does not have.
+Needs the extra `llm`.
 """
 
 import json

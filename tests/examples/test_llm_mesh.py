@@ -1,6 +1,6 @@
 """examples.llm on a mesh: where things lie changes, not what comes out.
 
-Needs the extra `llm`, which CI's environment does not have.
+Needs the extra `llm`.
 """
 
 import dataclasses

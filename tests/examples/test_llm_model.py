@@ -23,7 +23,7 @@ PYTHON = sys.executable
 GOLDEN = Path(__file__).parent / "golden" / "smollm2.json"
 TOKENS = np.array([[1, 40, 41, 42, 40, 7, 200, 258, 3, 3, 90, 17]])
 
-# Tunix and Qwix come with the extra `llm`, which CI's environment does not have.
+# Tunix and Qwix come with the extra `llm`.
 needs_tunix = pytest.mark.filterwarnings("default::DeprecationWarning")
 
 
