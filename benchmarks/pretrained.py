@@ -12,7 +12,8 @@ where the change of the weights went (`_pretrained/change.py`).
 
 `<out>/pretrained_<stream>.json` grows with each finished method, and the command
 continues an interrupted one from the last rate or seed. `--methods levers` are the
-protected pairs with one setting changed, at the rate that was best for them.
+protected pairs with one setting changed, at the rate that was best for them; those that
+are given no general text are tuned anew, too.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from benchmarks._pretrained.streams import (
     STREAMS,
     TITLES,
     TUNED_ON,
+    VARIANTS,
     arms,
     settings,
 )
@@ -84,7 +86,7 @@ class Config:
 
 def _chosen(methods: str) -> list[str]:
     if methods == "all":
-        return list(METHODS)
+        return [*METHODS, *VARIANTS]
     if methods == "levers":
         return list(LEVERS)
     known, names = arms(), methods.split(",")

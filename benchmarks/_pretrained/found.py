@@ -25,6 +25,8 @@ NAMES = {
     "lora_restart": "pairs merged and drawn anew, nothing protected (control)",
     "lora_complement": "protected pairs",
     "lora_random": "protected pairs, random A",
+    "lora_complement-general-0": "protected pairs, no general text",
+    "lora_random-general-0": "protected pairs, random A, no general text",
     "inflora": "InfLoRA",
     "keeplora": "KeepLoRA's start",
     "o_lora": "O-LoRA",

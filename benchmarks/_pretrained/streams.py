@@ -11,6 +11,7 @@ __all__ = [
     "STREAMS",
     "TITLES",
     "TUNED_ON",
+    "VARIANTS",
     "Arm",
     "Grid",
     "arms",
@@ -82,9 +83,19 @@ LEVERS = {
 }
 
 
+# Given no general text, as most rivals; tuned on their own.
+VARIANTS = {
+    f"{name}-general-0": Arm(name, {"general": 0}, {})
+    for name in ("lora_complement", "lora_random")
+}
+
+
 def arms() -> dict[str, Arm]:
-    """Every method, and the protected pairs with one setting changed, unscored."""
-    methods = {name: Arm(name, {}, {}) for name in METHODS}
+    """Every method, and the protected pairs with one setting changed.
+
+    The levers are not scored.
+    """
+    methods = {name: Arm(name, {}, {}) for name in METHODS} | VARIANTS
     unscored = {"generated": 0}  # saves time
     levers = {
         name: arm._replace(options=arm.options | unscored)

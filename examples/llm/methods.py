@@ -122,6 +122,17 @@ def _osft_hooked(rate, _, learner, setting):
     return optax.chain(*hooks, optax.adamw(rate, weight_decay=0.01))
 
 
+def _mofo(rate, share, learner, setting):
+    """A matrix is one tensor, as in PyTorch, though Tunix keeps its heads apart."""
+    del learner, setting
+
+    def whole(path, shape):
+        del path
+        return adamr.Axes(tuple(range(len(shape) - 1))) if len(shape) > 1 else None
+
+    return adamr.mofo(rate, share, axes=whole)
+
+
 def _on_both(name: str, route: str) -> Method:
     # General text would use up the inputs of B, which are as many as the rank.
     return Method(
@@ -231,11 +242,12 @@ METHODS: dict[str, Method] = {
         end=task_ends.decompose,
         learning_rate=1e-4,
     ),
-    "mofo": _borrowed(
-        "mofo",
+    "mofo": Method(
         "MoFO: the entries of largest momentum move",
+        _mofo,
         trains="all",
         learning_rate=1e-4,
+        coefficient=shared.METHODS["mofo"].coefficient,
     ),
 }
 

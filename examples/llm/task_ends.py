@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import adamr
 from adamr import lora
 from examples.llm import measures
+from examples.llm.data import spread_rows
 from examples.llm.learner import Learner, inputs_of
 from examples.llm.placement import kept, places_of
 from examples.llm.tokens import Encoded, take
@@ -133,7 +134,7 @@ def a_from_inputs(run, inputs, *, places):
 def choose_a_by_gradient(learner, setting, run, rows, key):
     """A from the gradient of the kernels on the new task, outside of old inputs."""
     del setting, key
-    tokens, answer = take(rows, slice(GRADIENT_ROWS))
+    tokens, answer = take(spread_rows(rows, GRADIENT_ROWS), slice(None))
     gradient = _kernel_gradient(learner.forward, run.trained, run.base, tokens, answer)
     pairs = lora.keeplora(run.base, run.trained, run.opt_state, gradient)
     return run._replace(trained=pairs)
@@ -198,7 +199,7 @@ def not_kernels(params: Any, axes: Any) -> tuple[str, ...]:
 def consolidate(learner, setting, run, rows, key):
     """A sampled Fisher information of the answers."""
     del setting
-    tokens, answer = take(rows, slice(FISHER_ROWS))
+    tokens, answer = take(spread_rows(rows, FISHER_ROWS), slice(None))
     fisher = _fisher(learner.forward, run.trained, run.base, tokens, answer, key)
     state = adamr.consolidate(run.opt_state, run.trained, fisher)
     return run._replace(opt_state=state)

@@ -13,7 +13,13 @@ pytest.importorskip("flax")
 pytest.importorskip("tyro")
 
 from benchmarks._pretrained import cell, change, found  # noqa: E402
-from benchmarks._pretrained.streams import LEVERS, STREAMS, arms, grid  # noqa: E402
+from benchmarks._pretrained.streams import (  # noqa: E402
+    LEVERS,
+    STREAMS,
+    VARIANTS,
+    arms,
+    grid,
+)
 from examples.llm.methods import METHODS  # noqa: E402
 
 
@@ -68,7 +74,8 @@ def test_levers_change_one_setting_each():
     changed = [{**arm.options, **arm.setting} for arm in LEVERS.values()]
     masked = LEVERS["first-token-masked"]
     assert all(len(c) == 1 for c in changed if c != masked.setting)
-    assert set(LEVERS).isdisjoint(METHODS) and set(arms()) == {*LEVERS, *METHODS}
+    assert set(LEVERS).isdisjoint(METHODS)
+    assert set(arms()) == {*LEVERS, *METHODS, *VARIANTS}
 
 
 def test_a_sweep_continues_where_it_stopped(monkeypatch):

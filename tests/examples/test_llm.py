@@ -259,6 +259,23 @@ def test_an_embedding_of_its_own_is_not_protected(data, tmp_path, recwarn):
     assert not [str(w.message) for w in recwarn if "unprotected" in str(w.message)]
 
 
+def test_mofo_filters_whole_matrices(data, model):
+    """A tenth of each, of those with heads as well; norms move everywhere."""
+    _, _, plan = planned(data, model, "mofo", steps=1)
+    learned = runs.stream.learn(plan, rate=1e-3, coefficient=0.1, seed=0)
+    before = jax.tree.map(np.asarray, plan.learner.trained)
+    run = next(run for position, run, _ in learned if position.step == 1)
+    for path, moved in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: np.asarray(a) != b, run.trained, before)
+    ):
+        if moved.ndim > 1:
+            assert moved.sum() <= moved.size // 10, path
+            share = moved.reshape(len(moved), -1).sum(axis=1)
+            assert len(set(share.tolist())) > 1, path
+        else:
+            assert moved.mean() > 0.5, path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(data, model, tmp_path, method):

@@ -20,7 +20,7 @@ from benchmarks._pretrained.found import (
     value,
     values,
 )
-from benchmarks._pretrained.streams import OF_PAIRS, TITLES
+from benchmarks._pretrained.streams import OF_PAIRS, TITLES, arms
 from examples.harness.statistics import interval
 from examples.llm.methods import METHODS
 
@@ -285,7 +285,7 @@ def _at_a_boundary(method: str, row: dict[str, Any]) -> float:
     seconds = row["boundary_seconds"]
     if not seconds:
         return 0.0
-    if METHODS[method].start is None:
+    if METHODS[arms()[method].method].start is None:
         return float(np.median(seconds))
     return float(np.median(seconds[::2]) + np.median(seconds[1::2]))
 
