@@ -43,6 +43,11 @@ def forward(pairs: nnx.State, rest: nnx.State, graph: nnx.GraphDef, tokens: jax.
     return logits(nnx.merge(graph, pairs, rest), tokens)
 
 
+def _halves_a(pairs: nnx.State) -> list[jax.Array]:
+    named = jax.tree_util.tree_leaves_with_path(pairs)
+    return [x for path, x in named if "_lora_a" in jax.tree_util.keystr(path)]
+
+
 def protected(model: nnx.Module, rate: float = RATE) -> optax.GradientTransformation:
     """1. An optimizer of the pairs that has room for what it will protect.
 
@@ -50,6 +55,13 @@ def protected(model: nnx.Module, rate: float = RATE) -> optax.GradientTransforma
     """
     nnx.update(model, adamr.lora.masters(nnx.state(model, nnx.LoRAParam)))
     graph, pairs, rest = nnx.split(model, nnx.LoRAParam, ...)
+    columns = {a.shape[-1] for a in _halves_a(pairs)}
+    if columns != {TASKS * RANK}:
+        raise ValueError(
+            f"the pairs have {sorted(columns)} columns, expected TASKS * RANK = "
+            f"{TASKS * RANK}: later tasks would have none to train. Make the model "
+            "with as many, and multiply alpha by TASKS."
+        )
     one = jnp.zeros((1, CONTEXT), jnp.int32)
     axes = adamr.lora.axes(forward, pairs, rest, graph, one)
     subspace = adamr.empty_subspace(pairs, axes=axes)
@@ -57,10 +69,12 @@ def protected(model: nnx.Module, rate: float = RATE) -> optax.GradientTransforma
 
 
 @partial(jax.jit, static_argnums=0)
-def boundary(graph, pairs, rest, opt_state, tokens, key):
+def boundary(graph, pairs, rest, opt_state, tokens, mask, key):
     """2. What the layers see in the finished task.  3. It stays as it is from here."""
     subspace = adamr.get_subspace(opt_state)
-    inputs = adamr.layer_inputs(forward, pairs, rest, graph, tokens, leaves=subspace)
+    inputs = adamr.layer_inputs(
+        forward, pairs, rest, graph, tokens, leaves=subspace, mask=mask
+    )
     return adamr.lora.start_block(pairs, opt_state, inputs, key)
 
 
@@ -77,12 +91,12 @@ def put(trainer: PeftTrainer, values: Any, where: Any) -> None:
     nnx.update(trainer.optimizer.opt_state, nnx.state(state))
 
 
-def end_task(trainer: PeftTrainer, tokens: np.ndarray) -> None:
+def end_task(trainer: PeftTrainer, tokens: np.ndarray, mask: np.ndarray) -> None:
     """New values where the old ones lay, so that the next step does not recompile."""
     graph, pairs, rest = nnx.split(trainer.model, nnx.LoRAParam, ...)
     state, key = trainer.optimizer.opt_state, jax.random.key(trainer.train_steps)
     where = [x.sharding for x in jax.tree.leaves((pairs, state))]
-    put(trainer, boundary(graph, pairs, rest, state, tokens, key), where)
+    put(trainer, boundary(graph, pairs, rest, state, tokens, mask, key), where)
 
 
 def places(trainer: PeftTrainer) -> list[Any]:
@@ -102,11 +116,12 @@ class Boundaries(TrainingHooks):
     `on_train_step_end` would be too late: Tunix calls it one step behind.
 
     Args:
-      tokens: number of steps -> tokens (batch, time) of the task that ends there; at 0
-        of text that the pretrained model should keep.
+      tokens: number of steps -> tokens (batch, time) of the task that ends there, and a
+        mask of the same shape that is false at padding; at 0 of text that the
+        pretrained model should keep.
     """
 
-    def __init__(self, tokens: dict[int, np.ndarray]):
+    def __init__(self, tokens: dict[int, tuple[np.ndarray, np.ndarray]]):
         if sum(steps > 0 for steps in tokens) >= TASKS:
             raise ValueError(
                 f"tokens ends tasks after {sorted(tokens)} steps, expected fewer than "
@@ -123,7 +138,7 @@ class Boundaries(TrainingHooks):
         steps = trainer.train_steps
         group = trainer.config.get_with_default("gradient_accumulation_steps", 1)
         if steps in self.tokens and trainer.iter_steps == steps * group:
-            end_task(trainer, self.tokens[steps])
+            end_task(trainer, *self.tokens[steps])
 
     def on_eval_step_end(self, trainer: PeftTrainer, eval_loss: Any) -> None:
         self.losses[trainer.train_steps] = float(eval_loss)
@@ -141,13 +156,14 @@ def main(steps: int = 150) -> dict[str, tuple[float, float, float]]:
     pretrain(base.module, loss, general, 2 * steps)
     batches = [*old.batches(steps), *new.batches(steps)]
     tokens, rows = old.batches(1, size=128)[0, :, :-1], {}
+    ended = {steps: (tokens, np.ones(tokens.shape, bool))}
     config = TrainingConfig(eval_every_n_steps=steps, max_steps=2 * steps)
     for name in ("Adam", "protected"):
         model = with_lora(base, TASKS * RANK, alpha=TASKS * RANK).module
         kept = name == "protected"
         optimizer = protected(model) if kept else optax.adam(RATE)
         trainer = PeftTrainer(model, optimizer, config).with_loss_fn(loss)
-        hooks = Boundaries({steps: tokens} if kept else {})
+        hooks = Boundaries(ended if kept else {})
         trainer.with_training_hooks(hooks)
         measured = [{"windows": old.held_out}]
         trainer.train([{"windows": batch} for batch in batches], measured)

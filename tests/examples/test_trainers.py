@@ -98,7 +98,8 @@ def batches(steps, size=4, time=7):
     return [{"windows": each.astype(np.int32)} for each in drawn]
 
 
-OLD = batches(1)[0]["windows"][:1, :-1]
+TOKENS = batches(1)[0]["windows"][:1, :-1]
+OLD = TOKENS, np.ones(TOKENS.shape, bool)
 
 
 def trainer_of(peft, model, hooks, folder=None, group=None):
@@ -193,8 +194,8 @@ def test_a_boundary_in_tunix_compiles_no_step_and_protects(
     """With accumulation it is between two groups, once; bf16 bases get wide pairs."""
     calls, programs, end_task = [], [], peft.end_task
 
-    def counted(trainer, tokens):
-        end_task(trainer, tokens)
+    def counted(trainer, *rows):
+        end_task(trainer, *rows)
         calls.append((trainer.train_steps, trainer.iter_steps))
         programs.append(cache_size(trainer))
 
@@ -213,6 +214,29 @@ def test_more_tasks_than_blocks(peft):
     peft.Boundaries({0: OLD, 3: OLD})
     with pytest.raises(ValueError, match=r"after \[3, 6\] steps, expected fewer"):
         peft.Boundaries({3: OLD, 6: OLD})
+
+
+@needs_tunix
+def test_a_model_without_a_block_for_every_task_is_refused(peft, tmp_path, monkeypatch):
+    model = adapted(peft, tmp_path)
+    monkeypatch.setattr(peft, "TASKS", peft.TASKS + 1)
+    with pytest.raises(ValueError, match=r"the pairs have \[8\] columns, expected"):
+        peft.protected(model)
+
+
+@needs_tunix
+def test_padding_is_not_protected_in_tunix(peft, tmp_path):
+    """As if the rows had ended where the padding begins."""
+    tokens, _ = OLD
+    counts = np.arange(tokens.shape[1]) < 3
+    found = []
+    for rows in ((tokens, counts[None]), (tokens[:, :3], np.ones((1, 3), bool))):
+        trainer = trainer_of(peft, adapted(peft, tmp_path), peft.Boundaries({}))
+        peft.end_task(trainer, *rows)
+        ranks = adamr.subspaces.rank(adamr.get_subspace(trainer.optimizer.opt_state))
+        found.append([rank for rank in ranks if rank is not None])
+    np.testing.assert_array_equal(*found)
+    assert 0 < np.max(found[0]) <= 3
 
 
 @pytest.mark.slow
