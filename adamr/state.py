@@ -109,9 +109,10 @@ def set_subspace(
       moments: what happens to the routed first moment, which was gathered in the old
         allowed space and would leak into the new directions for ~1/(1−b1) steps.
         "project" (default): m <- m − U diag(λ) Uᵀ m, v stays; "reset": m, v and the
-        count of the merging link start anew; "keep": nothing. Moments in an eigenbasis
-        are reset in both of the first two, since their coordinates change meaning.
-        Plain optax moments under `protect_update` stay: their update is projected.
+        count of all of `opt_state` start anew (`reset_moments`), other parts of a
+        partition included; "keep": nothing. Moments in an eigenbasis are reset in both
+        of the first two, since their coordinates change meaning. Plain optax moments
+        under `protect_update` stay with "project": their update is projected.
 
     Returns:
       A state of the same structure, shapes, dtypes and placement.

@@ -25,7 +25,7 @@ from adamr.lora.remaining import warn_of_gaps
 from adamr.lora.task import bases_of, require_restartable, restarted
 from adamr.routing.carrier import plain_gradient
 from adamr.sharding import einsum_sharding
-from adamr.state import held_subspace, protect_inputs
+from adamr.state import protect_inputs
 from adamr.subspaces.subspace import Subspace
 
 __all__ = ["BlockState", "in_blocks", "orthogonality", "start_block", "train_block"]
@@ -168,9 +168,11 @@ def _next_block(
 
     some = jnp.any(jnp.stack([learned(each) for each in found]))
     block = held.block + some.astype(jnp.int32)
+    columns = [each.factors.rank for each in found]
     if _tree.is_traced(block):
-        return block
-    least, rank = min(each.factors.rank for each in found), int(held.rank)
+        used_up = (block + 1) * held.rank > min(columns)
+        return jnp.where(used_up, max(columns), block)  # where no column is
+    least, rank = min(columns), int(held.rank)
     if (int(block) + 1) * rank > least:
         raise ValueError(
             f"all {least // rank} blocks of r = {rank} hold finished tasks: the pairs "
@@ -243,13 +245,13 @@ def start_block(
     held = _held(opt_state)
     block = _next_block(leaves, found, held)
     if inputs is not None:
-        bases_of(held_subspace(opt_state), lora, found)
+        bases_of(opt_state, lora, found)
         opt_state = protect_inputs(
             opt_state, inputs, threshold=threshold, moments="keep"
         )
         warn_of_gaps(opt_state, inputs, lora)
     if find_nodes(opt_state, Subspace):
-        here = bases_of(held_subspace(opt_state), lora, found)
+        here = bases_of(opt_state, lora, found)
     else:
         here = Subspace((None,) * len(leaves), (None,) * len(leaves))
     fresh = redrawn(key, leaves, found, here, init)

@@ -54,7 +54,11 @@ def cast_like(masters: Any, lora: Any) -> Any:
     Returns:
       A tree like `lora`.
     """
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), masters, lora)
+
+    def leaf(x: jax.Array, like: Any) -> jax.Array:  # keys have no other dtype
+        return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+    return jax.tree.map(leaf, masters, lora)
 
 
 def require_wide(leaves: Sequence[Any], names: Sequence[str]) -> None:

@@ -9,9 +9,20 @@ import numpy as np
 from adamr import _tree
 from adamr.state import held_subspace
 from adamr.subspaces.covariance import Covariance
-from adamr.subspaces.subspace import layout, rank
+from adamr.subspaces.subspace import Subspace, layout, rank
 
-__all__ = ["Room", "room", "warn_of_gaps"]
+__all__ = ["Room", "held", "room", "warn_of_gaps"]
+
+
+def held(opt_state: Any) -> Subspace:
+    """The subspace in a state, per leaf."""
+    found = held_subspace(opt_state)
+    if not isinstance(found, Subspace):
+        raise TypeError(
+            "opt_state holds Directions of all parameters together, expected a "
+            "Subspace of the A's: empty_subspace(lora, axes=lora.axes(...))."
+        )
+    return found
 
 
 class Room(NamedTuple):
@@ -39,6 +50,7 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
 
     Raises:
       ValueError: if the state holds no subspace, or one that does not fit `lora`.
+      TypeError: if it holds `Directions`.
 
     >>> import jax.numpy as jnp
     >>> from adamr import empty_subspace, project_out, protect_inputs
@@ -49,15 +61,16 @@ def room(opt_state: Any, lora: Any) -> dict[str, Room]:
     >>> {name: [int(x) for x in left] for name, left in room(state, lora).items()}
     {'w_lora_a': [3, 1]}
     """
-    subspace = held_subspace(opt_state).at(lora, "the subspace in opt_state")
+    subspace = held(opt_state).at(lora, "the subspace in opt_state")
     names, leaves = _tree.flatten_with_names(lora)
     found = {}
     for name, x, count, basis, weights in zip(
         names, leaves, rank(subspace), *subspace, strict=True
     ):
-        if not _tree.is_hole(x) and basis is not None:
-            how = layout(basis, weights)
-            found[name] = Room(how.fan_in - count, how.capacity - count)
+        if _tree.is_hole(x) or basis is None or weights is None or count is None:
+            continue
+        how = layout(basis, weights)
+        found[name] = Room(how.fan_in - count, how.capacity - count)
     return found
 
 

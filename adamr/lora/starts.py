@@ -19,9 +19,8 @@ from adamr.lora.leading import leading
 from adamr.lora.leading_on_host import leading_on_host
 from adamr.lora.pairs import Halves, halves, located
 from adamr.lora.precision import require_wide
-from adamr.lora.task import bases_of
+from adamr.lora.task import bases_of, require_restartable
 from adamr.modifiers.penalty import Anchor
-from adamr.state import held_subspace
 from adamr.subspaces.columns import on_host, to_columns, to_storage
 from adamr.subspaces.covariance import (
     Covariance,
@@ -66,6 +65,7 @@ def _started(
     """`lora` with A <- scale · leading directions of the evidence, B <- 0."""
     names, leaves = _tree.flatten_with_names(lora)
     require_wide(leaves, names)
+    require_restartable(opt_state)
     if find_nodes(opt_state, BlockState):
         raise ValueError(
             "opt_state is of lora.train_block, whose finished blocks would be lost: "
@@ -78,7 +78,7 @@ def _started(
             "pull every A back to the one that is replaced here. Keep the A that "
             "lora.start_task draws, or train with a recipe without a penalty (gpm)."
         )
-    here = bases_of(held_subspace(opt_state), lora, pairs)
+    here = bases_of(opt_state, lora, pairs)
     new = list(leaves)
     done: dict[tuple[int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
     for i, each in enumerate(pairs):
@@ -141,8 +141,10 @@ def inflora(
       pairs: as for `find_pairs`.
 
     Returns:
-      A tree like `lora`. UᵀA = 0, the columns are orthogonal; those for which the new
-      task has no inputs outside U (or fewer than r directions) are 0.
+      A tree like `lora`. UᵀA = 0, the columns are orthogonal. Those for which the new
+      task has no inputs outside U (or fewer than r directions) are 0, and as B is 0 as
+      well, they stay so. A direction with less than 1e-6 of the energy of the inputs
+      counts as none; with rows, outside jit, with less than 1e-12.
 
     Raises:
       ValueError: as `start_task` raises it; for an A without a basis or without inputs,
@@ -220,7 +222,8 @@ def keeplora(
 
     Returns:
       A tree like `lora`. UᵀA = 0, the columns are orthonormal, or 0 where Ĝ has rank
-      below r.
+      below r: a direction with less than 1e-12 of the energy of G counts as none,
+      inside jit with less than 1e-6.
 
     Raises:
       ValueError: as `start_task` raises it; for an A without a basis, for the state of

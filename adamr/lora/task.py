@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import ScheduleFreeState
 
 from adamr import _tree
 from adamr._nodes import find_nodes, map_nodes
@@ -23,11 +22,11 @@ from adamr.capture.axes import contracted_axes
 from adamr.lora.draw import Init, he_uniform, redrawn
 from adamr.lora.pairs import Halves, Located, halves, located
 from adamr.lora.precision import require_wide
-from adamr.lora.remaining import warn_of_gaps
+from adamr.lora.remaining import held, warn_of_gaps
 from adamr.modifiers.penalty import Anchor
 from adamr.penalties.anchor import rewrite_anchors
 from adamr.penalties.si import SIState
-from adamr.state import held_subspace, protect_inputs, reset_moments
+from adamr.state import protect_inputs, reset_moments
 from adamr.subspaces.axes import Axes
 from adamr.subspaces.subspace import Subspace
 
@@ -84,9 +83,9 @@ def axes(
     return jax.tree.unflatten(treedef, found)
 
 
-def bases_of(subspace: Subspace, lora: Any, pairs: Sequence[Halves | Located]) -> Any:
-    """The subspace at the leaves of `lora`; raises if it protects a B."""
-    here = subspace.at(lora, "the subspace in opt_state")
+def bases_of(opt_state: Any, lora: Any, pairs: Sequence[Halves | Located]) -> Subspace:
+    """The subspace in a state, at the leaves of `lora`; raises if it protects a B."""
+    here = held(opt_state).at(lora, "the subspace in opt_state")
     names = _tree.flatten_with_names(lora)[0]
     protected = [names[each.b] for each in pairs if here.bases[each.b] is not None]
     if protected:
@@ -115,11 +114,20 @@ def _empty_group(node: optax.MultiStepsState) -> optax.MultiStepsState:
     return node._replace(mini_step=mini_step, acc_grads=gradients)
 
 
+# Optimizers that step from a copy of the parameters; of newer versions of Optax, too.
+_WITH_A_COPY = tuple(
+    getattr(optax.contrib, name)
+    for name in ("ScheduleFreeState", "COCOBState", "MadgradState")
+    if hasattr(optax.contrib, name)
+)
+
+
 def require_restartable(opt_state: Any) -> None:
     """Raises for a state that holds the old pairs themselves."""
-    if find_nodes(opt_state, ScheduleFreeState):
+    found = find_nodes(opt_state, *_WITH_A_COPY)
+    if found:
         raise ValueError(
-            "opt_state is of optax.contrib.schedule_free, which steps from a copy of "
+            f"opt_state has a {type(found[0]).__name__}, which steps from a copy of "
             "the old pairs: they are drawn anew here. Use another optimizer."
         )
 
@@ -193,7 +201,10 @@ def start_task(
     of the old pairs. No other state that refers to the old A and B is changed.
 
     Args:
-      base: the frozen kernels, any floating dtype. The model uses a kernel with a pair
+      base: the frozen kernels, any floating dtype. Names of PEFT stand for kernels
+        (out, in), others for (in, out). Where a shape allows the other alone, it is
+        read so; a square kernel the other way round would be merged transposed: leave
+        its pair out. The model uses a kernel with a pair
         in one place, always with the pair: where it is used without it as well (an
         embedding that is also the head), or one pair serves two kernels, the merge
         changes what the model computes: leave such a pair out. The merge is rounded
@@ -225,8 +236,10 @@ def start_task(
     Raises:
       ValueError: as `find_pairs`, `get_subspace` and `grow_subspace` raise it; for
         kernels that are not floating (use `lora.start_block`), for pairs narrower than
-        float32, for a subspace that protects a B or no A, for `schedule_free`, which
-        holds a copy of the pairs, and, outside jit, if A·B is not finite.
+        float32, for a subspace that protects a B or no A, for optimizers that step from
+        a copy of the pairs (`schedule_free`, `cocob`, `madgrad`), and, outside jit, if
+        A·B is not finite.
+      TypeError: for a state with `Directions`.
     Warns, outside jit, of A's without inputs, of those whose basis is full, and of
     those that are zero.
 
@@ -262,11 +275,11 @@ def start_task(
     require_wide(leaves, names)
     require_restartable(opt_state)
     # What does not fit is told before the long computation.
-    bases_of(held_subspace(opt_state), lora, found)
+    bases_of(opt_state, lora, found)
     base = _merged(base, lora, found, scaling)
     opt_state = protect_inputs(opt_state, inputs, threshold=threshold, moments="keep")
     warn_of_gaps(opt_state, inputs, lora)
-    here = bases_of(held_subspace(opt_state), lora, found)
+    here = bases_of(opt_state, lora, found)
     fresh = redrawn(key, leaves, [each.halves for each in found], here, init)
     new = [
         x if _tree.is_hole(x) else placed_like(x, fresh.get(i, jnp.zeros_like(x)))

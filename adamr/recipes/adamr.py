@@ -137,11 +137,12 @@ def protected_adam(
     mask: Any,
     strength: Any = None,
     off: Callable[[tuple[Any, ...]], optax.GradientTransformation] = project_off,
+    name: str = "adamr",
     **moments: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`adamr` with another `protection_of` and another `project_off`."""
-    require_modifier(modifier, "adamr")
-    decaying = decays("adamr", weight_decay)
+    """`adamr` by another name, with another `protection_of` and `project_off`."""
+    require_modifier(modifier, name)
+    decaying = decays(name, weight_decay)
     if strength is None:
         scale = optax.identity()
     elif isinstance(strength, optax.GradientTransformation):
@@ -161,7 +162,7 @@ def protected_adam(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return by_modifier("adamr", modifier, links, lambda first: first.route.modifier)
+    return by_modifier(name, modifier, links, lambda first: first.route.modifier)
 
 
 def adamr(

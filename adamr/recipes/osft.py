@@ -179,6 +179,7 @@ def osft(
         weight_decay,
         mask,
         off=project_off if share_v else functools.partial(_off_the_step, form=form),
+        name="osft",
         b1=b1,
         b2=b2,
         eps=eps,

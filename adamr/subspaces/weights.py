@@ -74,9 +74,14 @@ def _top_directions(inside, lam_inside, outside, lam_outside, kernel, count, axe
     )
 
 
+def _as_written(shares: np.ndarray) -> np.ndarray:
+    """In float64: 0.7 in float32 is less, and is written as 0.7."""
+    return np.array([float(str(x)) for x in shares.flat]).reshape(shares.shape)
+
+
 def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...]) -> Any:
     """The ratio as an array of shape () or (*batch,); its values unless traced."""
-    array = ratio if _tree.is_traced(ratio) else np.asarray(ratio, np.float64)
+    array = ratio if _tree.is_traced(ratio) else _as_written(np.asarray(ratio))
     if jnp.shape(array) not in ((), batch):
         raise ValueError(
             f"{argument} has shape {jnp.shape(array)} at {name}, expected a number"
@@ -92,6 +97,7 @@ def _check_ratio(argument: str, name: str, ratio: Ratio, batch: tuple[int, ...])
 def _whole(share: Any, n: int) -> Any:
     """⌊share · n⌋; of a share as it is written, too: .29 * 100 is less than 29."""
     if _tree.is_traced(share):
+        share = share.astype(jnp.promote_types(share.dtype, jnp.float32))
         return jnp.floor(n * share * (1 + 4 * jnp.finfo(share.dtype).eps))
 
     def count(x):

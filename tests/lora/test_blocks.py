@@ -100,6 +100,24 @@ def test_general_text_takes_no_block():
         room_of.train_block(optax.sgd(0.1), 0)
 
 
+def test_columns_that_are_no_block_do_not_train_under_jit():
+    lora = {"w_lora_a": jnp.ones((3, 5)), "w_lora_b": jnp.zeros((5, 1))}
+    tx = room_of.train_block(optax.sgd(1.0), rank=2)
+    state, ones = tx.init(lora), jax.tree.map(jnp.ones_like, lora)
+
+    @jax.jit
+    def next_task(lora, state):
+        steps, state = tx.update(ones, state, lora)
+        lora = optax.apply_updates(lora, steps)
+        return room_of.start_block(lora, state, None, jax.random.key(0))
+
+    for _ in range(2):
+        lora, state = next_task(lora, state)
+    steps, _ = tx.update(ones, state, lora)
+    assert not any(jnp.any(step) for step in jax.tree.leaves(steps))
+    np.testing.assert_array_equal(lora["w_lora_b"][4:], 0.0)
+
+
 def test_peft_blocks_are_cut_along_their_own_axes():
     lora = {"q.lora_A.weight": jnp.ones((4, 3)), "q.lora_B.weight": jnp.ones((2, 4))}
     tx = room_of.train_block(optax.sgd(1.0), 2)

@@ -429,6 +429,9 @@ def test_masters_of_a_bf16_model():
     assert {z.dtype for z in lora.values()} == {jnp.dtype("float32")}
     other = room_of.masters(base | {"count": jnp.int32(3)})
     assert (other["w"].dtype, other["count"].dtype) == (jnp.float32, jnp.int32)
+    dropout = base | {"key": jax.random.key(0)}
+    back = room_of.cast_like(room_of.masters(dropout), dropout)
+    assert all(back[name].dtype == x.dtype for name, x in dropout.items())
     state = optimizer(forward, base, lora, x).init(lora)
     inputs = adamr.layer_inputs(forward, lora, base, x.astype(jnp.float32))
     with pytest.raises(ValueError, match="bfloat16 at 'w_lora_a'.*lora.masters"):
@@ -558,6 +561,10 @@ def test_bad_input_is_named():
         call(parts, lora, state, inputs)
     with pytest.raises(ValueError, match="holds no Subspace"):
         call(base, lora, optax.adam(0.1).init(lora), inputs)
+    whole = adamr.ogd(0.1, adamr.empty_directions(lora, 4)).init(lora)
+    for refused in (call, lambda *_: room_of.room(whole, lora)):
+        with pytest.raises(TypeError, match="holds Directions.*expected a Subspace"):
+            refused(base, lora, whole, inputs)
     both = adamr.contracted_axes(forward, lora, base, x)
     wrong = adamr.project_out(adamr.empty_subspace(lora, axes=both)).init(lora)
     with pytest.raises(ValueError, match="protects the B's.*w_lora_b.*lora.axes"):
@@ -635,7 +642,13 @@ def test_adan_starts_anew_and_schedule_free_is_refused():
     _, new, state = ended(lora, base, state)
     step, _ = tx.update(jax.tree.map(jnp.zeros_like, new), state, new)
     assert not any(jnp.any(u) for u in jax.tree.leaves(step))
-    free = optax.contrib.schedule_free_adamw(0.1)
-    tx = optax.chain(adamr.project_out(subspace), free)
-    with pytest.raises(ValueError, match="a copy of the old pairs"):
-        ended(lora, base, tx.init(lora))
+    inputs = adamr.layer_inputs(forward, lora, base, x)
+    copies = [optax.contrib.schedule_free_adamw(0.1), optax.contrib.cocob()]
+    if hasattr(optax.contrib, "madgrad"):
+        copies.append(optax.contrib.madgrad(0.1))
+    for free in copies:
+        state = optax.chain(adamr.project_out(subspace), free).init(lora)
+        with pytest.raises(ValueError, match="State, which steps from a copy of"):
+            ended(lora, base, state)
+        with pytest.raises(ValueError, match="a copy of the old pairs"):
+            room_of.inflora(lora, state, inputs)

@@ -261,6 +261,17 @@ def test_a_traced_share_counts_as_the_same_number(share):
         return rank(inside)[0]
 
     assert jax.jit(count)(share) == count(share) == round(100 * share)
+    assert count(np.float32(share)) == count(jnp.float32(share)) == round(100 * share)
+
+
+def test_traced_shares_of_other_dtypes():
+    w, axes = jnp.diag(jnp.linspace(1.0, 2.0, 100)), adamr.Axes((0,))
+
+    @jax.jit
+    def count(keep):
+        return rank(adamr.weight_subspaces(w, axes, keep=keep, room=1.0)[0])[0]
+
+    assert count(1) == 100 and count(jnp.bfloat16(0.5)) == 50
 
 
 def test_a_complex_kernel_is_refused():
