@@ -61,6 +61,7 @@ def _started(
     scale: float,
     rows: bool,
     squared: bool = False,
+    shared: bool = False,
 ) -> Any:
     """`lora` with A <- scale · leading directions of the evidence, B <- 0."""
     names, leaves = _tree.flatten_with_names(lora)
@@ -94,7 +95,9 @@ def _started(
         known = done.get((id(met), rank))
         if known is None or not _same(known[1], basis):
             found = _led(met, basis, weights, rank, rows=rows, squared=squared)
-            done[id(met), rank] = known = found, basis, met
+            known = found, basis, met
+            if shared:  # kept, so that its id stays its own
+                done[id(met), rank] = known
         found = known[0]
         shapes = (jnp.zeros((*x.shape[:-1], rank)) for x in (basis, weights))
         stored, _ = to_storage(found, found[..., 0, :], *shapes)
@@ -192,6 +195,7 @@ def inflora(
         scale=1 / math.sqrt(3),
         rows=not by_gram,
         squared=form == "code",
+        shared=True,
     )
 
 
