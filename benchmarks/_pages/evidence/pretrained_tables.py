@@ -245,7 +245,7 @@ def paired(rival: str, *names: str) -> str:
 def costs(*names: str) -> str:
     """Seconds and peak memory, of the runs that had one core for themselves."""
     alone = {
-        method: [r for n in names for r in _rows(n, method) if r.get("cores") == 1]
+        method: [r for n in names for r in _rows(n, method) if _timed_alike(r)]
         for method in NAMES
     }
     found = {
@@ -274,6 +274,11 @@ def costs(*names: str) -> str:
         "GB at the peak",
     ]
     return table(["method", *heads], lines)
+
+
+def _timed_alike(row: dict[str, Any]) -> bool:
+    """With one core to itself, on the machine that most rows are of."""
+    return row.get("cores") == 1 and "machine" not in row
 
 
 def _median(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) -> float:
