@@ -35,12 +35,12 @@ def _watched(console: Console, steps: Sequence[int], total: int) -> Iterator[Wat
         def make(label: str, tasks: int) -> runs.Report:
             def move(position: Position, history: dict) -> None:
                 done[label] = runs.number_of(position, steps)
-                losses = history["train_loss"][position.task]
+                last = (history["train_loss"][position.task] or [None])[-1]
                 progress.update(
                     bar,
                     completed=sum(done.values()),
                     description=f"{label} {position.task + 1}/{tasks}",
-                    state=f"loss {losses[-1]:.3f}" if losses else "",
+                    state="" if last is None else f"loss {last:.3f}",
                 )
 
             return move
