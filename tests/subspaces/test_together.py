@@ -71,8 +71,10 @@ def test_many_leaves_grow_in_portions_of_bounded_memory_inside_jit(monkeypatch):
     loops = [e for e in program.eqns if e.primitive is jax.lax.scan_p]
     assert [e.params["length"] for e in loops] == [2, 2]  # and one leaf by itself
     parts = jax.jit(again)(empty, samples)
+    # Rounding the samples to float32 once more moves these bases by 2e-6, and the two
+    # programs round differently.
     for x, y in zip(whole.bases, parts.bases, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-6)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
 
 
 def test_leaves_with_other_bases_do_not_share():
