@@ -6,7 +6,9 @@ every later leaf. State in leaf order (bases, shared second moments) needs posit
 that do not change.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from numbers import Real
 from typing import Any
 
@@ -49,6 +51,27 @@ def flatten_with_names(tree: Any) -> tuple[list[str], list[Any]]:
     return names, [leaf for _, leaf in paths]
 
 
+def listed(names: Iterable[str]) -> str:
+    """Leaf names for a message; those that differ in their first number are one entry.
+
+    >>> listed(["head", *(f"layers/{i}/bias" for i in (0, 1, 2, 5))])
+    'head, layers/{0-2,5}/bias'
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for name in dict.fromkeys(names):
+        start, number, end = re.split(r"(0|[1-9]\d*|$)", name, maxsplit=1)
+        key = (start, end) if number else (name,)
+        alike.setdefault(key, []).extend([int(number)] if number else [])
+
+    def told(numbers: list[int]) -> str:
+        runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+        found = [[x for _, x in run] for _, run in runs]
+        parts = [f"{x[0]}-{x[-1]}" if len(x) > 1 else f"{x[0]}" for x in found]
+        return f"{{{','.join(parts)}}}" if len(numbers) > 1 else "".join(parts)
+
+    return ", ".join(told(numbers).join(key) for key, numbers in alike.items())
+
+
 def positions_like(
     tree: Any, like: Any, is_leaf: Callable[[Any], bool] = is_hole
 ) -> list[Any] | None:
@@ -76,8 +99,8 @@ def flatten_like(tree: Any, argument: str, params: Any) -> list[Any]:
         wanted, names = flatten_with_names(params)[0], flatten_with_names(tree)[0]
         raise ValueError(
             f"{argument} must be a tree like params with one entry (an array or None) "
-            f"per leaf: got {len(names)} entries {names}, expected {len(wanted)} "
-            f"{wanted}."
+            f"per leaf: got {len(names)} entries ({listed(names)}), expected "
+            f"{len(wanted)} ({listed(wanted)})."
         )
     return leaves
 
@@ -138,8 +161,9 @@ def places_in(
     if places is None:
         raise ValueError(
             f"{argument} was made for {count} parameter leaves, but the tree it meets "
-            f"has {len(positions)}: {names}. If a mask or labels hide whole subtrees, "
-            "give every leaf its own entry: jax.tree.map(lambda _: label, subtree)."
+            f"has {len(positions)}: {listed(names)}. If a mask or labels hide whole "
+            "subtrees, give every leaf its own entry: jax.tree.map(lambda _: label, "
+            "subtree)."
         )
     return places
 

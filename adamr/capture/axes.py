@@ -22,7 +22,7 @@ from adamr import _tree
 from adamr.capture.interpret import run
 from adamr.capture.origin import of_leaf
 from adamr.capture.walk import Notes, Value, Walk
-from adamr.subspaces.axes import Axes, read_axes
+from adamr.subspaces.axes import Axes, listed_by_reason, read_axes
 
 __all__ = [
     "Function",
@@ -134,7 +134,7 @@ def plan_of(function: Function) -> list[Axes | Unread | None]:
         raise ValueError(
             "forward makes no use of params: a function that closes over its "
             "parameters (a model, not the params it is given) has nothing to read; "
-            f"the leaves of params are {function.names}."
+            f"the leaves of params are {_tree.listed(function.names)}."
         )
 
     def leaf(i):
@@ -203,7 +203,7 @@ def contracted_axes(forward: Callable[..., Any], params: Any, *inputs: Any) -> A
     named = zip(function.names, plan, strict=True)
     unread = {name: a.reason for name, a in named if isinstance(a, Unread)}
     if unread and not any(isinstance(a, Axes) for a in plan):
-        told = "; ".join(f"{name} ({why})" for name, why in unread.items())
+        told = listed_by_reason(unread)
         warnings.warn(f"no leaf can be read off forward: {told}.", stacklevel=2)
     leaves = [read_axes(a, unread) if isinstance(a, Axes) else None for a in plan]
     return jax.tree.unflatten(function.treedef, leaves)

@@ -22,7 +22,7 @@ from adamr.capture.interpret import run
 from adamr.capture.records import Records, settled
 from adamr.capture.rows import Mask, kind_of, spread
 from adamr.capture.walk import Notes, Value, Walk
-from adamr.subspaces.axes import MAX_FAN_IN, Axes, fan_in
+from adamr.subspaces.axes import MAX_FAN_IN, Axes, fan_in, listed_by_reason
 from adamr.subspaces.covariance import SharedCovariance, mean_moment
 from adamr.subspaces.subspace import Subspace
 
@@ -37,7 +37,7 @@ def _selected(function: Function, leaves: Any) -> list[bool]:
         if len(leaves.bases) != len(names):
             raise ValueError(
                 f"leaves is a subspace of {len(leaves.bases)} leaves, expected "
-                f"{len(names)}: {names}."
+                f"{len(names)}: {_tree.listed(names)}."
             )
         return [basis is not None for basis in leaves.bases]
     if callable(leaves):
@@ -46,7 +46,9 @@ def _selected(function: Function, leaves: Any) -> list[bool]:
         raise ValueError(f"leaves must be a sequence of str, got {leaves!r}.")
     for part in leaves:
         if not any(part in name for name in names):
-            raise ValueError(f"leaves names {part!r}, which no leaf of {names} has.")
+            raise ValueError(
+                f"leaves names {part!r}, which no leaf has: {_tree.listed(names)}."
+            )
     return [any(part in name for part in leaves) for name in names]
 
 
@@ -191,12 +193,13 @@ def layer_inputs(
     chosen = _selected(function, leaves)
     plan = {i: a for i, a in enumerate(axes) if isinstance(a, Axes) and chosen[i]}
     if not plan:
-        why = [
-            f"{name} ({a.reason})"
+        why = {
+            name: a.reason
             for name, a, here in zip(function.names, axes, chosen, strict=True)
             if isinstance(a, Unread) and here
-        ]
-        raise ValueError(f"no layer input can be read: {'; '.join(why) or 'no leaf'}.")
+        }
+        told = listed_by_reason(why) or "no leaf"
+        raise ValueError(f"no layer input can be read: {told}.")
     _check_sizes(function, plan, max_fan_in)
     told = _checked_mask(mask, function.inputs)
     records = Records(keep, plan, told)
@@ -210,10 +213,10 @@ def layer_inputs(
         names = [function.names[i] for i in sorted(records.refused)]
         raise ValueError(
             f"mask of shape {told.array.shape if told else None} does not fit the rows "
-            f"that these leaves meet: {names}. It must have the leading axes of the "
-            "data, (batch,) or (batch, time), and not the axis of features. Leaves "
-            "whose rows are not those of the data (experts after dispatch, means over "
-            "time) can be left out with leaves=."
+            f"that these leaves meet: {_tree.listed(names)}. It must have the leading "
+            "axes of the data, (batch,) or (batch, time), and not the axis of "
+            "features. Leaves whose rows are not those of the data (experts after "
+            "dispatch, means over time) can be left out with leaves=."
         )
     return _collected(function, records, shapes, kind, max_rows)
 

@@ -96,20 +96,21 @@ def warn_of_gaps(opt_state: Any, inputs: Any, lora: Any) -> None:
     closed = [name for name, (n, _) in known.items() if np.any(n <= 0)]
     if unmet:
         warnings.warn(
-            f"inputs has None at {unmet}: what the finished task fed to these layers "
-            "is not protected. Collect them with layer_inputs(forward, lora, x).",
+            f"inputs has None at {_tree.listed(unmet)}: what the finished task fed to "
+            "these layers is not protected. Collect them with layer_inputs(forward, "
+            "lora, x).",
             stacklevel=3,
         )
     if full:
         warnings.warn(
-            f"the bases of {full} are full: inputs of later tasks are not protected "
-            "there, and of this one perhaps not all. Give empty_subspace a larger "
-            "max_rank, or the boundary a smaller threshold.",
+            f"the bases of {_tree.listed(full)} are full: inputs of later tasks are "
+            "not protected there, and of this one perhaps not all. Give empty_subspace "
+            "a larger max_rank, or the boundary a smaller threshold.",
             stacklevel=3,
         )
     if closed:
         warnings.warn(
-            f"all inputs of {closed} are protected: A is zero there, and these layers "
-            "learn no more. Protect less, with a smaller threshold.",
+            f"all inputs of {_tree.listed(closed)} are protected: A is zero there, and "
+            "these layers learn no more. Protect less, with a smaller threshold.",
             stacklevel=3,
         )

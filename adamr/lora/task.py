@@ -76,8 +76,9 @@ def axes(
     if not any(leaves[i] is not None for i in kept):
         names = _tree.flatten_with_names(lora)[0]
         raise ValueError(
-            f"forward contracts none of the A's {[names[i] for i in sorted(kept)]} "
-            "with data, expected a layer's input to meet each of them."
+            "forward contracts none of the A's "
+            f"{_tree.listed(names[i] for i in sorted(kept))} with data, expected a "
+            "layer's input to meet each of them."
         )
     found = [x if i in kept else None for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, found)
@@ -90,8 +91,9 @@ def bases_of(opt_state: Any, lora: Any, pairs: Sequence[Halves | Located]) -> Su
     protected = [names[each.b] for each in pairs if here.bases[each.b] is not None]
     if protected:
         raise ValueError(
-            f"the subspace in opt_state protects the B's {protected}, expected the "
-            "A's alone: empty_subspace(lora, axes=lora.axes(forward, lora, *inputs))."
+            f"the subspace in opt_state protects the B's {_tree.listed(protected)}, "
+            "expected the A's alone: empty_subspace(lora, axes=lora.axes(forward, "
+            "lora, *inputs))."
         )
     narrow = [b.dtype for b in here.bases if b is not None and b.dtype.itemsize < 4]
     if narrow:

@@ -18,6 +18,7 @@ __all__ = [
     "fan_in",
     "flatten_axes",
     "leaf_axes",
+    "listed_by_reason",
     "read_axes",
     "reason_of",
     "unread_leaves",
@@ -92,6 +93,14 @@ def unread_leaves(axes: Any) -> dict[str, str]:
         if isinstance(leaf, ReadAxes):
             found |= leaf.unread
     return found
+
+
+def listed_by_reason(unread: Mapping[str, str]) -> str:
+    """For a message: the leaves that share a reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unread.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{_tree.listed(each)} ({why})" for why, each in names.items())
 
 
 def reason_of(name: str, unread: Mapping[str, str]) -> str | None:
@@ -184,22 +193,9 @@ def flatten_axes(axes: Any, params: Any) -> list[Any]:
         count = len(jax.tree.leaves(axes, is_leaf=is_entry))
         raise ValueError(
             f"axes must be a tree like params with an Axes or None per leaf: got "
-            f"{count} entries, expected {len(leaves)} {names}."
+            f"{count} entries, expected {len(leaves)} ({_tree.listed(names)})."
         )
     return found
-
-
-def _warn(unread: dict[str, str]) -> None:
-    """One warning for all leaves that could not be read, by reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in unread.items():
-        names.setdefault(reason, []).append(name)
-    told = "; ".join(f"{', '.join(each)} ({why})" for why, each in names.items())
-    warnings.warn(
-        f"{len(unread)} leaves stay unprotected: {told}. Name them in unprotected= to "
-        "accept that.",
-        stacklevel=4,
-    )
 
 
 def leaf_axes(
@@ -215,7 +211,7 @@ def leaf_axes(
     for part in unprotected:
         if not any(part in name for name in names):
             raise ValueError(
-                f"unprotected names {part!r}, which no leaf of {names} has."
+                f"unprotected names {part!r}, which no leaf has: {_tree.listed(names)}."
             )
     how = flatten_axes(default_axes if axes is None else axes, params)
     reasons, unread = unread_leaves(axes), {}
@@ -241,5 +237,9 @@ def leaf_axes(
             )
         found.append(spec)
     if unread:
-        _warn(unread)
+        warnings.warn(
+            f"{len(unread)} leaves stay unprotected: {listed_by_reason(unread)}. Name "
+            "them in unprotected= to accept that.",
+            stacklevel=3,
+        )
     return found

@@ -305,7 +305,8 @@ def update_covariance(covariance: Covariance, samples: Any) -> Covariance:
     if len(leaves) != len(covariance.moments):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
-            f"{len(leaves)} {names}, expected {len(covariance.moments)}."
+            f"{len(leaves)} ({_tree.listed(names)}), expected "
+            f"{len(covariance.moments)}."
         )
 
     def leaf(name, x, moment, count):

@@ -212,7 +212,9 @@ def empty_directions(
     parts = () if exclude is None or callable(exclude) else tuple(exclude)
     for part in parts:
         if not any(part in name for name in names):
-            raise ValueError(f"exclude names {part!r}, which no leaf of {names} has.")
+            raise ValueError(
+                f"exclude names {part!r}, which no leaf has: {_tree.listed(names)}."
+            )
 
     def excluded(name, shape):
         if callable(exclude):

@@ -31,7 +31,7 @@ def _check_samples(samples: Any, like: Sequence[Any] | None) -> list[jax.Array]:
     if len(leaves) != len(like):
         raise ValueError(
             f"samples must have one entry per parameter leaf: got {len(leaves)} "
-            f"{names}, expected {len(like)}."
+            f"({_tree.listed(names)}), expected {len(like)}."
         )
     found = []
     for name, x, row in zip(names, leaves, like, strict=True):

@@ -56,7 +56,7 @@ def entries(samples: Any, subspace: Subspace) -> tuple[list[str], list[Any], boo
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf, as "
             f"layer_inputs(forward, params, x) returns them: got {len(leaves)} "
-            f"{names}, expected {expected}."
+            f"({_tree.listed(names)}), expected {expected}."
         )
     return names, leaves, by_gram
 

@@ -115,7 +115,7 @@ def update_sketch(sketch: Sketch, samples: Any) -> Sketch:
     if len(leaves) != len(sketch.rows):
         raise ValueError(
             f"samples must have one entry (an array or None) per parameter leaf: got "
-            f"{len(leaves)} {names}, expected {len(sketch.rows)}."
+            f"{len(leaves)} ({_tree.listed(names)}), expected {len(sketch.rows)}."
         )
 
     def leaf(rows, new):

@@ -379,11 +379,11 @@ def test_leaves_whose_rows_are_not_those_of_the_mask_are_refused():
         return jnp.einsum("eti,eio->eto", given, p["up"]), x.mean(1) @ p["head"]
 
     x = normal(3, 3, 4, 6)
-    told = r"shape \(3, 4\).*\['head', 'up'\]\. It must have the leading axes"
+    told = r"shape \(3, 4\).*: head, up\. It must have the leading axes"
     with pytest.raises(ValueError, match=told):
         layer_inputs(forward, p, x, mask=MASK)
     masked(forward, p, x, mask=MASK, leaves=["gate"])
-    with pytest.raises(ValueError, match=r"\['up'\]"):
+    with pytest.raises(ValueError, match="meet: up."):
         layer_inputs(forward, p, x, mask=MASK.any(1))
 
 
