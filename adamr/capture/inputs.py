@@ -198,8 +198,8 @@ def layer_inputs(
             for name, a, here in zip(function.names, axes, chosen, strict=True)
             if isinstance(a, Unread) and here
         }
-        told = listed_by_reason(why) or "no leaf"
-        raise ValueError(f"no layer input can be read: {told}.")
+        reasons = listed_by_reason(why) or "no leaf"
+        raise ValueError(f"no layer input can be read: {reasons}.")
     _check_sizes(function, plan, max_fan_in)
     told = _checked_mask(mask, function.inputs)
     records = Records(keep, plan, told)

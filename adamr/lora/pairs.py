@@ -151,8 +151,8 @@ def _as_given(
     named = [name for pair, _ in given for name in (pair.a, pair.b)]
     if sorted(named) != sorted(there):
         raise ValueError(
-            f"pairs names the leaves ({_tree.listed(named)}) as A's and B's, expected "
-            f"each leaf of lora once ({_tree.listed(there)})."
+            f"pairs names the leaves {sorted(named)} as A's and B's, expected each "
+            f"leaf of lora once: {sorted(there)}."
         )
     return given
 

@@ -119,14 +119,14 @@ def test_pairs_that_are_given():
     turned = {"left": IN, "right": OUT}
     pair = Pair("kernel", "left", "right", out_first=True)
     assert find_pairs({"kernel": W.T}, turned, pairs=[pair]) == (pair,)
-    with pytest.raises(ValueError, match=r"\(left\) as A's.*\(left, right\)"):
+    with pytest.raises(ValueError, match=r"'left'\] as A's.*\['left', 'right'\]"):
         find_pairs(base, {"left": A, "right": B}, pairs=[("kernel", "left", "left")])
 
 
 BAD = {
     "half": ({"w": W}, {"w_lora_a": A}, "'w_lora_a' and no B for it"),
     "no kernel": (
-        {"v": W}, {"w_lora_a": A, "w_lora_b": B}, "no kernel for 'w_lora_a'.*'w'.*got v"
+        {"v": W}, {"w_lora_a": A, "w_lora_b": B}, "no kernel for 'w_lora_a'.*'w'.*got v."
     ),
     "kernel": (
         {"w": normal(0, 8, 6)}, {"w_lora_a": A, "w_lora_b": B},
