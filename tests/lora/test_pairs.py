@@ -126,7 +126,8 @@ def test_pairs_that_are_given():
 BAD = {
     "half": ({"w": W}, {"w_lora_a": A}, "'w_lora_a' and no B for it"),
     "no kernel": (
-        {"v": W}, {"w_lora_a": A, "w_lora_b": B}, "no kernel for 'w_lora_a'.*'w'.*got v."
+        {"v": W}, {"w_lora_a": A, "w_lora_b": B},
+        r"no kernel for 'w_lora_a'.*'w'.*got v\.",
     ),
     "kernel": (
         {"w": normal(0, 8, 6)}, {"w_lora_a": A, "w_lora_b": B},
