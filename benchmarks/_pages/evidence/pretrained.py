@@ -54,6 +54,11 @@ def steps(stream: str) -> str:
     return str(_read(stream)["settings"]["steps"])
 
 
+def gigabytes(stream: str, method: str) -> str:
+    """At the peak of the process of the first seed."""
+    return f"{rows_of(_read(stream), method)[0]['peak_memory'] / 1e9:.1f}"
+
+
 def unmeasured(stream: str) -> str:
     """Names the methods of `examples.llm` that the stream does not have."""
     missing = [NAMES[name] for name in METHODS if not rows_of(_read(stream), name)]
@@ -132,6 +137,7 @@ def below(stream: str, key: str, method: str, rival: str) -> str:
 FACTS = {
     "llm": number,
     "llm_full": full,
+    "llm_gb": gigabytes,
     "llm_rise": rise,
     "llm_least": least,
     "llm_below": below,
